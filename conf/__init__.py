@@ -1,0 +1,1 @@
+"""Configuration: the schema, the request checks that run before torch is imported, and the YAML values."""
