@@ -1,0 +1,65 @@
+"""What a Sequencer is stacked from; `B H W C` token maps in and out."""
+
+import torch
+import torch.nn as nn
+from jaxtyping import Float
+from timm.layers import DropPath, Mlp
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+LAYER_NORM_EPS = 1e-6
+
+
+class SequencerBlock(nn.Module):
+    """`x + DropPath(mix(LN(x)))`, then `x + DropPath(MLP(LN(x)))` (Tatsunami and Taki 2022, figure 1).
+
+    Args:
+        dim: channels `C`.
+        rnn_tokens: the token mixer, a module that keeps the shape of its input.
+        mlp_ratio: width of the MLP over `dim`.
+        drop: dropout inside the MLP.
+        drop_path: probability that a sample skips a branch.
+    """
+
+    def __init__(
+        self, dim: int, rnn_tokens: nn.Module, mlp_ratio: float = 3.0, drop: float = 0.0, drop_path: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
+        self.rnn_tokens = rnn_tokens
+        self.drop_path = DropPath(drop_path)
+        self.norm2 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
+        self.mlp_channels = Mlp(dim, int(mlp_ratio * dim), drop=drop)
+
+    def forward(self, x: Float[Tensor, "B H W C"]) -> Float[Tensor, "B H W C"]:
+        x = x + self.drop_path(self.rnn_tokens(self.norm1(x)))
+        return x + self.drop_path(self.mlp_channels(self.norm2(x)))
+
+
+class Downsample2d(nn.Module):
+    """Merges `patch_size` x `patch_size` tokens into one by a convolution."""
+
+    def __init__(self, input_dim: int, output_dim: int, patch_size: int) -> None:
+        super().__init__()
+        self.down = nn.Conv2d(input_dim, output_dim, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, x: Float[Tensor, "B H W C"]) -> Float[Tensor, "B H2 W2 C2"]:
+        return self.down(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+class Stage(nn.Module):
+    """Blocks at one resolution, after the downsampling that leads to it."""
+
+    def __init__(self, downsample: nn.Module, blocks: list[SequencerBlock]) -> None:
+        super().__init__()
+        self.downsample = downsample
+        self.blocks = nn.Sequential(*blocks)
+        self.grad_checkpointing = False
+
+    def forward(self, x: Float[Tensor, "B H W C"]) -> Float[Tensor, "B H2 W2 C2"]:
+        x = self.downsample(x)
+        if not (self.grad_checkpointing and torch.is_grad_enabled()):
+            return self.blocks(x)
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=False)
+        return x

@@ -1,0 +1,112 @@
+"""Weights from files: one function for every layout, and never a file that carries code."""
+
+import argparse
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from timm.layers import resample_abs_pos_embed_nhwc
+from torch import Tensor, nn
+
+from sequencer.models.layouts import strip_wrappers, to_timm_layout
+
+RAW_KEYS = ("state_dict", "model")
+EMA_KEYS = ("state_dict_ema", "model_ema")
+POSITION = "absolute_pos_embed"
+
+
+class CheckpointError(ValueError):
+    """A MODEL that cannot be read or does not fit, in one or two lines."""
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """What a `.safetensors`, `.pth` or `.ckpt` file holds, on the CPU.
+
+    Raises:
+        CheckpointError: no such file, a damaged one, or one that would need code to be run.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"no checkpoint at {path}")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        # timm and the paper's repository keep their command line in the file, as a Namespace of plain values
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = "holds more than tensors and plain values" if "Unsupported" in str(error) else "is damaged"
+        raise CheckpointError(f"{path} {reason}; it was not loaded") from error
+    except (SafetensorError, RuntimeError, EOFError, OSError, KeyError) as error:
+        raise CheckpointError(f"{path} is damaged or no checkpoint: {str(error).splitlines()[0]}") from error
+    if not isinstance(checkpoint, dict):
+        raise CheckpointError(f"{path} holds a {type(checkpoint).__name__}, not a state dict")
+    return checkpoint
+
+
+def select_weights(checkpoint: dict[str, Any], slot: str | None = None) -> dict[str, Tensor]:
+    """The model's tensors in timm's layout.
+
+    `slot` picks the `raw` or the `ema` weights of a file that names both; without it the raw ones are taken where
+    the file has them.
+
+    Raises:
+        CheckpointError: the file has no such slot, or no tensors.
+    """
+    keys = {"raw": RAW_KEYS, "ema": EMA_KEYS, None: RAW_KEYS + EMA_KEYS}[slot]
+    found = next((checkpoint[key] for key in keys if isinstance(checkpoint.get(key), dict)), None)
+    if found is None:
+        if slot == "ema":
+            raise CheckpointError("the checkpoint holds no EMA weights")
+        found = checkpoint
+    tensors = {name: value for name, value in found.items() if isinstance(value, Tensor)}
+    if not tensors:
+        raise CheckpointError("the checkpoint holds no tensors where weights are expected")
+    return to_timm_layout(strip_wrappers(tensors))
+
+
+def load_weights(
+    model: nn.Module, weights: dict[str, Tensor], *, source: str = "the checkpoint", replace_head: bool = False
+) -> list[str]:
+    """Loads tensors in timm's layout into `model`; returns the names of the head's parameters that were left as
+    they are.
+
+    A position embedding of another size is resampled. `replace_head` keeps the model's own head where the number
+    of classes differs.
+
+    Raises:
+        CheckpointError: missing or unexpected keys, or shapes that differ; the model is then unchanged.
+    """
+    own, weights = model.state_dict(), dict(weights)
+    if POSITION in weights and POSITION in own and weights[POSITION].shape != own[POSITION].shape:
+        weights[POSITION] = resample_abs_pos_embed_nhwc(weights[POSITION], list(own[POSITION].shape[1:3]))
+    kept: list[str] = []
+    if replace_head:
+        classifier = model.pretrained_cfg.get("classifier") or "head.fc"
+        kept = [
+            name
+            for name in own
+            if name.startswith(f"{classifier}.") and (name not in weights or weights[name].shape != own[name].shape)
+        ]
+        weights |= {name: own[name] for name in kept}
+    problems = {
+        "missing": [name for name in own if name not in weights],
+        "unexpected": [name for name in weights if name not in own],
+        "of another shape": [
+            f"{name} {tuple(weights[name].shape)} for {tuple(own[name].shape)}"
+            for name in own
+            if name in weights and weights[name].shape != own[name].shape
+        ],
+    }
+    if any(problems.values()):
+        parts = [f"{len(names)} {kind}: {_abridge(names)}" for kind, names in problems.items() if names]
+        raise CheckpointError(f"{source} does not fit {type(model).__name__}: " + "; ".join(parts))
+    model.load_state_dict(weights)
+    return kept
+
+
+def _abridge(names: list[str], most: int = 3) -> str:
+    return ", ".join(names[:most]) + (f", and {len(names) - most} more" if len(names) > most else "")

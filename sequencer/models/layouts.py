@@ -1,0 +1,40 @@
+"""State dicts as others write them, brought to timm's layout, which is ours.
+
+The paper's repository keeps blocks as `blocks.<stage>.<i>`, with the downsampling convolution as the last entry of
+the stage before the one that it leads to, and a bare `head`.
+"""
+
+import re
+from typing import Any
+
+from torch import Tensor, nn
+
+WRAPPERS = ("_orig_mod.", "module.", "model.")  # torch.compile, DistributedDataParallel, LightningModule
+
+
+def strip_wrappers(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors without the prefixes that wrapping modules put before every name."""
+    while state_dict and (prefix := _common_prefix(state_dict)):
+        state_dict = {name.removeprefix(prefix): tensor for name, tensor in state_dict.items()}
+    return {name.replace("._orig_mod.", "."): tensor for name, tensor in state_dict.items()}
+
+
+def _common_prefix(state_dict: dict[str, Tensor]) -> str | None:
+    return next((prefix for prefix in WRAPPERS if all(name.startswith(prefix) for name in state_dict)), None)
+
+
+def to_timm_layout(state_dict: dict[str, Any], model: nn.Module | None = None) -> dict[str, Any]:
+    """Renames the paper repository's keys; any other state dict passes unchanged.
+
+    `model` is what timm hands to such a function; the names alone decide.
+    """
+    if not any(re.match(r"blocks\.\d+\.\d+\.", name) for name in state_dict) or "stem.proj.weight" not in state_dict:
+        return state_dict
+    return {_to_timm_name(name): tensor for name, tensor in state_dict.items()}
+
+
+def _to_timm_name(name: str) -> str:
+    if match := re.fullmatch(r"blocks\.(\d+)\.\d+\.down\.(.+)", name):
+        return f"stages.{int(match[1]) + 1}.downsample.down.{match[2]}"
+    name = re.sub(r"^blocks\.(\d+)\.(\d+)\.", r"stages.\1.blocks.\2.", name)
+    return re.sub(r"^head\.(weight|bias)$", r"head.fc.\1", name)

@@ -1,0 +1,139 @@
+"""The one reading of MODEL: a run folder, a model folder, a checkpoint file or a timm name."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+from torch import Tensor, nn
+
+from sequencer.models.checkpoint import CheckpointError, load_weights, read_checkpoint, select_weights
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model as it was trained, with what is needed to use it."""
+
+    model: nn.Module  # eval mode, on the CPU
+    arch: str
+    slot: str  # raw or ema: which weights these are
+    class_names: tuple[str, ...] | None
+    data: dict[str, Any] | None  # the data section of the run's configuration
+    pretrained_cfg: dict[str, Any]  # timm's: input_size, mean, std, crop_pct, interpolation
+
+
+def load_model(source: str | Path, arch: str | None = None, slot: str | None = None) -> LoadedModel:
+    """Loads MODEL.
+
+    Args:
+        source: a run folder (its `model/`, or, while the run lasts, its checkpoint), a model folder, a `.ckpt` of a
+            run, a `.safetensors` or `.pth` file of any layout, or a timm name, whose published weights are taken.
+        arch: registered name of the architecture, for files that do not say.
+        slot: `raw` or `ema`, for files that hold both; by default what the run was set to, or raw.
+
+    Raises:
+        CheckpointError: nothing of the kind, or it does not fit the architecture.
+    """
+    path = Path(source)
+    if path.is_dir():
+        return _load_folder(path, slot)
+    if path.is_file():
+        checkpoint = read_checkpoint(path)
+        return (
+            _load_run_checkpoint(checkpoint, path, slot)
+            if "config" in checkpoint and not arch
+            else _load_file(checkpoint, path, arch, slot)
+        )
+    return _load_published(str(source))
+
+
+def _load_folder(folder: Path, slot: str | None) -> LoadedModel:
+    model_folder = folder / "model" if (folder / "model" / "config.json").is_file() else folder
+    if slot is None and (model_folder / "config.json").is_file():
+        return _load_model_folder(model_folder)
+    for name in ("best.ckpt", "last.ckpt"):
+        if (path := folder / "checkpoints" / name).is_file():
+            return _load_run_checkpoint(read_checkpoint(path), path, slot)
+    raise CheckpointError(f"{folder} is neither a run nor a model folder: no model/config.json, no checkpoints/")
+
+
+def _load_model_folder(folder: Path) -> LoadedModel:
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        arch, args, pretrained_cfg = config["architecture"], config.get("model_args", {}), config["pretrained_cfg"]
+    except (json.JSONDecodeError, KeyError) as error:
+        raise CheckpointError(f"{folder / 'config.json'} is damaged or not a timm model configuration") from error
+    model = _build(arch, **args | {"num_classes": config["num_classes"]})
+    load_weights(model, read_checkpoint(folder / "model.safetensors"), source=str(folder))
+    names = config.get("label_names")
+    data = config.get("config", {}).get("data")
+    return LoadedModel(
+        model.eval(), arch, config.get("slot", "raw"), tuple(names) if names else None, data, pretrained_cfg
+    )
+
+
+def _load_run_checkpoint(checkpoint: dict[str, Any], path: Path, slot: str | None) -> LoadedModel:
+    config, names = checkpoint["config"], checkpoint["class_names"]
+    slot = slot or config["trainer"]["slot"]
+    section = config["model"]
+    model = _build(
+        section["name"],
+        num_classes=len(names),
+        in_chans=section["in_chans"],
+        img_size=section["img_size"],
+        **section["kwargs"],
+    )
+    load_weights(model, select_weights(checkpoint, slot), source=str(path))
+    return LoadedModel(model.eval(), section["name"], slot, tuple(names), config["data"], preprocessing(config["data"]))
+
+
+def _load_file(checkpoint: dict[str, Any], path: Path, arch: str | None, slot: str | None) -> LoadedModel:
+    if arch is None:
+        raise CheckpointError(f"{path} does not say its architecture: add --arch NAME")
+    weights = select_weights(checkpoint, slot)
+    model = _build(arch)
+    classes = _head_size(model, weights)
+    if classes is not None and classes != model.num_classes:
+        model = _build(arch, num_classes=classes)
+    load_weights(model, weights, source=str(path))
+    return LoadedModel(model.eval(), arch, slot or "raw", None, None, dict(model.pretrained_cfg))
+
+
+def _load_published(name: str) -> LoadedModel:
+    if not timm.is_model(name):
+        raise CheckpointError(f"{name} is neither a file or folder nor a timm model name")
+    if not timm.is_model_pretrained(name):
+        raise CheckpointError(f"{name} has no published weights; give a checkpoint file and --arch {name}")
+    try:
+        model = timm.create_model(name, pretrained=True)
+    except Exception as error:  # whatever the hub client raises: no network, no such file, no space
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f"the published weights of {name} could not be fetched: {reason}") from error
+    names = model.pretrained_cfg.get("label_names")
+    return LoadedModel(model.eval(), name, "raw", tuple(names) if names else None, None, dict(model.pretrained_cfg))
+
+
+def preprocessing(data: dict[str, Any]) -> dict[str, Any]:
+    """timm's preprocessing entries for a data section."""
+    return {
+        "input_size": (data["in_chans"], data["img_size"], data["img_size"]),
+        "mean": tuple(data["mean"]),
+        "std": tuple(data["std"]),
+        "crop_pct": data["crop_pct"],
+        "interpolation": data["interpolation"],
+    }
+
+
+def _head_size(model: nn.Module, weights: dict[str, Tensor]) -> int | None:
+    weight = weights.get(f"{model.pretrained_cfg.get('classifier')}.weight")
+    return None if weight is None else weight.shape[0]
+
+
+def _build(arch: str, **kwargs: Any) -> nn.Module:
+    if not timm.is_model(arch):
+        raise CheckpointError(f"unknown architecture {arch}")
+    try:
+        return timm.create_model(arch, **kwargs)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{arch} cannot be built: {error}") from error

@@ -1,0 +1,34 @@
+"""torch's own recurrent kernels (cuDNN on a GPU, oneDNN on a CPU) as a function of tensors."""
+
+import warnings
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sequencer.ops.reference import Weights
+
+# The weights are ordinary parameters, so cuDNN copies them into one buffer at each call: small beside the activations.
+warnings.filterwarnings("ignore", message="RNN module weights are not part of single contiguous chunk")
+
+FUNCTIONS = {"lstm": torch.lstm, "gru": torch.gru, "rnn": torch.rnn_tanh, "rnn_relu": torch.rnn_relu}
+
+
+def rnn(x: Float[Tensor, "N T C"], layers: list[tuple[Weights, ...]], cell: str) -> Float[Tensor, "N T K"]:
+    """As `sequencer.ops.reference.rnn`, for the cells in `FUNCTIONS`. Not differentiable twice on a GPU."""
+    flat = [tensor for directions in layers for w in directions for tensor in w[:4]]
+    if torch.is_autocast_enabled(x.device.type):  # torch's own wrapper casts to float16 whatever was asked for
+        dtype = torch.get_autocast_dtype(x.device.type)
+        with torch.autocast(x.device.type, enabled=False):
+            return _call(cell, x.to(dtype), [tensor.to(dtype) for tensor in flat], layers)
+    return _call(cell, x, flat, layers)
+
+
+@torch.compiler.disable(reason="inductor fails on oneDNN's LSTM primitive and unrolls the rest step by step")
+def _call(cell: str, x: Tensor, flat: list[Tensor], layers: list[tuple[Weights, ...]]) -> Tensor:
+    directions = len(layers[0])
+    zeros = x.new_zeros(len(layers) * directions, x.shape[0], layers[0][0].weight_hh.shape[1])
+    state = (zeros, zeros) if cell == "lstm" else zeros
+    # cuDNN has no backward pass for a forward run as inference, and eval mode needs gradients too
+    train = torch.is_grad_enabled()
+    return FUNCTIONS[cell](x, state, flat, True, len(layers), 0.0, train, directions == 2, True)[0]
