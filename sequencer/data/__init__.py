@@ -1,0 +1,8 @@
+"""Data sets, their transforms and the DataModule that serves them."""
+
+from sequencer.data.mixing import build_mixup
+from sequencer.data.module import DataModule
+from sequencer.data.sets import ImageSet, open_dataset
+from sequencer.data.transforms import eval_transform, train_transform
+
+__all__ = ["DataModule", "ImageSet", "build_mixup", "eval_transform", "open_dataset", "train_transform"]

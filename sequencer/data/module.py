@@ -1,0 +1,87 @@
+"""The one DataModule: opens the parts of a set and serves them in batches."""
+
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch.utils.data import DataLoader
+
+from conf.errors import RequestError
+from conf.schema import DataConfig
+from sequencer.data.seeding import EpochSampler, SeededSet
+from sequencer.data.sets import ImageSet, has_test_part, open_dataset
+from sequencer.data.transforms import eval_transform, train_transform
+
+
+class DataModule(pl.LightningDataModule):
+    """Batches `(images, labels)`: float32 `B C H W`, normalised, and int64 `B`.
+
+    After `setup`: `train_set`, `val_set`, `test_set` (None for an image folder without `test/`) and `class_names`.
+    """
+
+    train_set: ImageSet
+    val_set: ImageSet
+    test_set: ImageSet | None
+    class_names: list[str]
+
+    def __init__(self, config: DataConfig, seed: int) -> None:
+        super().__init__()
+        self.config = config
+        self.seed = seed
+        self._is_set_up = False
+
+    def setup(self, stage: str | None = None) -> None:
+        """Open every part, once, whatever the stage.
+
+        Raises:
+            RequestError: a part is missing or incomplete, or the configuration does not fit the images.
+        """
+        if self._is_set_up:
+            return
+        for_eval = eval_transform(self.config)
+        self.train_set = open_dataset(self.config, "train", train_transform(self.config))
+        self.val_set = open_dataset(self.config, "val", for_eval)
+        self.test_set = open_dataset(self.config, "test", for_eval) if has_test_part(self.config) else None
+        self.class_names = self.train_set.class_names
+        self._is_set_up = True
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Shuffled and augmented from (seed, epoch); leaves out an incomplete last batch unless it is the only one."""
+        # Lightning starts the first epoch's workers before it calls set_epoch: a resumed run would repeat epoch 0
+        epoch = self.trainer.fit_loop.epoch_progress.current.processed if self.trainer is not None else 0  # type: ignore[attr-defined]
+        return self._loader(
+            SeededSet(self.train_set, self.seed),
+            self.config.batch_size,
+            sampler=EpochSampler(len(self.train_set), self.seed, epoch),
+            drop_last=len(self.train_set) > self.config.batch_size,
+        )
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        """Every validation image once, in order."""
+        return self._loader(self.val_set, self.config.eval_batch_size)
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        """Every test image once, in order.
+
+        Raises:
+            RequestError: the set has no test part.
+        """
+        if self.test_set is None:
+            raise RequestError(f"data={self.config.name}: there is no folder test/ in data.root={self.config.root}")
+        return self._loader(self.test_set, self.config.eval_batch_size)
+
+    def _loader(self, dataset: Any, batch_size: int, **kwargs: Any) -> DataLoader[Any]:
+        return DataLoader(
+            dataset,
+            batch_size=batch_size,
+            num_workers=self.config.num_workers,
+            persistent_workers=self.config.num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+            # a generator of its own: by default every new iterator draws from torch's global state
+            generator=torch.Generator(),
+            **kwargs,
+        )

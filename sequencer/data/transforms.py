@@ -1,0 +1,133 @@
+"""From an image to the normalised tensor that a model sees; the steps are timm's and torchvision's.
+
+An image is a PIL image of any mode and size or a float tensor `1 H W` in 0..1 (the digits). One that already has
+the right size is not resampled.
+"""
+
+from functools import partial
+from itertools import chain
+from typing import Any
+
+from PIL import Image
+from timm.data import create_transform
+from timm.data.auto_augment import posterize as timm_posterize
+from timm.data.transforms import str_to_interp_mode
+from torch import Tensor
+from torchvision.transforms import Compose, RandomCrop, Resize
+from torchvision.transforms.functional import to_pil_image
+
+from conf.errors import RequestError
+from conf.schema import DataConfig
+
+
+def eval_transform(config: DataConfig) -> Compose:
+    """Shorter side to `img_size / crop_pct`, centre crop, normalise: float32 `C H W`, as timm evaluates.
+
+    Raises:
+        RequestError: channels that no image can have, or as many means as no channels.
+    """
+    mean, std = _channel_statistics(config)
+    steps = create_transform(
+        config.img_size, interpolation=_fixed_interpolation(config), mean=mean, std=std, crop_pct=config.crop_pct
+    )
+    return Compose([partial(to_channels, in_chans=config.in_chans), *steps.transforms])
+
+
+def train_transform(config: DataConfig) -> Compose:
+    """The augmentation of `config.augment`, then normalise: float32 `C H W`.
+
+    As in timm, color_jitter is left out where an auto_augment policy other than 3a is given.
+
+    Raises:
+        RequestError: as `eval_transform`, or a range or a policy that timm does not understand.
+    """
+    augment = config.augment
+    geometry, colour, finish = _timm_train_stages(config)
+    if augment.scale is None:  # timm always crops at random here
+        size = [config.img_size, config.img_size]
+        geometry[0] = Resize(size, interpolation=str_to_interp_mode(_fixed_interpolation(config)))
+    if augment.crop_padding > 0:
+        geometry.append(RandomCrop(config.img_size, padding=augment.crop_padding))
+    if augment.auto_augment:
+        _allow_posterize_to_black(colour[0])
+        colour.insert(0, to_8bit)
+    return Compose([partial(to_channels, in_chans=config.in_chans), *geometry, *colour, *finish])
+
+
+def to_channels(image: Image.Image | Tensor, in_chans: int) -> Image.Image | Tensor:
+    """Grey or RGB, as the model wants it; luma weights (ITU-R 601-2) from RGB to grey."""
+    if isinstance(image, Tensor):
+        return image.repeat(in_chans, 1, 1)
+    return image.convert("L" if in_chans == 1 else "RGB")
+
+
+def to_8bit(image: Image.Image | Tensor) -> Image.Image:
+    """Automatic augmentation works on eight-bit images; a tensor in 0..1 is rounded to 256 levels on its way there."""
+    return to_pil_image(image.mul(255).round().byte()) if isinstance(image, Tensor) else image
+
+
+def _allow_posterize_to_black(policy: Any) -> None:
+    """timm's strongest posterize keeps 0 bits, which Pillow refuses from version 13 on, in the middle of a run."""
+    for op in policy.ops if hasattr(policy, "ops") else chain.from_iterable(policy.policy):
+        if op.name.startswith("Posterize"):
+            op.aug_fn = posterize
+
+
+def posterize(image: Image.Image, bits_to_keep: int, **kwargs: Any) -> Image.Image:
+    """timm's, and for 0 bits the black image that Pillow returned before version 13."""
+    return timm_posterize(image, bits_to_keep) if bits_to_keep > 0 else Image.new(image.mode, image.size)
+
+
+def _timm_train_stages(config: DataConfig) -> tuple[list[Any], list[Any], list[Any]]:
+    """timm's training steps: [random resized crop, flip], [colour or policy], [to tensor, normalise, erase]."""
+    augment = config.augment
+    mean, std = _channel_statistics(config)
+    scale, ratio = _bounds("scale", augment.scale), _bounds("ratio", augment.ratio)
+    try:
+        stages = create_transform(
+            config.img_size,
+            is_training=True,
+            separate=True,
+            scale=scale,
+            ratio=ratio,
+            hflip=augment.hflip,
+            color_jitter=augment.color_jitter or None,  # type: ignore[arg-type]  # None is timm's way to leave it out
+            auto_augment=augment.auto_augment,
+            interpolation=config.interpolation,
+            mean=mean,
+            std=std,
+            re_prob=augment.reprob,
+            re_mode=augment.remode,
+        )
+    except (AssertionError, ValueError) as error:  # how timm reports a policy that it cannot parse
+        raise RequestError(
+            f"data.augment.auto_augment={augment.auto_augment}: {error}; a policy is, e.g., rand-m9-mstd0.5-inc1"
+        ) from error
+    geometry, colour, finish = (list(stage.transforms) for stage in stages)
+    return geometry, colour, finish
+
+
+def _bounds(name: str, values: list[float] | None) -> tuple[float, float] | None:
+    if values is None:
+        return None
+    if len(values) != 2 or not 0 < values[0] <= values[1]:
+        raise RequestError(f"data.augment.{name}={values}: give a positive lower and an upper bound")
+    return values[0], values[1]
+
+
+def _channel_statistics(config: DataConfig) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation, one value a channel; a single value holds for all."""
+    chans = config.in_chans
+    if chans not in (1, 3):
+        raise RequestError(f"data.in_chans={chans}: images have 1 channel (grey) or 3 (RGB)")
+    for name, values in (("mean", config.mean), ("std", config.std)):
+        if len(values) not in (1, chans):
+            raise RequestError(
+                f"data.{name} has {len(values)} values, data.in_chans={chans}: give one value, or one a channel"
+            )
+    return tuple(config.mean * (chans // len(config.mean))), tuple(config.std * (chans // len(config.std)))
+
+
+def _fixed_interpolation(config: DataConfig) -> str:
+    """'random' draws bilinear or bicubic in random resized crops; every other resize takes bicubic for it."""
+    return "bicubic" if config.interpolation == "random" else config.interpolation
