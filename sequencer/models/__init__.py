@@ -2,7 +2,7 @@
 
 from sequencer.models import variants  # importing registers
 from sequencer.models.checkpoint import CheckpointError, load_weights, read_checkpoint, select_weights
-from sequencer.models.load import LoadedModel, load_model, preprocessing
+from sequencer.models.load import LoadedModel, create_model, load_model, preprocessing, read_weights
 from sequencer.models.sequencer import Sequencer, Sequencer2d, VSequencer
 
 __all__ = [
@@ -11,10 +11,12 @@ __all__ = [
     "Sequencer",
     "Sequencer2d",
     "VSequencer",
+    "create_model",
     "load_model",
     "load_weights",
     "preprocessing",
     "read_checkpoint",
+    "read_weights",
     "select_weights",
     "variants",
 ]

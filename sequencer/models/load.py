@@ -1,14 +1,17 @@
 """The one reading of MODEL: a run folder, a model folder, a checkpoint file or a timm name."""
 
+import difflib
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import timm
+from timm.models import get_arch_name
 from torch import Tensor, nn
 
 from sequencer.models.checkpoint import CheckpointError, load_weights, read_checkpoint, select_weights
+from sequencer.models.variants import VARIANTS
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ def load_model(source: str | Path, arch: str | None = None, slot: str | None = N
         checkpoint = read_checkpoint(path)
         return (
             _load_run_checkpoint(checkpoint, path, slot)
-            if "config" in checkpoint and not arch
+            if "config" in checkpoint
             else _load_file(checkpoint, path, arch, slot)
         )
     return _load_published(str(source))
@@ -64,7 +67,7 @@ def _load_model_folder(folder: Path) -> LoadedModel:
         arch, args, pretrained_cfg = config["architecture"], config.get("model_args", {}), config["pretrained_cfg"]
     except (json.JSONDecodeError, KeyError) as error:
         raise CheckpointError(f"{folder / 'config.json'} is damaged or not a timm model configuration") from error
-    model = _build(arch, **args | {"num_classes": config["num_classes"]})
+    model = create_model(arch, **args | {"num_classes": config["num_classes"]})
     load_weights(model, read_checkpoint(folder / "model.safetensors"), source=str(folder))
     names = config.get("label_names")
     data = config.get("config", {}).get("data")
@@ -77,7 +80,7 @@ def _load_run_checkpoint(checkpoint: dict[str, Any], path: Path, slot: str | Non
     config, names = checkpoint["config"], checkpoint["class_names"]
     slot = slot or config["trainer"]["slot"]
     section = config["model"]
-    model = _build(
+    model = create_model(
         section["name"],
         num_classes=len(names),
         in_chans=section["in_chans"],
@@ -92,10 +95,10 @@ def _load_file(checkpoint: dict[str, Any], path: Path, arch: str | None, slot: s
     if arch is None:
         raise CheckpointError(f"{path} does not say its architecture: add --arch NAME")
     weights = select_weights(checkpoint, slot)
-    model = _build(arch)
+    model = create_model(arch)
     classes = _head_size(model, weights)
     if classes is not None and classes != model.num_classes:
-        model = _build(arch, num_classes=classes)
+        model = create_model(arch, num_classes=classes)
     load_weights(model, weights, source=str(path))
     return LoadedModel(model.eval(), arch, slot or "raw", None, None, dict(model.pretrained_cfg))
 
@@ -130,10 +133,30 @@ def _head_size(model: nn.Module, weights: dict[str, Tensor]) -> int | None:
     return None if weight is None else weight.shape[0]
 
 
-def _build(arch: str, **kwargs: Any) -> nn.Module:
-    if not timm.is_model(arch):
-        raise CheckpointError(f"unknown architecture {arch}")
+def create_model(name: str, img_size: int | None = None, **kwargs: Any) -> nn.Module:
+    """`timm.create_model`, giving `img_size` to the models that are built for one size.
+
+    Raises:
+        CheckpointError: no such model, or arguments that it does not take.
+    """
+    if not timm.is_model(name):
+        nearest = difflib.get_close_matches(name, timm.list_models(), n=3)
+        hint = f"; did you mean {', '.join(nearest)}?" if nearest else ""
+        raise CheckpointError(f"unknown model {name}{hint}")
+    if img_size is not None and (get_arch_name(name) in VARIANTS or timm.get_pretrained_cfg(name).fixed_input_size):
+        kwargs["img_size"] = img_size
     try:
-        return timm.create_model(arch, **kwargs)
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{arch} cannot be built: {error}") from error
+        return timm.create_model(name, **kwargs)
+    except (TypeError, ValueError, AssertionError) as error:
+        raise CheckpointError(f"{name} cannot be built: {error}") from error
+
+
+def read_weights(source: str | Path) -> dict[str, Tensor]:
+    """The tensors of MODEL in timm's layout, whatever architecture they are for.
+
+    Raises:
+        CheckpointError: as `load_model`.
+    """
+    if Path(source).is_file():
+        return select_weights(read_checkpoint(source))
+    return load_model(source).model.state_dict()

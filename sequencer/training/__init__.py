@@ -1,0 +1,5 @@
+"""Training runs."""
+
+from sequencer.training.run import run
+
+__all__ = ["run"]

@@ -1,0 +1,53 @@
+"""The moving average of the weights, beside the raw ones and never in their place."""
+
+from typing import Any
+
+import pytorch_lightning as pl
+from pytorch_lightning.callbacks import Callback
+from timm.utils import ModelEmaV3
+from torch import Tensor
+
+from conf.schema import OptimConfig
+from sequencer.evaluation import ClassificationMetrics
+from sequencer.training.module import Classifier
+
+CHECKPOINT_KEY = "state_dict_ema"  # timm's name for the slot
+
+
+class WeightEma(Callback):
+    """Averages after every update, validates the average on the same batches as the raw weights, and saves it
+    under a key of its own."""
+
+    def __init__(self, config: OptimConfig, num_classes: int) -> None:
+        self.config = config
+        self.metrics = ClassificationMetrics(num_classes)
+        self.average: ModelEmaV3 | None = None
+        self._restored: dict[str, Tensor] | None = None
+        self._updates = 0
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: Classifier) -> None:
+        self.average = ModelEmaV3(pl_module.model, decay=self.config.ema_decay, use_warmup=self.config.ema_warmup)
+        self.average.module.requires_grad_(False)
+        self.metrics.to(pl_module.device)
+        if self._restored is not None:
+            self.average.module.load_state_dict(self._restored)
+            self._restored = None
+        self._updates = trainer.global_step
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Classifier, *args: Any) -> None:
+        if trainer.global_step > self._updates:  # not in the middle of an accumulation
+            self._updates = trainer.global_step
+            self.average.update(pl_module.model, step=self._updates)
+
+    def on_validation_batch_end(
+        self, trainer: pl.Trainer, pl_module: Classifier, outputs: Any, batch: tuple[Tensor, Tensor], *args: Any
+    ) -> None:
+        images, labels = batch
+        with trainer.precision_plugin.forward_context():
+            self.metrics.update(self.average.module(images), labels)
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: Classifier, checkpoint: dict[str, Any]) -> None:
+        checkpoint[CHECKPOINT_KEY] = self.average.module.state_dict()
+
+    def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: Classifier, checkpoint: dict[str, Any]) -> None:
+        self._restored = checkpoint[CHECKPOINT_KEY]

@@ -1,0 +1,70 @@
+"""The log of a run, and the services that metrics go to besides metrics.csv."""
+
+import logging
+import os
+from netrc import NetrcParseError, netrc
+from pathlib import Path
+
+from pytorch_lightning.loggers import Logger, TensorBoardLogger, WandbLogger
+from rich.logging import RichHandler
+
+from conf.schema import Config
+
+log = logging.getLogger("sequencer")
+
+
+def start_log(path: Path) -> None:
+    """Sends the package's log to the console, above a progress bar, and appends it with times to `path`."""
+    close_log()
+    console = RichHandler(show_time=False, show_level=False, show_path=False, markup=False, highlighter=None)
+    file = logging.FileHandler(path)
+    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    log.handlers, log.propagate = [console, file], False
+    log.setLevel(logging.INFO)
+
+
+def close_log() -> None:
+    for handler in list(log.handlers):
+        handler.close()
+        log.removeHandler(handler)
+
+
+def build_loggers(config: Config, run_dir: Path) -> list[Logger]:
+    """TensorBoard and W&B as configured. W&B is never asked for a key: without one it logs offline."""
+    loggers: list[Logger] = []
+    if config.logger.tensorboard:
+        loggers.append(TensorBoardLogger(run_dir, name="tensorboard", version=""))
+    if config.logger.wandb:
+        mode = os.environ.get("WANDB_MODE") or ("online" if _has_wandb_key() else "offline")
+        os.environ.setdefault("WANDB_SILENT", "true")
+        loggers.append(
+            WandbLogger(
+                project=config.logger.project,
+                entity=config.logger.entity,
+                name=config.name,
+                save_dir=run_dir,
+                id=_wandb_id(run_dir),
+                mode=mode,
+                resume="allow",
+            )
+        )
+        log.info("W&B logs %s%s", mode, "" if mode == "online" else f"; send it with: wandb sync {run_dir}/wandb/*")
+    return loggers
+
+
+def _has_wandb_key() -> bool:
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("://")[-1].split("/")[0]
+    try:
+        return netrc(os.environ.get("NETRC")).authenticators(host) is not None
+    except (OSError, NetrcParseError):
+        return False
+
+
+def _wandb_id(run_dir: Path) -> str:
+    """The id under which a resumed run goes on, kept beside it."""
+    path = run_dir / "wandb_id"
+    if not path.exists():
+        path.write_text(os.urandom(4).hex())
+    return path.read_text()

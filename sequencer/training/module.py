@@ -1,0 +1,78 @@
+"""What one step does: the model, its loss, its metrics, its optimizer."""
+
+import math
+from dataclasses import asdict
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchmetrics import MeanMetric
+
+from conf.schema import Config
+from sequencer.data.mixing import build_mixup
+from sequencer.evaluation import ClassificationMetrics
+from sequencer.training.optim import build_optimizer, build_schedule
+
+
+class Classifier(pl.LightningModule):
+    """Trains `model` on `(images B C H W, labels B)`.
+
+    Validation metrics of the weights as they are stand in `self.val_metrics`; the mean training loss of the epoch
+    in `self.train_loss`. Both are read and reset by the epoch report.
+    """
+
+    def __init__(self, model: nn.Module, config: Config, class_names: list[str]) -> None:
+        super().__init__()
+        self.model, self.config, self.class_names = model, config, class_names
+        self.mix = build_mixup(config.data.augment, len(class_names))
+        self.train_loss = MeanMetric()
+        self.val_metrics = ClassificationMetrics(len(class_names))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model(images)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        images, targets = batch
+        if self.mix is not None:
+            images, targets = self.mix(images, targets)
+            loss = F.cross_entropy(self(images), targets)  # soft targets, smoothed by the mixing
+        else:
+            loss = F.cross_entropy(self(images), targets, label_smoothing=self.config.data.augment.smoothing)
+        self.train_loss.update(loss.detach(), weight=len(images))
+        self.log("loss", loss.detach(), prog_bar=True, logger=False)
+        return loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        images, labels = batch
+        self.val_metrics.update(self(images), labels)
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        optimizer = build_optimizer(self.model, self.config.optim)
+        updates = max(int(self.trainer.estimated_stepping_batches), 1)
+        updates_per_epoch = math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
+        schedule = build_schedule(optimizer, self.config.optim, updates, updates_per_epoch)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        scheduler.step_update(self.trainer.global_step)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Primitives and tensors only, so that the file loads with `weights_only=True` and stands on its own."""
+        checkpoint["config"] = asdict(self.config)
+        checkpoint["class_names"] = list(self.class_names)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        # the schedule is a function of the number of updates and of the configuration, which may now ask for more
+        checkpoint["lr_schedulers"] = []
+
+
+def parameters_of(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def compile_in_place(model: nn.Module) -> None:
+    """`torch.compile` without a wrapping module, so that no name in the state dict changes."""
+    model.compile()
+    torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, 64)

@@ -1,0 +1,62 @@
+"""Parameter groups, optimizer and schedule, from timm's factories."""
+
+import torch
+from timm.optim import create_optimizer_v2
+from timm.scheduler import CosineLRScheduler, PolyLRScheduler, StepLRScheduler
+from timm.scheduler.scheduler import Scheduler
+from torch import nn
+
+from conf.schema import OptimConfig
+
+
+def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+    """The optimizer over groups by weight decay and, with `layer_decay`, by depth.
+
+    timm leaves a depth's factor in the group as `lr_scale`, which its own schedules apply and no other does; here
+    it goes into the group's `lr`, so that what a group says is what it gets.
+    """
+    extra = {"betas": config.opt_betas, "eps": config.opt_eps}
+    optimizer = create_optimizer_v2(
+        model,
+        opt=config.opt,
+        lr=config.lr,
+        weight_decay=config.weight_decay,
+        momentum=config.momentum,
+        layer_decay=config.layer_decay,
+        **{name: value for name, value in extra.items() if value is not None},
+    )
+    for group in optimizer.param_groups:
+        group["lr"] *= group.pop("lr_scale", 1.0)
+    return optimizer
+
+
+def build_schedule(
+    optimizer: torch.optim.Optimizer, config: OptimConfig, updates: int, updates_per_epoch: float
+) -> Scheduler:
+    """Learning rate as a function of the number of updates done, of `updates` in all.
+
+    Warm-up and cool-down are parts of `updates`; in between the rate falls to `min_lr`, or stays.
+    """
+    warmup = min(round(config.warmup_epochs * updates_per_epoch), updates - 1)
+    falling = max(updates - round(config.cooldown_epochs * updates_per_epoch), warmup + 1)
+    common = {"warmup_t": warmup, "warmup_lr_init": config.warmup_lr, "warmup_prefix": False, "t_in_epochs": False}
+    if config.sched == "constant":
+        return StepLRScheduler(optimizer, decay_t=updates, decay_rate=1.0, **common)
+    if config.sched == "linear":
+        return PolyLRScheduler(optimizer, t_initial=falling, power=1.0, lr_min=config.min_lr, **common)
+    return CosineLRScheduler(optimizer, t_initial=falling, lr_min=config.min_lr, **common)
+
+
+def describe_groups(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[dict[str, object]]:
+    """One row a parameter group: tensors, parameters, peak learning rate, weight decay, and a name as example."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return [
+        {
+            "tensors": len(group["params"]),
+            "parameters": sum(parameter.numel() for parameter in group["params"]),
+            "lr": group.get("initial_lr", group["lr"]),
+            "weight_decay": group["weight_decay"],
+            "first": names[id(group["params"][0])],
+        }
+        for group in optimizer.param_groups
+    ]

@@ -1,0 +1,100 @@
+"""What a finished run leaves: the model folder, test metrics, pictures and the summary."""
+
+import itertools
+import json
+import logging
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich import get_console
+from rich.table import Table
+from torch import nn
+
+from conf.schema import Config
+from sequencer.analysis.plots import plot_confusion, plot_curves
+from sequencer.data import DataModule
+from sequencer.evaluation import evaluate
+from sequencer.export import save_model_folder
+from sequencer.models import load_weights, preprocessing, read_checkpoint, select_weights
+from sequencer.training.checkpoints import RunCheckpoints
+from sequencer.training.files import write_atomically
+from sequencer.training.module import parameters_of
+from sequencer.training.report import EpochReport
+
+log = logging.getLogger("sequencer")
+
+
+def finish(
+    config: Config,
+    model: nn.Module,
+    data: DataModule,
+    device: torch.device,
+    checkpoints: RunCheckpoints,
+    report: EpochReport,
+) -> dict[str, Any]:
+    """Reads the test part, once, with the best weights of the slot that was set, and writes the run's result."""
+    run_dir = Path(config.run_dir)
+    best = checkpoints.folder / "best.ckpt"
+    load_weights(model, select_weights(read_checkpoint(best), config.trainer.slot), source=str(best))
+    split, loader, limit = "test", None, config.trainer.limit_test_batches
+    if data.test_set is not None:
+        loader = data.test_dataloader()
+    else:
+        split, loader, limit = "val", data.val_dataloader(), config.trainer.limit_val_batches
+    batches = _limit(len(loader), limit)
+    metrics = evaluate(model.to(device), itertools.islice(loader, batches), data.num_classes, device)
+    model.cpu()
+    values = metrics.compute()
+    best_row = next(row for row in report.rows if row["epoch"] == checkpoints.best_epoch)
+    summary = {
+        "name": config.name,
+        "model": config.model.name,
+        "parameters": parameters_of(model),
+        "data": config.data.name,
+        "seed": config.seed,
+        "slot": config.trainer.slot,
+        "epochs": len(report.rows),
+        "updates": int(report.rows[-1]["step"]),
+        "best_epoch": checkpoints.best_epoch,
+        **{name: value for name, value in best_row.items() if name.startswith("val")},
+        **({f"test/{name}": float(values[name]) for name in ("loss", "top1", "top5")} if split == "test" else {}),
+        "time/train_s": round(sum(row["time/epoch_s"] for row in report.rows), 1),
+    }
+    save_model_folder(
+        model,
+        run_dir / "model",
+        preprocessing=preprocessing(asdict(config.data)),
+        model_args=config.model.kwargs,
+        class_names=data.class_names,
+        extra={"slot": config.trainer.slot, "metrics": summary, "config": asdict(config)},
+    )
+    plot_curves(run_dir / "metrics.csv", run_dir / "curves.png")
+    title = f"{config.name}: {split} part"
+    plot_confusion(metrics.confusion.cpu(), data.class_names, run_dir / "confusion.png", title)
+    write_atomically(run_dir / "summary.json", lambda path: path.write_text(json.dumps(summary, indent=2) + "\n"))
+    return summary
+
+
+def _limit(available: int, limit: int | float | None) -> int:
+    """Lightning's rule: an integer counts batches, a float is a share of them."""
+    if limit is None:
+        return available
+    return min(limit, available) if isinstance(limit, int) else int(limit * available)
+
+
+def print_summary(summary: dict[str, Any], run_dir: Path) -> None:
+    """The closing table."""
+    table = Table(title=f"{summary['name']}: {summary['model']}, {summary['parameters']:,} parameters")
+    table.add_column("part")
+    for column in ("top-1", "top-5", "loss"):
+        table.add_column(column, justify="right")
+    labels = {"val": "validation, raw weights", "val_ema": "validation, EMA weights"}
+    for part, label in (labels | {"test": f"test, {summary['slot']} weights"}).items():
+        if f"{part}/top1" in summary:
+            top1, top5, loss = (summary[f"{part}/{name}"] for name in ("top1", "top5", "loss"))
+            table.add_row(label, f"{top1:.2%}", f"{top5:.2%}", f"{loss:.4f}")
+    table.caption = f"best epoch {summary['best_epoch'] + 1} of {summary['epochs']}; {summary['time/train_s']:.0f} s"
+    get_console().print(table)
+    log.info("run folder: %s", run_dir)

@@ -1,0 +1,181 @@
+"""A run from its configuration to its result."""
+
+import json
+import logging
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from omegaconf import OmegaConf
+from pytorch_lightning.callbacks import Callback, EarlyStopping, RichProgressBar
+from pytorch_lightning.trainer.states import TrainerStatus
+from pytorch_lightning.utilities.exceptions import MisconfigurationException, SIGTERMException
+from torch import nn
+
+from conf.errors import RequestError
+from conf.schema import Config
+from sequencer.data import DataModule
+from sequencer.models import CheckpointError, create_model, load_weights, read_weights
+from sequencer.training.checkpoints import RunCheckpoints
+from sequencer.training.ema import WeightEma
+from sequencer.training.files import write_atomically
+from sequencer.training.loggers import build_loggers, close_log, start_log
+from sequencer.training.module import Classifier, compile_in_place, parameters_of
+from sequencer.training.report import EpochReport
+from sequencer.training.result import finish, print_summary
+
+log = logging.getLogger("sequencer")
+
+OWN_KEYS = ("compile", "best_metric", "slot", "early_stopping_patience", "enable_progress_bar")
+
+
+def run(config: Config, resume: bool = False) -> dict[str, Any]:
+    """Trains, evaluates and writes `config.run_dir`; returns what stands in its `summary.json`.
+
+    With `resume` the run goes on from its last checkpoint, or from the start where there is none yet.
+
+    Raises:
+        RequestError: what was asked for cannot be had; nothing was written.
+        KeyboardInterrupt: interrupted; the run can be resumed.
+        SystemExit: with 143, on SIGTERM; the run can be resumed.
+    """
+    run_dir = Path(config.run_dir)
+    if resume and (summary := _finished(run_dir, config)):
+        print_summary(summary, run_dir)
+        return summary
+    _quieten()
+    pl.seed_everything(config.seed, verbose=False)
+    data = DataModule(config.data, config.seed)
+    data.setup()
+    model = _build_model(config, data.num_classes)
+    _start_folder(config, run_dir)
+    start_log(run_dir / "train.log")
+    try:
+        return _train(config, model, data, run_dir, resume)
+    finally:
+        close_log()
+
+
+def _finished(run_dir: Path, config: Config) -> dict[str, Any] | None:
+    """The summary of a run that has done all the epochs it is asked for."""
+    path = run_dir / "summary.json"
+    if not path.exists():
+        return None
+    summary = json.loads(path.read_text())
+    done = OmegaConf.load(run_dir / "config.yaml").trainer.max_epochs
+    return summary if config.trainer.max_epochs <= done else None
+
+
+def _build_model(config: Config, num_classes: int) -> nn.Module:
+    section = config.model
+    if section.num_classes not in (None, num_classes):
+        raise RequestError(f"model.num_classes={section.num_classes}, but the data has {num_classes} classes")
+    optional = {"drop_rate": section.drop_rate, "drop_path_rate": section.drop_path_rate}
+    try:
+        model = create_model(
+            section.name,
+            img_size=section.img_size,
+            in_chans=section.in_chans,
+            num_classes=num_classes,
+            pretrained=section.pretrained,
+            **{name: rate for name, rate in optional.items() if rate},
+            **section.kwargs,
+        )
+        if section.grad_checkpointing:
+            model.set_grad_checkpointing()
+        if config.init_from:
+            load_weights(model, read_weights(config.init_from), source=config.init_from, replace_head=True)
+    except CheckpointError as error:
+        raise RequestError(str(error)) from error
+    return model
+
+
+def _start_folder(config: Config, run_dir: Path) -> None:
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        write_atomically(run_dir / "config.yaml", lambda path: OmegaConf.save(OmegaConf.structured(config), path))
+    except OSError as error:
+        raise RequestError(f"run_dir={run_dir} cannot be written: {error.strerror}") from error
+
+
+def _train(config: Config, model: nn.Module, data: DataModule, run_dir: Path, resume: bool) -> dict[str, Any]:
+    module = Classifier(model, config, data.class_names)
+    ema = WeightEma(config.optim, data.num_classes) if config.optim.ema_decay is not None else None
+    report = EpochReport(run_dir / "metrics.csv", ema, config.trainer.best_metric)
+    checkpoints = RunCheckpoints(run_dir / "checkpoints", config.trainer.best_metric)
+    callbacks = [callback for callback in (ema, report) if callback is not None]
+    trainer = _build_trainer(config, run_dir, [*callbacks, checkpoints])
+    if config.trainer.compile:
+        compile_in_place(model)
+    log.info(
+        "%s, %s parameters; %s: %d training, %d validation images, %d classes; %s",
+        config.model.name, f"{parameters_of(model):,}", config.data.name,
+        len(data.train_set), len(data.val_set), data.num_classes, run_dir,
+    )  # fmt: skip
+    last = run_dir / "checkpoints" / "last.ckpt"
+    _fit(trainer, module, data, last if resume and last.exists() else None)
+    summary = finish(config, model, data, trainer.strategy.root_device, checkpoints, report)
+    print_summary(summary, run_dir)
+    return summary
+
+
+def _build_trainer(config: Config, run_dir: Path, callbacks: list[Callback]) -> pl.Trainer:
+    section = config.trainer
+    if section.early_stopping_patience is not None:
+        mode = "min" if section.best_metric.endswith("loss") else "max"
+        callbacks.append(
+            EarlyStopping(
+                section.best_metric,
+                patience=section.early_stopping_patience,
+                mode=mode,
+                check_on_train_epoch_end=True,
+                check_finite=False,
+            )
+        )
+    bar = section.enable_progress_bar and sys.stdout.isatty()
+    if bar:
+        callbacks.append(RichProgressBar(leave=False))
+    try:
+        return pl.Trainer(
+            **{name: value for name, value in vars(section).items() if name not in OWN_KEYS},
+            logger=build_loggers(config, run_dir),
+            callbacks=callbacks,
+            enable_progress_bar=bar,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+            default_root_dir=run_dir,
+        )
+    except (MisconfigurationException, ValueError) as error:
+        raise RequestError(f"the trainer settings cannot be met: {str(error).splitlines()[0]}") from error
+
+
+def _fit(trainer: pl.Trainer, module: Classifier, data: DataModule, checkpoint: Path | None) -> None:
+    """Lightning's fit, with the exit codes of an interrupted run in place of its own 1 and 0."""
+    try:
+        trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+    except SIGTERMException:
+        raise SystemExit(143) from None
+    except SystemExit:
+        if trainer.state.status == TrainerStatus.INTERRUPTED:
+            raise KeyboardInterrupt from None
+        raise
+
+
+def _quieten() -> None:
+    """Leaves out what Lightning says about itself, and its advice on settings that are ours to choose."""
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    os.environ.setdefault("PL_DISABLE_TIPS", "1")
+    for message in (
+        r"The '\w+' does not have many workers",
+        r"The number of training batches .* is smaller than the logging interval",
+        r"Checkpoint directory .* exists and is not empty",
+        r"GPU available but not used",
+        r"You are using a CUDA device .* that has Tensor Cores",
+    ):
+        warnings.filterwarnings("ignore", message=f".*{message}")
+    if torch.cuda.is_available():
+        torch.set_float32_matmul_precision("high")
