@@ -5,7 +5,7 @@ stay as they were: an epoch can be replayed from its number alone.
 """
 
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -54,7 +54,7 @@ class SeededSet(Dataset[Any]):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitems__(self, keys: Iterable[Key]) -> list[Any]:
+    def __getitems__(self, keys: list[Key]) -> list[Any]:
         # CUDA's states are not touched: asking for them in a forked worker would start CUDA there
         with isolate_rng(include_cuda=False):
             return [self._item(epoch, index) for epoch, index in keys]
