@@ -25,6 +25,7 @@ from sequencer.training.ema import WeightEma
 from sequencer.training.files import write_atomically
 from sequencer.training.loggers import build_loggers, close_log, start_log
 from sequencer.training.module import Classifier, compile_in_place, parameters_of
+from sequencer.training.optim import build_optimizer, describe_groups
 from sequencer.training.report import EpochReport
 from sequencer.training.result import finish, print_summary
 
@@ -52,10 +53,29 @@ def run(config: Config, resume: bool = False) -> dict[str, Any]:
     data = DataModule(config.data, config.seed)
     data.setup()
     model = _build_model(config, data.num_classes)
-    _start_folder(config, run_dir)
+    groups = _describe_groups(config, model)
+    module = Classifier(model, config, data.class_names)
+    ema = WeightEma(config.optim, data.num_classes) if config.optim.ema_decay is not None else None
+    report = EpochReport(run_dir / "metrics.csv", ema, config.trainer.best_metric)
+    checkpoints = RunCheckpoints(run_dir / "checkpoints", config.trainer.best_metric)
+    trainer = _build_trainer(config, [callback for callback in (ema, report, checkpoints) if callback])
+
+    _start_folder(config, run_dir)  # from here on the request is known to be good
     start_log(run_dir / "train.log")
     try:
-        return _train(config, model, data, run_dir, resume)
+        log.info("%s, %s parameters; %s", config.model.name, f"{parameters_of(model):,}", run_dir)
+        log.info("%s: %d images to train, %d to validate, %d classes", config.data.name, len(data.train_set),
+                 len(data.val_set), data.num_classes)  # fmt: skip
+        for line in groups:
+            log.info(line)
+        trainer.loggers = build_loggers(config, run_dir)
+        if config.trainer.compile:
+            compile_in_place(model)
+        last = checkpoints.folder / "last.ckpt"
+        _fit(trainer, module, data, last if resume and last.exists() else None)
+        summary = finish(config, model, data, trainer.strategy.root_device, checkpoints, report)
+        print_summary(summary, run_dir)
+        return summary
     finally:
         close_log()
 
@@ -102,28 +122,19 @@ def _start_folder(config: Config, run_dir: Path) -> None:
         raise RequestError(f"run_dir={run_dir} cannot be written: {error.strerror}") from error
 
 
-def _train(config: Config, model: nn.Module, data: DataModule, run_dir: Path, resume: bool) -> dict[str, Any]:
-    module = Classifier(model, config, data.class_names)
-    ema = WeightEma(config.optim, data.num_classes) if config.optim.ema_decay is not None else None
-    report = EpochReport(run_dir / "metrics.csv", ema, config.trainer.best_metric)
-    checkpoints = RunCheckpoints(run_dir / "checkpoints", config.trainer.best_metric)
-    callbacks = [callback for callback in (ema, report) if callback is not None]
-    trainer = _build_trainer(config, run_dir, [*callbacks, checkpoints])
-    if config.trainer.compile:
-        compile_in_place(model)
-    log.info(
-        "%s, %s parameters; %s: %d training, %d validation images, %d classes; %s",
-        config.model.name, f"{parameters_of(model):,}", config.data.name,
-        len(data.train_set), len(data.val_set), data.num_classes, run_dir,
-    )  # fmt: skip
-    last = run_dir / "checkpoints" / "last.ckpt"
-    _fit(trainer, module, data, last if resume and last.exists() else None)
-    summary = finish(config, model, data, trainer.strategy.root_device, checkpoints, report)
-    print_summary(summary, run_dir)
-    return summary
+def _describe_groups(config: Config, model: nn.Module) -> list[str]:
+    try:
+        rows = describe_groups(model, build_optimizer(model, config.optim))
+    except (ValueError, TypeError, AssertionError) as error:
+        raise RequestError(f"optim.opt={config.optim.opt} cannot be built: {error}") from error
+    return [
+        f"parameter group {i}: {row['parameters']:,} in {row['tensors']} tensors from {row['first']}, "
+        f"lr {row['lr']:.3g}, weight decay {row['weight_decay']:.3g}"
+        for i, row in enumerate(rows)
+    ]
 
 
-def _build_trainer(config: Config, run_dir: Path, callbacks: list[Callback]) -> pl.Trainer:
+def _build_trainer(config: Config, callbacks: list[Callback]) -> pl.Trainer:
     section = config.trainer
     if section.early_stopping_patience is not None:
         mode = "min" if section.best_metric.endswith("loss") else "max"
@@ -142,12 +153,12 @@ def _build_trainer(config: Config, run_dir: Path, callbacks: list[Callback]) -> 
     try:
         return pl.Trainer(
             **{name: value for name, value in vars(section).items() if name not in OWN_KEYS},
-            logger=build_loggers(config, run_dir),
+            logger=False,
             callbacks=callbacks,
             enable_progress_bar=bar,
             enable_model_summary=False,
             num_sanity_val_steps=0,
-            default_root_dir=run_dir,
+            default_root_dir=config.run_dir,
         )
     except (MisconfigurationException, ValueError) as error:
         raise RequestError(f"the trainer settings cannot be met: {str(error).splitlines()[0]}") from error
@@ -174,6 +185,7 @@ def _quieten() -> None:
         r"The number of training batches .* is smaller than the logging interval",
         r"Checkpoint directory .* exists and is not empty",
         r"GPU available but not used",
+        r"`isinstance\(treespec, LeafSpec\)` is deprecated",
         r"You are using a CUDA device .* that has Tensor Cores",
     ):
         warnings.filterwarnings("ignore", message=f".*{message}")

@@ -1,0 +1,279 @@
+"""What a run writes, and how it goes on."""
+
+import csv
+import json
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import pytorch_lightning as pl
+import torch
+from omegaconf import OmegaConf
+
+from conf.errors import RequestError
+from sequencer.models import load_model, read_checkpoint
+from sequencer.training import run
+from sequencer.training.ema import WeightEma
+from sequencer.training.random_state import get_random_state, set_random_state
+
+EMA = ["optim.ema_decay=0.9", "trainer.slot=ema", "trainer.best_metric=val_ema/top1"]
+RANDOM = ["data.augment.mixup=0.4", "data.augment.crop_padding=1", "model.drop_path_rate=0.3", "model.drop_rate=0.2"]
+
+
+def rows(run_dir: Path) -> list[dict[str, str]]:
+    with open(run_dir / "metrics.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def same(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_run_folder(config, tmp_path):
+    summary = run(config())
+    folder = tmp_path / "run"
+    assert {path.name for path in folder.iterdir()} == {
+        "config.yaml", "metrics.csv", "checkpoints", "model", "summary.json", "train.log", "curves.png", "confusion.png",
+    }  # fmt: skip
+    assert {path.name for path in (folder / "checkpoints").iterdir()} == {"last.ckpt", "best.ckpt"}
+    assert {path.name for path in (folder / "model").iterdir()} == {"config.json", "model.safetensors"}
+    assert json.loads((folder / "summary.json").read_text()) == summary
+    assert 0 <= summary["test/top1"] <= 1
+    assert OmegaConf.load(folder / "config.yaml").data.name == "digits"
+    log = (folder / "train.log").read_text()
+    assert "epoch 1/2" in log
+    assert "epoch 2/2" in log
+
+
+def test_metrics_rows(config, tmp_path):
+    run(config("data.augment.smoothing=0.1"))
+    table = rows(tmp_path / "run")
+    assert [row["epoch"] for row in table] == ["0", "1"]
+    assert [row["step"] for row in table] == ["4", "8"]
+    assert all(float(row["train/loss"]) > 0 and float(row["time/epoch_s"]) > 0 for row in table)
+
+
+def test_training_loss_is_the_mean_over_images(config, tmp_path, monkeypatch):
+    from sequencer.training import module
+
+    seen = []
+    original = module.Classifier.training_step
+
+    def spy(self, batch, batch_idx):
+        loss = original(self, batch, batch_idx)
+        seen.append((len(batch[0]), float(loss)))
+        return loss
+
+    monkeypatch.setattr(module.Classifier, "training_step", spy)
+    run(config("trainer.max_epochs=1"))
+    expected = sum(n * loss for n, loss in seen) / sum(n for n, _ in seen)
+    assert float(rows(tmp_path / "run")[0]["train/loss"]) == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_same_seed_gives_the_same_run(config, tmp_path):
+    for name in ("a", "b"):
+        run(config(*RANDOM, run_dir=name))
+    a, b = (read_checkpoint(tmp_path / name / "checkpoints" / "last.ckpt") for name in ("a", "b"))
+    assert same(a["state_dict"], b["state_dict"])
+    run(config(*RANDOM, "seed=1", run_dir="c"))
+    assert not same(a["state_dict"], read_checkpoint(tmp_path / "c" / "checkpoints" / "last.ckpt")["state_dict"])
+
+
+class Stop(pl.Callback):
+    """Breaks a run off in the middle of its second epoch."""
+
+    def __init__(self, action) -> None:
+        self.action = action
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+        if trainer.current_epoch == 1 and batch_idx == 2:
+            self.action()
+
+
+def interrupted(config, monkeypatch, action, expected: type[BaseException]) -> BaseException:
+    from sequencer.training import run as module
+
+    build = module._build_trainer
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_build_trainer", lambda c, callbacks: build(c, [Stop(action), *callbacks]))
+        with pytest.raises(expected) as error:
+            run(config)
+    return error.value
+
+
+def fail() -> None:
+    raise RuntimeError("power failure")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_resumed_run_is_the_same_run(config, tmp_path, monkeypatch, workers):
+    options = [*RANDOM, *EMA, "trainer.max_epochs=3", f"data.num_workers={workers}"]
+    options += ["trainer.accumulate_grad_batches=2", "trainer.early_stopping_patience=5"]
+    run(config(*options, run_dir="whole"))
+    interrupted(config(*options, run_dir="broken"), monkeypatch, fail, RuntimeError)
+    assert len(rows(tmp_path / "broken")) == 1
+    run(config(*options, run_dir="broken"), resume=True)
+
+    for name in ("last.ckpt", "best.ckpt"):
+        whole, broken = (read_checkpoint(tmp_path / run / "checkpoints" / name) for run in ("whole", "broken"))
+        assert same(whole["state_dict"], broken["state_dict"])
+        assert same(whole["state_dict_ema"], broken["state_dict_ema"])
+        for a, b in zip(*(c["optimizer_states"][0]["state"].values() for c in (whole, broken)), strict=True):
+            assert same(a, b)
+    untimed = [
+        [{key: value for key, value in row.items() if not key.startswith("time/")} for row in rows(tmp_path / name)]
+        for name in ("whole", "broken")
+    ]
+    assert untimed[0] == untimed[1]
+    assert len(untimed[0]) == 3
+
+
+def test_ctrl_c_leaves_a_run_that_goes_on(config, tmp_path, monkeypatch):
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        interrupted(config(), monkeypatch, lambda: os.kill(os.getpid(), signal.SIGINT), KeyboardInterrupt)
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    assert len(rows(tmp_path / "run")) == 1
+    assert not list(tmp_path.rglob("*.partial"))
+    assert read_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")["epoch"] == 0
+    assert run(config(), resume=True)["epochs"] == 2
+
+
+def test_sigterm_ends_with_143(config, monkeypatch):
+    error = interrupted(config(), monkeypatch, lambda: os.kill(os.getpid(), signal.SIGTERM), SystemExit)
+    assert error.code == 143
+
+
+def test_resuming_a_finished_run_trains_nothing(config, tmp_path):
+    summary = run(config())
+    before = (tmp_path / "run" / "checkpoints" / "last.ckpt").stat().st_mtime_ns
+    assert run(config(), resume=True) == summary
+    assert (tmp_path / "run" / "checkpoints" / "last.ckpt").stat().st_mtime_ns == before
+
+
+def test_a_finished_run_can_be_given_more_epochs(config, tmp_path):
+    first = run(config())
+    more = run(config("trainer.max_epochs=4"), resume=True)
+    assert more["epochs"] == 4
+    assert more["val/top1"] >= first["val/top1"]  # the best is never lost
+    assert [row["epoch"] for row in rows(tmp_path / "run")] == ["0", "1", "2", "3"]
+
+
+def test_resuming_before_the_first_checkpoint_starts_over(config):
+    assert run(config(), resume=True)["epochs"] == 2
+
+
+def test_raw_and_ema_are_kept_apart(config, tmp_path):
+    summary = run(config(*EMA, "optim.lr=0.03"))
+    folder = tmp_path / "run"
+    checkpoint = read_checkpoint(folder / "checkpoints" / "best.ckpt")
+    raw = {name.removeprefix("model."): t for name, t in checkpoint["state_dict"].items() if name.startswith("model.")}
+    assert not same(raw, checkpoint["state_dict_ema"])
+    shipped = load_model(folder)
+    assert shipped.slot == "ema"
+    assert same(shipped.model.state_dict(), checkpoint["state_dict_ema"])
+    assert same(load_model(folder, slot="raw").model.state_dict(), raw)
+    assert {"val/top1", "val_ema/top1"} <= summary.keys()
+    assert json.loads((folder / "model" / "config.json").read_text())["slot"] == "ema"
+
+
+def test_ema_follows_updates_not_batches(config, monkeypatch):
+    decays = []
+    original = WeightEma.on_fit_start
+
+    def spy(self, trainer, pl_module):
+        original(self, trainer, pl_module)
+        update = self.average.update
+        self.average.update = lambda model, step: (decays.append(step), update(model, step=step))
+
+    monkeypatch.setattr(WeightEma, "on_fit_start", spy)
+    run(config("optim.ema_decay=0.9", "trainer.accumulate_grad_batches=2"))
+    assert decays == [1, 2, 3, 4]
+
+
+def test_fine_tuning_replaces_the_head_where_classes_differ(config, tmp_path):
+    run(config("trainer.max_epochs=1", run_dir="first"))
+    trained = load_model(tmp_path / "first").model
+    config2 = config(f"init_from={tmp_path / 'first'}", "optim.lr=0", "optim.min_lr=0", "optim.warmup_lr=0")
+    run(config2)
+    assert same(load_model(tmp_path / "run").model.state_dict(), trained.state_dict())
+
+    trained.reset_classifier(7)
+    torch.save(trained.state_dict(), tmp_path / "seven.pth")
+    run(config(f"init_from={tmp_path / 'seven.pth'}", "optim.lr=0", "optim.min_lr=0", run_dir="other"))
+    other = load_model(tmp_path / "other").model
+    assert other.head.fc.weight.shape[0] == 10
+    assert torch.equal(other.stem.proj.weight, trained.stem.proj.weight)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["trainer.precision=bf16-mixed", "optim.ema_decay=0.9"],
+        ["model.grad_checkpointing=true"],
+        ["data.augment.mixup=0.2", "data.augment.cutmix=1.0", "data.augment.smoothing=0.1", "data.batch_size=31"],
+        ["trainer.gradient_clip_val=0.1", "optim.opt=sgd", "optim.layer_decay=0.8"],
+        ["data.augment.auto_augment=rand-m9-mstd0.5-inc1", "data.augment.reprob=0.5", "data.augment.hflip=0.5"],
+        ["model.name=test_resnet", "model.kwargs={}", "data.img_size=32"],
+        ["model.name=v_sequencer_s_pe", "model.kwargs.hidden_sizes=[8]", "model.kwargs.ape=true"],
+        ["logger=tensorboard"],
+    ],
+    ids=lambda options: options[0],
+)
+def test_options_train(config, options):
+    summary = run(config("trainer.max_epochs=1", *options))
+    assert np.isfinite(summary["test/loss"])
+
+
+def test_compiled_run_saves_plain_names(config, tmp_path):
+    run(config("trainer.compile=true", "trainer.max_epochs=1", "trainer.limit_train_batches=1"))
+    names = read_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")["state_dict"]
+    assert not any("_orig_mod" in name for name in names)
+
+
+def test_early_stopping(config):
+    options = ["trainer.max_epochs=9", "trainer.early_stopping_patience=2", "optim.lr=0", "optim.warmup_lr=0"]
+    assert run(config(*options, "optim.min_lr=0"))["epochs"] == 3
+
+
+def test_wandb_without_a_key_logs_offline_and_never_asks(config, tmp_path, monkeypatch):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    run(config("logger=wandb", "trainer.max_epochs=1"))
+    assert list((tmp_path / "run" / "wandb").glob("offline-run-*"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["model.name=sequencer2d_x"], "sequencer2d_"),
+        (["data.img_size=9"], "8 and 10"),
+        (["model.kwargs={cell: lstmm}"], "lstmm"),
+        (["model.kwargs={depth: 3}"], "depth"),
+        (["init_from=nowhere"], "nowhere"),
+        (["model.num_classes=3"], "10 classes"),
+        (["trainer.strategy=nonsense"], "nonsense"),
+        (["optim.opt=adamx"], "adamx"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_requests_that_cannot_be_met(config, tmp_path, options, message):
+    with pytest.raises(RequestError, match=message) as error:
+        run(config(*options))
+    assert str(error.value).count("\n") <= 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_random_state_comes_back():
+    torch.manual_seed(1)
+    np.random.seed(1)
+    state = get_random_state()
+    first = torch.rand(3), np.random.rand(3)
+    set_random_state(state)
+    second = torch.rand(3), np.random.rand(3)
+    assert torch.equal(first[0], second[0])
+    assert (first[1] == second[1]).all()
