@@ -1,0 +1,189 @@
+"""Top-1, top-5, loss and a table by class of a model on the validation or test part of a data set.
+
+    python scripts/evaluate.py outputs/digits/2026-01-31_12-00-00
+    python scripts/evaluate.py sequencer2d_s --data imagenet --data-root /data/imagenet --split val
+
+MODEL is a run folder, a model folder, a checkpoint or a timm name. A run, its model folder and its checkpoints know
+their data set and preprocessing; anything else needs --data, and takes the preprocessing that the model was made for.
+"""
+
+import csv
+import json
+import math
+from argparse import Namespace, RawDescriptionHelpFormatter
+from dataclasses import fields, replace
+from pathlib import Path
+from tempfile import TemporaryFile
+from typing import TYPE_CHECKING, Any, Literal
+
+from _cli import Parser, integer, pick_device, run
+
+from conf.errors import RequestError
+from conf.schema import DataConfig
+
+if TYPE_CHECKING:
+    from sequencer.data import ImageSet
+    from sequencer.evaluation import ClassResult
+    from sequencer.models import LoadedModel
+
+MOST_CLASSES_PRINTED = 20
+WORST_CLASSES_PRINTED = 10
+
+
+def main(argv: list[str] | None = None) -> int:
+    return run(work, parse(argv))
+
+
+def parse(argv: list[str] | None) -> Namespace:
+    data_sets = next(field.metadata["choices"] for field in fields(DataConfig) if field.name == "name")
+    parser = Parser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="run folder, model folder, checkpoint file or timm name")
+    add("--data", metavar="NAME", choices=data_sets, help=f"data set: {', '.join(data_sets)}; default: the run's")
+    add("--data-root", metavar="DIR", help="folder that holds the set")
+    add("--split", choices=("val", "test"), help="default: test where the set has one, otherwise val")
+    add("--arch", metavar="NAME", help="architecture of a .pth or .safetensors file")
+    add("--batch-size", metavar="N", type=integer(1), help="images per forward pass")
+    add("--num-workers", metavar="N", type=integer(0), help="loader processes; 0 loads in this one")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto, a GPU where there is one")
+    add("--output", metavar="DIR", type=Path, help="default: RUN/evaluation for a run, otherwise ./evaluation")
+    add("--debug", action="store_true", help="show the traceback of an error")
+    args = parser.parse_args(argv)
+    if args.data is None and not Path(args.model).exists():
+        parser.error(f"{args.model} is no file or folder; for a timm model say on which set, with --data NAME")
+    return args
+
+
+def work(args: Namespace) -> None:
+    from torch.utils.data import DataLoader
+
+    from sequencer.evaluation import evaluate
+    from sequencer.models import CheckpointError, load_model
+
+    device = pick_device(args.device)
+    try:
+        loaded = load_model(args.model, args.arch)
+    except CheckpointError as error:
+        raise RequestError(str(error)) from error
+    data = data_config(args, loaded)
+    split, images = open_part(data, args.split)
+    check_classes(loaded, images)
+    output = make_output(args)
+    loader = DataLoader(images, data.eval_batch_size, num_workers=data.num_workers, pin_memory=device.type == "cuda")
+    metrics = evaluate(loaded.model.to(device), loader, len(images.class_names), device)
+    values = {name: value.item() for name, value in metrics.compute().items()}
+    about = {"model": args.model, "arch": loaded.arch, "slot": loaded.slot, "data": data.name, "split": split}
+    per_class = metrics.per_class(images.class_names)
+    write(output, about | values, per_class)
+    show(about | values, per_class, output)
+
+
+def data_config(args: Namespace, loaded: "LoadedModel") -> DataConfig:
+    """The data section that the model was trained with, or one for `--data` with the model's preprocessing."""
+    if loaded.data is not None and args.data in (None, loaded.data["name"]):
+        # a run of another version may know other keys; how training images were augmented plays no part here
+        known = {field.name for field in fields(DataConfig)} - {"augment"}
+        config = DataConfig(**{key: value for key, value in loaded.data.items() if key in known})
+    elif args.data is not None:
+        config = replace(default_data(args.data), **preprocessing(loaded))
+    else:
+        raise RequestError(f"{args.model} does not know its data set: add --data NAME")
+    given = {"root": args.data_root, "eval_batch_size": args.batch_size, "num_workers": args.num_workers}
+    return replace(config, **{key: value for key, value in given.items() if value is not None})
+
+
+def default_data(name: str) -> DataConfig:
+    from conf.request import compose, to_config
+
+    return to_config(compose([f"data={name}"])).data
+
+
+def preprocessing(loaded: "LoadedModel") -> dict[str, Any]:
+    """The keys of DataConfig for what timm's configuration of the model says."""
+    from timm.data import resolve_data_config
+
+    entries = resolve_data_config(pretrained_cfg=loaded.pretrained_cfg)
+    in_chans, img_size, _ = entries["input_size"]
+    return {
+        "in_chans": in_chans,
+        "img_size": img_size,
+        "mean": list(entries["mean"]),
+        "std": list(entries["std"]),
+        "crop_pct": entries["crop_pct"],
+        "interpolation": entries["interpolation"],
+    }
+
+
+def open_part(data: DataConfig, split: Literal["val", "test"] | None) -> tuple[str, "ImageSet"]:
+    """Opens just the part that is asked for: who evaluates ImageNet need not have its training images."""
+    from sequencer.data import eval_transform, open_dataset
+    from sequencer.data.sets import has_test_part
+
+    split = split or ("test" if has_test_part(data) else "val")
+    return split, open_dataset(data, split, eval_transform(data))
+
+
+def check_classes(loaded: "LoadedModel", images: "ImageSet") -> None:
+    from rich.console import Console
+
+    names, expected = images.class_names, loaded.class_names
+    if loaded.model.num_classes != len(names):
+        raise RequestError(f"the model has {loaded.model.num_classes} classes, the data set {len(names)}")
+    if expected is not None and (other := [pair for pair in zip(expected, names, strict=True) if pair[0] != pair[1]]):
+        Console(stderr=True).print(
+            f"note: {len(other)} classes have other names in the model than in the data set, e.g. {other[0][0]} and"
+            f" {other[0][1]}; they are matched by position",
+            markup=False,
+            highlight=False,
+        )
+
+
+def make_output(args: Namespace) -> Path:
+    """Makes the folder before the work, so that a wrong one is found out at once."""
+    model = Path(args.model)
+    output = args.output or (model if (model / "config.yaml").is_file() else Path()) / "evaluation"
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        TemporaryFile(dir=output).close()
+    except OSError as error:
+        raise RequestError(
+            f"{output} cannot be written: {error.strerror}; name another folder with --output"
+        ) from error
+    return output
+
+
+def write(output: Path, result: dict[str, Any], per_class: list["ClassResult"]) -> None:
+    # JSON has no NaN
+    plain = {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in result.items()}
+    (output / "evaluation.json").write_text(json.dumps(plain, indent=2) + "\n")
+    with open(output / "per_class.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["class", "support", "precision", "recall"])
+        writer.writerows(per_class)
+
+
+def show(result: dict[str, Any], per_class: list["ClassResult"], output: Path) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console(highlight=False, markup=False)
+    console.print("{arch} ({slot} weights) on {data}, {split} part, {total:,} images".format(**result))
+    console.print("top-1 {top1:.2%}   top-5 {top5:.2%}   loss {loss:.4f}".format(**result), style="bold")
+    shown = per_class
+    if len(per_class) > MOST_CLASSES_PRINTED:
+        by_recall = sorted((row.recall, i) for i, row in enumerate(per_class) if row.recall is not None)
+        shown = [per_class[i] for _, i in by_recall[:WORST_CLASSES_PRINTED]]
+        console.print(f"\nthe {len(shown)} classes of lowest recall, out of {len(per_class)}:")
+    table = Table("class")
+    for name in ("images", "precision", "recall"):
+        table.add_column(name, justify="right")
+    for row in shown:
+        ratios = ("" if ratio is None else f"{ratio:.2%}" for ratio in (row.precision, row.recall))
+        table.add_row(Text(row.name), f"{row.support:,}", *ratios)
+    console.print(table)
+    console.print(f"written: {output / 'evaluation.json'}, {output / 'per_class.csv'}", soft_wrap=True)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

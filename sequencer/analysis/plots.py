@@ -1,0 +1,213 @@
+"""The pictures of a run: its curves and its confusion matrix.
+
+Colours are Okabe and Ito's, which most kinds of colour vision tell apart. Figures are drawn without pyplot, so that
+nothing is left behind in the process.
+"""
+
+import csv
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib import colormaps, rc_context
+from matplotlib.axes import Axes
+from matplotlib.colors import PowerNorm
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator, PercentFormatter
+from numpy.typing import ArrayLike, NDArray
+
+Array = NDArray[np.float64]
+
+INK, FAINT = "#333333", "#8a8a8a"
+GREY, BLUE, VERMILION, GREEN = "#7f7f7f", "#0072b2", "#d55e00", "#009e73"
+SLOTS = {"val": ("validation", BLUE), "val_ema": ("validation, EMA", VERMILION)}
+
+MOST_NUMBERED_CLASSES = 20
+MOST_LABELS = 30
+LONGEST_LABEL = 18  # characters
+CHARACTER_WIDTH = 0.08  # inches, on average
+
+STYLE: dict[Any, Any] = {  # matplotlib's stubs type the keys as literals
+    "font.family": "DejaVu Sans",  # comes with matplotlib
+    "font.size": 9,
+    "text.color": INK,
+    "text.parse_math": False,  # a class may be called $5 or $10
+    "axes.edgecolor": FAINT,
+    "axes.labelcolor": INK,
+    "axes.linewidth": 0.8,
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e6e6e6",
+    "grid.linewidth": 0.7,
+    "lines.linewidth": 1.6,
+    "xtick.color": FAINT,
+    "ytick.color": FAINT,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "legend.frameon": False,
+    "legend.fontsize": 8.5,
+    "savefig.dpi": 150,
+    "savefig.facecolor": "white",
+}
+
+
+@rc_context(STYLE)
+def plot_curves(metrics_csv: Path, output: Path) -> Figure:
+    """Draws loss, top-1 and learning rate by epoch, from a run's metrics.csv, into the image file `output`.
+
+    Epochs are counted from 1. A missing value leaves a gap.
+
+    Raises:
+        ValueError: the file has no row.
+    """
+    columns = _read_columns(metrics_csv)
+    epochs = columns["epoch"] + 1
+    figure = Figure(figsize=(12, 3.8), layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1))
+    loss, top1, lr = figure.subplots(1, 3, width_ratios=[1.2, 1.2, 0.8])
+    _draw_loss(loss, epochs, columns)
+    _draw_top1(top1, epochs, columns)
+    _draw_line(lr, epochs, columns["lr"], GREEN)
+    lr.set_ylim(bottom=0)
+    lr.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    pad = 10 + 13 * sum(f"{slot}/top1" in columns for slot in SLOTS)  # room for the legend, between title and curves
+    for axes, title in ((loss, "Loss"), (top1, "Top-1 accuracy"), (lr, "Learning rate")):
+        axes.set_title(title, pad=pad)
+        axes.set_xlabel("epoch")
+        margin = 0.5 if len(epochs) == 1 else 0.03 * (epochs[-1] - epochs[0])
+        axes.set_xlim(epochs[0] - margin, epochs[-1] + margin)
+        axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
+    figure.savefig(output)
+    return figure
+
+
+def _read_columns(path: Path) -> dict[str, Array]:
+    with open(path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    if not rows:
+        raise ValueError(f"{path} has no epoch")
+    columns = {name: np.array([float(row[name] or "nan") for row in rows]) for name in rows[0]}
+    return {name: np.where(np.isfinite(values), values, np.nan) for name, values in columns.items()}
+
+
+def _draw_loss(axes: Axes, epochs: Array, columns: dict[str, Array]) -> None:
+    curves = [("train/loss", "training", GREY)]
+    curves += [(f"{slot}/loss", *look) for slot, look in SLOTS.items() if f"{slot}/loss" in columns]
+    for name, label, colour in curves:
+        _draw_line(axes, epochs, columns[name], colour, label)
+    values = np.concatenate([columns[name] for name, _, _ in curves])
+    values = values[np.isfinite(values)]
+    if len(values) and values.min() > 0 and (decades := math.log10(values.max() / values.min())) > 1:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 2.5 else (1,)))
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    _draw_legend(axes, ncols=len(curves))
+
+
+def _draw_top1(axes: Axes, epochs: Array, columns: dict[str, Array]) -> None:
+    for slot, (label, colour) in SLOTS.items():
+        values = columns.get(f"{slot}/top1")
+        if values is None:
+            continue
+        if np.isfinite(values).any():
+            best = int(np.nanargmax(values))
+            label += f": best {values[best]:.2%}, epoch {epochs[best]:.0f}"
+            axes.plot(epochs[best], values[best], "o", color=colour, markersize=7, markeredgecolor="white", zorder=3)
+        _draw_line(axes, epochs, values, colour, label)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g}%"))
+    _draw_legend(axes, ncols=1)
+
+
+def _draw_line(axes: Axes, epochs: Array, values: Array, colour: str, label: str | None = None) -> None:
+    finite = np.concatenate([[False], np.isfinite(values), [False]])
+    alone = finite[1:-1] & ~finite[:-2] & ~finite[2:]  # no line reaches these
+    axes.plot(epochs, values, color=colour, label=label)
+    axes.plot(epochs[alone], values[alone], "o", color=colour, markersize=4)
+
+
+def _draw_legend(axes: Axes, ncols: int) -> None:
+    """Above the curves, where it hides none."""
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=ncols, borderaxespad=0.3, borderpad=0, handlelength=1.4)
+
+
+@rc_context(STYLE | {"axes.grid": False, "axes.spines.top": True, "axes.spines.right": True})
+def plot_confusion(confusion: ArrayLike, class_names: Sequence[str], output: Path, title: str) -> Figure:
+    """Draws a confusion matrix, each row as shares of its true class, into the image file `output`.
+
+    Up to 20 classes the cells hold per cents. Where there are too many classes to name, every nth is named.
+
+    Args:
+        confusion: `K K` counts, rows the true class, columns the predicted one; a tensor must be on the CPU.
+        class_names: K names.
+        title: stands above, followed by top-1 and the number of images.
+    """
+    counts = np.asarray(confusion)
+    support = counts.sum(axis=1, keepdims=True)
+    shares = np.divide(counts, support, where=support > 0, out=np.full(counts.shape, np.nan))
+    numbered = len(counts) <= MOST_NUMBERED_CLASSES
+    side = max(2.6, 0.42 * len(counts)) if numbered else 8.0
+    figure = Figure(figsize=(side + 2.4, side + 1.9), layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1))
+    axes = figure.subplots()
+    # the square root makes rare confusions visible beside the diagonal
+    norm = PowerNorm(0.5, 0, 1)
+    colours = colormaps["Blues"].with_extremes(bad="#eeeeee")
+    image = axes.imshow(shares, cmap=colours, norm=norm, interpolation="nearest")
+    if numbered:
+        _write_shares(axes, counts, shares, norm)
+    _name_classes(axes, class_names, side)
+    _add_colour_bar(figure, axes, image, numbered)
+    total = int(counts.sum())
+    result = f"top-1 {counts.trace() / total:.2%} of {total:,} images" if total else "no image has a prediction"
+    axes.set_title(title, pad=24)
+    axes.annotate(result, (0, 1), (0, 8), xycoords="axes fraction", textcoords="offset points")
+    figure.savefig(output)
+    return figure
+
+
+def _write_shares(axes: Axes, counts: NDArray[Any], shares: Array, norm: PowerNorm) -> None:
+    for row, column in zip(*np.nonzero(counts), strict=True):
+        share = 100 * shares[row, column]
+        text = "<1" if share < 0.5 else ">99" if 99.5 <= share < 100 else f"{share:.0f}"
+        colour = "white" if norm(shares[row, column]) > 0.6 else INK
+        axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=8)
+
+
+def _name_classes(axes: Axes, class_names: Sequence[str], side: float) -> None:
+    """Names as many classes as fit into `side` inches."""
+    nth = next(n for n in _round_numbers() if len(class_names) <= MOST_LABELS * n)
+    shown = range(0, len(class_names), nth)
+    names = [_shorten(class_names[i]) for i in shown]
+    note = f" (one in {nth} named)" if nth > 1 else ""
+    too_wide = CHARACTER_WIDTH * max(map(len, names)) > 0.9 * side / len(names)
+    axes.set_xticks(shown, names, rotation=90 if too_wide else 0)
+    axes.set_yticks(shown, names)
+    axes.tick_params(length=0 if nth == 1 else 3)
+    axes.set_xlabel(f"predicted class{note}")
+    axes.set_ylabel(f"true class{note}")
+
+
+def _round_numbers() -> Any:
+    """1, 2, 5, 10, 20, 50, ..."""
+    power = 1
+    while True:
+        yield from (power, 2 * power, 5 * power)
+        power *= 10
+
+
+def _shorten(name: str) -> str:
+    return name if len(name) <= LONGEST_LABEL else name[: LONGEST_LABEL - 1] + "…"
+
+
+def _add_colour_bar(figure: Figure, axes: Axes, image: Any, numbered: bool) -> None:
+    bar = figure.colorbar(image, ax=axes, shrink=0.8, aspect=30, ticks=[0, 0.01, 0.1, 0.25, 0.5, 1])
+    bar.set_label("share of the true class (in the cells: %)" if numbered else "share of the true class")
+    bar.ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    bar.outline.set_visible(False)  # type: ignore[operator]  # a Spine, typed as something to call

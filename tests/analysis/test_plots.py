@@ -1,0 +1,130 @@
+"""What the pictures show, read from the figures that are returned."""
+
+import csv
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sequencer.analysis import plot_confusion, plot_curves
+
+
+def write_metrics(path, rows, **changes):
+    """metrics.csv with `rows` epochs of falling loss and rising top-1; `changes` are columns, written as they are."""
+    epochs = range(rows)
+    columns = {
+        "epoch": epochs,
+        "step": [10 * (epoch + 1) for epoch in epochs],
+        "lr": [1e-3] * rows,
+        "train/loss": [2 / (1 + epoch) for epoch in epochs],
+        "val/loss": [2.1 / (1 + epoch) for epoch in epochs],
+        "val/top1": [1 - 0.9 / (1 + epoch) for epoch in epochs],
+        "val/top5": [1] * rows,
+        "time/epoch_s": [1] * rows,
+        "time/images_per_s": [1] * rows,
+        **{name.replace("__", "/"): values for name, values in changes.items()},
+    }
+    with open(path, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(columns)
+        writer.writerows(zip(*columns.values(), strict=True))
+    return path
+
+
+def legend(axes):
+    return [text.get_text() for text in axes.get_legend().get_texts()]
+
+
+def check_image(path):
+    with Image.open(path) as image:
+        assert len(image.getcolors(maxcolors=1 << 20)) > 10  # not a blank page
+        return image.size
+
+
+@pytest.fixture
+def output(tmp_path):
+    return tmp_path / "picture.png"
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 30, 300])
+def test_curves(tmp_path, output, epochs):
+    figure = plot_curves(write_metrics(tmp_path / "metrics.csv", epochs), output)
+    assert check_image(output) == (1800, 570)
+    loss, top1, lr = figure.axes
+    assert [axes.get_title(loc="left") for axes in figure.axes] == ["Loss", "Top-1 accuracy", "Learning rate"]
+    assert all(axes.get_xlabel() == "epoch" for axes in figure.axes)
+    assert loss.get_yscale() == ("log" if epochs > 10 else "linear")
+    assert legend(loss) == ["training", "validation"]
+    assert legend(top1) == [f"validation: best {1 - 0.9 / epochs:.2%}, epoch {epochs}"]
+    assert lr.get_legend() is None
+    assert top1.get_xlim()[0] < 1
+    assert top1.get_xlim()[1] > epochs
+
+
+def test_curves_with_moving_average_and_holes(tmp_path, output):
+    path = write_metrics(
+        tmp_path / "metrics.csv",
+        5,
+        val__top1=[0.1, "nan", 0.7, "", 0.6],
+        val_ema__loss=[2, 1.5, "inf", 1, 1],
+        val_ema__top1=[0.1, 0.2, 0.3, 0.4, 0.35],
+        val_ema__top5=[1] * 5,
+    )
+    loss, top1, _ = plot_curves(path, output).axes
+    assert legend(loss) == ["training", "validation", "validation, EMA"]
+    assert legend(top1) == ["validation: best 70.00%, epoch 3", "validation, EMA: best 40.00%, epoch 4"]
+    marked = [line.get_xydata().tolist() for line in top1.lines if line.get_marker() == "o"]
+    assert marked == [[[3, 0.7]], [[1, 0.1], [3, 0.7], [5, 0.6]], [[4, 0.4]], []]
+
+
+def test_curves_of_a_run_that_diverged(tmp_path, output):
+    path = write_metrics(tmp_path / "metrics.csv", 2, val__top1=["nan"] * 2, val__loss=["nan"] * 2)
+    top1 = plot_curves(path, output).axes[1]
+    assert legend(top1) == ["validation"]
+
+
+def test_curves_need_an_epoch(tmp_path, output):
+    with pytest.raises(ValueError, match="has no epoch"):
+        plot_curves(write_metrics(tmp_path / "metrics.csv", 0), output)
+    assert not output.exists()
+
+
+def confusion(num_classes):
+    return torch.eye(num_classes, dtype=torch.int64) * 3 + torch.ones(num_classes, num_classes, dtype=torch.int64)
+
+
+@pytest.mark.parametrize(
+    ("num_classes", "named", "note"),
+    [(2, 2, ""), (10, 10, ""), (21, 21, ""), (100, 20, " (one in 5 named)"), (1000, 20, " (one in 50 named)")],
+)
+def test_confusion(output, num_classes, named, note):
+    names = [f"class {i}" for i in range(num_classes)]
+    axes = plot_confusion(confusion(num_classes), names, output, "a title").axes[0]
+    check_image(output)
+    assert axes.get_title(loc="left") == "a title"
+    assert axes.get_xlabel() == f"predicted class{note}"
+    assert axes.get_ylabel() == f"true class{note}"
+    labels = [label.get_text() for label in axes.get_yticklabels()]
+    assert labels == names[:: num_classes // named]
+    assert labels == [label.get_text() for label in axes.get_xticklabels()]
+    texts = [text.get_text() for text in axes.texts]
+    total = num_classes * (num_classes + 3)
+    assert f"top-1 {4 * num_classes / total:.2%} of {total:,} images" in texts
+    assert len(texts) == 1 + (num_classes**2 if num_classes <= 20 else 0)
+    np.testing.assert_allclose(axes.images[0].get_array()[0, 0], 4 / (num_classes + 3))
+
+
+def test_confusion_cells(output):
+    counts = np.array([[999, 1, 0], [0, 0, 0], [1, 1, 2]])
+    axes = plot_confusion(counts, ["costs $5 or $6", "a name of more than eighteen", "c"], output, "").axes[0]
+    cells = {text.get_position(): text.get_text() for text in axes.texts[:-1]}
+    assert cells == {(0, 0): ">99", (1, 0): "<1", (0, 2): "25", (1, 2): "25", (2, 2): "50"}
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["costs $5 or $6", "a name of more th…", "c"]
+    assert np.ma.getmaskarray(axes.images[0].get_array())[1].all() or math.isnan(axes.images[0].get_array()[1, 0])
+
+
+def test_confusion_without_predictions(output):
+    axes = plot_confusion(np.zeros((2, 2), dtype=np.int64), ["a", "b"], output, "").axes[0]
+    assert [text.get_text() for text in axes.texts] == ["no image has a prediction"]

@@ -1,0 +1,241 @@
+"""scripts/evaluate.py: what it prints and writes, and how it ends."""
+
+import csv
+import importlib.util
+import json
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from conf.schema import DataConfig
+from sequencer.data import eval_transform, open_dataset
+from sequencer.export import save_model_folder
+from sequencer.models import create_model, load_model, preprocessing
+
+SCRIPTS = Path(__file__).parents[1] / "scripts"
+ARGS = {"layers": [1], "patch_sizes": [2], "embed_dims": [16], "hidden_sizes": [4]}
+DIGITS = DataConfig(
+    name="digits",
+    num_classes=10,
+    in_chans=1,
+    img_size=8,
+    mean=[0.3],
+    std=[0.4],
+    default_model="sequencer2d_t_8",
+    num_workers=0,
+)
+
+
+@pytest.fixture
+def script(monkeypatch, tmp_path):
+    """The script as a module; the working directory is an empty folder."""
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    monkeypatch.chdir(tmp_path)
+    spec = importlib.util.spec_from_file_location("evaluate_script", SCRIPTS / "evaluate.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def save_run(folder: Path, data: DataConfig, class_names: list[str], **entries) -> Path:
+    """What evaluation reads of a run: untrained weights with a head that is not zero, and the configuration."""
+    torch.manual_seed(0)
+    size = {"in_chans": data.in_chans, "img_size": data.img_size}
+    model = create_model("sequencer2d_t_8", num_classes=len(class_names), **size, **ARGS)
+    torch.nn.init.normal_(model.get_classifier().weight)
+    save_model_folder(
+        model,
+        folder / "model",
+        preprocessing=preprocessing(asdict(data)),
+        model_args=size | ARGS,
+        class_names=class_names,
+        extra={"slot": "raw", "config": {"data": asdict(data) | entries}},
+    )
+    (folder / "config.yaml").touch()
+    return folder
+
+
+@pytest.fixture
+def run_folder(tmp_path):
+    return save_run(tmp_path / "run", DIGITS, list("0123456789"))
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_run(script, run_folder, capsys):
+    assert script.main([str(run_folder), "--device", "cpu"]) == 0
+    images = open_dataset(DIGITS, "test", eval_transform(DIGITS))
+    logits = load_model(run_folder).model(torch.stack([image for image, _ in images]))
+    hits = logits.argmax(1).numpy() == images.labels
+    result = json.loads((run_folder / "evaluation" / "evaluation.json").read_text())
+    assert result.pop("loss") == pytest.approx(
+        torch.nn.functional.cross_entropy(logits, torch.from_numpy(images.labels)).item(), rel=1e-5
+    )
+    assert result.pop("top5") > result["top1"] > 0
+    assert result == {
+        "model": str(run_folder),
+        "arch": "sequencer2d_t_8",
+        "slot": "raw",
+        "data": "digits",
+        "split": "test",
+        "top1": hits.mean(),
+        "total": len(images),
+    }
+    table = read_csv(run_folder / "evaluation" / "per_class.csv")
+    assert [row["class"] for row in table] == list("0123456789")
+    assert sum(int(row["support"]) for row in table) == len(images)
+    assert float(table[3]["recall"]) == pytest.approx(hits[images.labels == 3].mean())
+    printed = capsys.readouterr()
+    assert f"{hits.mean():.2%}" in printed.out
+    assert max(map(len, printed.out.splitlines()[:-1])) <= 80
+    assert printed.err == ""
+
+
+def test_arguments(script, run_folder, tmp_path, capsys):
+    output = tmp_path / "elsewhere"
+    arguments = [str(run_folder / "model"), "--split", "val", "--batch-size", "7", "--output", str(output)]
+    assert script.main(arguments) == 0
+    assert json.loads((output / "evaluation.json").read_text())["split"] == "val"
+    assert not (run_folder / "evaluation").exists()
+    assert "digits, val part" in capsys.readouterr().out
+
+
+def test_a_run_of_another_version(script, tmp_path):
+    folder = save_run(tmp_path / "old", DIGITS, list("0123456789"), a_key_of_old=1, augment={"another": 2})
+    assert script.main([str(folder)]) == 0
+
+
+def test_file_with_architecture(script, tmp_path):
+    model = create_model("sequencer2d_t_8", num_classes=10, in_chans=1)
+    save_file(model.state_dict(), tmp_path / "weights.safetensors")
+    arguments = ["weights.safetensors", "--arch", "sequencer2d_t_8"]
+    assert script.main(arguments) == 2
+    assert script.main([*arguments, "--data", "digits", "--num-workers", "0"]) == 0
+    assert json.loads(Path("evaluation/evaluation.json").read_text())["total"] == 359
+
+
+def test_other_data_set_keeps_the_preprocessing_of_the_model(script, run_folder):
+    args = script.parse([str(run_folder), "--data", "mnist", "--data-root", "a folder"])
+    config = script.data_config(args, load_model(run_folder))
+    assert (config.name, config.root) == ("mnist", "a folder")
+    assert preprocessing(asdict(config)) == preprocessing(asdict(DIGITS))
+
+
+@pytest.fixture
+def folder_of_30_classes(tmp_path):
+    """An image folder with val/ only."""
+    for index in range(30):
+        folder = tmp_path / "images" / "val" / f"[class] {index:02d}"
+        folder.mkdir(parents=True)
+        for copy in range(2):
+            Image.new("RGB", (12, 10), (8 * index, 50 * copy, 200 - 6 * index)).save(folder / f"{copy}.png")
+    return tmp_path / "images"
+
+
+@pytest.fixture
+def run_of_30_classes(tmp_path, folder_of_30_classes):
+    data = replace(DIGITS, name="imagefolder", root=str(folder_of_30_classes), num_classes=None, in_chans=3, img_size=8)
+    names = sorted(path.name for path in (folder_of_30_classes / "val").iterdir())
+    return save_run(tmp_path / "run", data, names)
+
+
+def test_many_classes(script, run_of_30_classes, capsys):
+    assert script.main([str(run_of_30_classes)]) == 0
+    printed = capsys.readouterr().out
+    assert "imagefolder, val part, 60 images" in printed
+    assert "the 10 classes of lowest recall, out of 30" in printed
+    assert printed.count("[class] ") == 10
+    table = read_csv(run_of_30_classes / "evaluation" / "per_class.csv")
+    assert len(table) == 30
+    assert all(row["support"] == "2" for row in table)
+    assert any(row["precision"] == "" for row in table)  # never predicted
+
+
+def test_classes_with_other_names_are_noted(script, run_of_30_classes, folder_of_30_classes, capsys):
+    (folder_of_30_classes / "val" / "[class] 00").rename(folder_of_30_classes / "val" / "[class] 0")
+    assert script.main([str(run_of_30_classes)]) == 0
+    assert "note: 1 classes have other names" in capsys.readouterr().err
+
+
+def test_an_unreadable_image_ends_the_work(script, run_of_30_classes, folder_of_30_classes, capsys):
+    (folder_of_30_classes / "val" / "[class] 00" / "0.png").write_bytes(b"no image")
+    assert script.main([str(run_of_30_classes)]) == 1
+    assert check_error(capsys).startswith("error: UnidentifiedImageError: cannot identify image file")
+    assert not list((run_of_30_classes / "evaluation").iterdir())
+
+
+def check_error(capsys) -> str:
+    """At most two lines and no traceback, on standard error alone; returns them."""
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert 1 <= len(printed.err.splitlines()) <= 2
+    return printed.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere"], "nowhere is no file or folder"),
+        (["nowhere", "--data", "digits"], "nowhere is neither a file or folder nor a timm model name"),
+        (["RUN", "--data", "digit"], "invalid choice: 'digit'"),
+        (["RUN", "--batch-size", "0"], "--batch-size: 0 is less than 1"),
+        (["RUN", "--num-workers", "two"], "--num-workers: two is not an integer"),
+        (["RUN", "--splitt", "val"], "unrecognized arguments: --splitt"),
+        (["RUN/model/config.json"], "config.json"),
+        (["RUN", "--data", "mnist", "--data-root", "nothing"], "data=mnist: no complete set in"),
+        (["RUN", "--data", "cifar100", "--data-root", "nothing"], "data=cifar100"),
+        (["RUN", "--output", "RUN/config.yaml"], "config.yaml cannot be written: File exists"),
+    ],
+)
+def test_wrong_requests(script, run_folder, capsys, arguments, message):
+    arguments = [argument.replace("RUN", str(run_folder)) for argument in arguments]
+    try:
+        code = script.main(arguments)
+    except SystemExit as error:  # argparse's
+        code = error.code
+    assert code == 2
+    assert message in check_error(capsys)
+    assert not Path("evaluation").exists()
+
+
+def test_other_number_of_classes(script, run_folder, folder_of_30_classes, capsys):
+    assert script.main([str(run_folder), "--data", "imagefolder", "--data-root", str(folder_of_30_classes)]) == 2
+    assert "the model has 10 classes, the data set 30" in check_error(capsys)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_no_gpu(script, run_folder, capsys):
+    assert script.main([str(run_folder), "--device", "cuda"]) == 2
+    assert "--device cuda" in check_error(capsys)
+
+
+def test_interrupted(script, run_folder, capsys, monkeypatch):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sequencer.evaluation.evaluate", interrupt)
+    assert script.main([str(run_folder)]) == 130
+    assert check_error(capsys) == "interrupted\n"
+
+
+def test_debug_shows_the_traceback(script, run_folder, capsys):
+    assert script.main([str(run_folder), "--data", "mnist", "--data-root", "nothing", "--debug"]) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_help_does_not_import_torch():
+    command = [sys.executable, "-X", "importtime", str(SCRIPTS / "evaluate.py"), "--help"]
+    root = str(SCRIPTS.parent)
+    done = subprocess.run(command, capture_output=True, text=True, env={"PYTHONPATH": root, "COLUMNS": "80"})
+    assert done.returncode == 0
+    assert "MODEL" in done.stdout
+    assert " torch\n" not in done.stderr
