@@ -1,0 +1,61 @@
+"""Train an image classifier: `python train.py experiment=NAME group=choice key=value`; `--help` shows what there is."""
+
+import os
+import sys
+import traceback
+
+import hydra
+from hydra._internal.utils import get_args_parser
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+from conf.errors import RequestError
+from conf.request import Request, check_overrides, compose, request, resume_request
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="config")
+def main(composed: DictConfig) -> None:
+    if HydraConfig.get().mode == RunMode.MULTIRUN:
+        composed.run_dir = f"{composed.run_dir}/{HydraConfig.get().job.num}"
+    try:
+        start(request(composed))
+    except Exception as error:  # Hydra would print a traceback and exit with 1 whatever it was
+        sys.exit(exit_code(error))
+
+
+def start(wanted: Request) -> None:
+    from sequencer.training import run  # imports torch
+
+    run(wanted.config, resume=wanted.resume)
+
+
+def command(arguments: list[str]) -> None:
+    parsed = get_args_parser().parse_args(arguments)
+    if not (parsed.help or parsed.hydra_help or parsed.shell_completion or parsed.info):
+        if wanted := resume_request(parsed.overrides):
+            return start(wanted)
+        request(compose(parsed.overrides))
+        flags = [argument for argument in arguments if argument not in parsed.overrides]
+        sys.argv[1:] = [*flags, *check_overrides(parsed.overrides)]
+    return main()
+
+
+def exit_code(error: Exception) -> int:
+    """Says what went wrong: 2 where the request was at fault, 1 where the work was."""
+    if os.environ.get("HYDRA_FULL_ERROR") == "1":
+        traceback.print_exception(error)
+    else:
+        message = "\n".join(str(error).strip().splitlines()[:2]) or type(error).__name__
+        print(f"train.py: {message}", file=sys.stderr)
+    return 2 if isinstance(error, RequestError) else 1
+
+
+if __name__ == "__main__":
+    try:
+        command(sys.argv[1:])
+    except KeyboardInterrupt:
+        print("interrupted; python train.py resume=RUN_DIR goes on", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        sys.exit(exit_code(error))
