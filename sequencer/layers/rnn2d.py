@@ -23,7 +23,7 @@ class RNN(nn.Module):
         bidirectional: a second direction runs from the last step to the first.
 
     Raises:
-        ValueError: unknown cell.
+        ValueError: unknown cell, or a size below 1.
     """
 
     def __init__(
@@ -37,6 +37,9 @@ class RNN(nn.Module):
         super().__init__()
         if cell not in CELLS:
             raise ValueError(f"unknown cell {cell!r}; there are {', '.join(CELLS)}")
+        sizes = {"input_size": input_size, "hidden_size": hidden_size, "num_layers": num_layers}
+        if min(sizes.values()) < 1:
+            raise ValueError(f"sizes must be 1 or more: {', '.join(f'{name}={size}' for name, size in sizes.items())}")
         self.cell, self.hidden_size = cell, hidden_size
         directions = 2 if bidirectional else 1
         self.output_size = directions * hidden_size

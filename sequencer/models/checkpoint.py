@@ -2,11 +2,11 @@
 
 import argparse
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.layers import resample_abs_pos_embed_nhwc
 from torch import Tensor, nn
@@ -37,11 +37,13 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         # timm and the paper's repository keep their command line in the file, as a Namespace of plain values
         with torch.serialization.safe_globals([argparse.Namespace]):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        reason = "holds more than tensors and plain values" if "Unsupported" in str(error) else "is damaged"
-        raise CheckpointError(f"{path} {reason}; it was not loaded") from error
-    except (SafetensorError, RuntimeError, EOFError, OSError, KeyError) as error:
-        raise CheckpointError(f"{path} is damaged or no checkpoint: {str(error).splitlines()[0]}") from error
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    except Exception as error:  # readers trip over a damaged file in a dozen ways
+        refused = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
+        if refused:
+            raise CheckpointError(f"{path} holds code ({refused[1]}), not only weights; it was not loaded") from error
+        raise CheckpointError(f"{path} is damaged or no checkpoint") from error
     if not isinstance(checkpoint, dict):
         raise CheckpointError(f"{path} holds a {type(checkpoint).__name__}, not a state dict")
     return checkpoint
@@ -85,11 +87,11 @@ def load_weights(
         weights[POSITION] = resample_abs_pos_embed_nhwc(weights[POSITION], list(own[POSITION].shape[1:3]))
     kept: list[str] = []
     if replace_head:
-        classifier = model.pretrained_cfg.get("classifier") or "head.fc"
         kept = [
             name
             for name in own
-            if name.startswith(f"{classifier}.") and (name not in weights or weights[name].shape != own[name].shape)
+            if name.startswith(f"{classifier_name(model)}.")
+            and (name not in weights or weights[name].shape != own[name].shape)
         ]
         weights |= {name: own[name] for name in kept}
     problems = {
@@ -106,6 +108,18 @@ def load_weights(
         raise CheckpointError(f"{source} does not fit {type(model).__name__}: " + "; ".join(parts))
     model.load_state_dict(weights)
     return kept
+
+
+def pretrained_cfg(model: nn.Module) -> dict[str, Any]:
+    """What timm notes beside a model: where its weights are, its preprocessing, the name of its classifier."""
+    config = model.pretrained_cfg
+    assert isinstance(config, dict)
+    return config
+
+
+def classifier_name(model: nn.Module) -> str:
+    """Module name of the head's last layer."""
+    return pretrained_cfg(model).get("classifier") or "head.fc"
 
 
 def _abridge(names: list[str], most: int = 3) -> str:

@@ -2,6 +2,7 @@
 
 import difflib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,14 @@ import timm
 from timm.models import get_arch_name
 from torch import Tensor, nn
 
-from sequencer.models.checkpoint import CheckpointError, load_weights, read_checkpoint, select_weights
+from sequencer.models.checkpoint import (
+    CheckpointError,
+    classifier_name,
+    load_weights,
+    pretrained_cfg,
+    read_checkpoint,
+    select_weights,
+)
 from sequencer.models.variants import VARIANTS
 
 
@@ -45,7 +53,7 @@ def load_model(source: str | Path, arch: str | None = None, slot: str | None = N
         checkpoint = read_checkpoint(path)
         return (
             _load_run_checkpoint(checkpoint, path, slot)
-            if "config" in checkpoint
+            if {"config", "class_names"} <= checkpoint.keys()
             else _load_file(checkpoint, path, arch, slot)
         )
     return _load_published(str(source))
@@ -53,27 +61,31 @@ def load_model(source: str | Path, arch: str | None = None, slot: str | None = N
 
 def _load_folder(folder: Path, slot: str | None) -> LoadedModel:
     model_folder = folder / "model" if (folder / "model" / "config.json").is_file() else folder
-    if slot is None and (model_folder / "config.json").is_file():
-        return _load_model_folder(model_folder)
+    loaded = _load_model_folder(model_folder) if (model_folder / "config.json").is_file() else None
+    if loaded and slot in (None, loaded.slot):
+        return loaded
     for name in ("best.ckpt", "last.ckpt"):
         if (path := folder / "checkpoints" / name).is_file():
             return _load_run_checkpoint(read_checkpoint(path), path, slot)
+    if loaded:
+        raise CheckpointError(f"{model_folder} holds the {loaded.slot} weights alone, not the {slot} ones")
     raise CheckpointError(f"{folder} is neither a run nor a model folder: no model/config.json, no checkpoints/")
 
 
 def _load_model_folder(folder: Path) -> LoadedModel:
     try:
         config = json.loads((folder / "config.json").read_text())
-        arch, args, pretrained_cfg = config["architecture"], config.get("model_args", {}), config["pretrained_cfg"]
-    except (json.JSONDecodeError, KeyError) as error:
+        arch, cfg = config["architecture"], config["pretrained_cfg"]
+        channels, height, _ = cfg["input_size"]
+        sizes = {"num_classes": config["num_classes"], "in_chans": channels, "img_size": height}
+        args = sizes | config.get("model_args", {})
+    except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{folder / 'config.json'} is damaged or not a timm model configuration") from error
-    model = create_model(arch, **args | {"num_classes": config["num_classes"]})
+    model = create_model(arch, **args)
     load_weights(model, read_checkpoint(folder / "model.safetensors"), source=str(folder))
     names = config.get("label_names")
     data = config.get("config", {}).get("data")
-    return LoadedModel(
-        model.eval(), arch, config.get("slot", "raw"), tuple(names) if names else None, data, pretrained_cfg
-    )
+    return LoadedModel(model.eval(), arch, config.get("slot", "raw"), tuple(names) if names else None, data, cfg)
 
 
 def _load_run_checkpoint(checkpoint: dict[str, Any], path: Path, slot: str | None) -> LoadedModel:
@@ -100,7 +112,7 @@ def _load_file(checkpoint: dict[str, Any], path: Path, arch: str | None, slot: s
     if classes is not None and classes != model.num_classes:
         model = create_model(arch, num_classes=classes)
     load_weights(model, weights, source=str(path))
-    return LoadedModel(model.eval(), arch, slot or "raw", None, None, dict(model.pretrained_cfg))
+    return LoadedModel(model.eval(), arch, slot or "raw", None, None, pretrained_cfg(model))
 
 
 def _load_published(name: str) -> LoadedModel:
@@ -108,13 +120,9 @@ def _load_published(name: str) -> LoadedModel:
         raise CheckpointError(f"{name} is neither a file or folder nor a timm model name")
     if not timm.is_model_pretrained(name):
         raise CheckpointError(f"{name} has no published weights; give a checkpoint file and --arch {name}")
-    try:
-        model = timm.create_model(name, pretrained=True)
-    except Exception as error:  # whatever the hub client raises: no network, no such file, no space
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"the published weights of {name} could not be fetched: {reason}") from error
-    names = model.pretrained_cfg.get("label_names")
-    return LoadedModel(model.eval(), name, "raw", tuple(names) if names else None, None, dict(model.pretrained_cfg))
+    model = create_model(name, pretrained=True)
+    names = pretrained_cfg(model).get("label_names")
+    return LoadedModel(model.eval(), name, "raw", tuple(names) if names else None, None, pretrained_cfg(model))
 
 
 def preprocessing(data: dict[str, Any]) -> dict[str, Any]:
@@ -129,26 +137,28 @@ def preprocessing(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def _head_size(model: nn.Module, weights: dict[str, Tensor]) -> int | None:
-    weight = weights.get(f"{model.pretrained_cfg.get('classifier')}.weight")
+    weight = weights.get(f"{classifier_name(model)}.weight")
     return None if weight is None else weight.shape[0]
 
 
-def create_model(name: str, img_size: int | None = None, **kwargs: Any) -> nn.Module:
+def create_model(name: str, img_size: int | Sequence[int] | None = None, **kwargs: Any) -> nn.Module:
     """`timm.create_model`, giving `img_size` to the models that are built for one size.
 
     Raises:
-        CheckpointError: no such model, or arguments that it does not take.
+        CheckpointError: no such model, arguments that it does not take, or published weights out of reach.
     """
     if not timm.is_model(name):
         nearest = difflib.get_close_matches(name, timm.list_models(), n=3)
         hint = f"; did you mean {', '.join(nearest)}?" if nearest else ""
         raise CheckpointError(f"unknown model {name}{hint}")
-    if img_size is not None and (get_arch_name(name) in VARIANTS or timm.get_pretrained_cfg(name).fixed_input_size):
-        kwargs["img_size"] = img_size
     try:
+        config = timm.get_pretrained_cfg(name)
+        if img_size is not None and (get_arch_name(name) in VARIANTS or (config and config.fixed_input_size)):
+            kwargs["img_size"] = img_size
         return timm.create_model(name, **kwargs)
-    except (TypeError, ValueError, AssertionError) as error:
-        raise CheckpointError(f"{name} cannot be built: {error}") from error
+    except Exception as error:  # timm's models refuse arguments in many ways, and so does the hub client
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f"{name} cannot be built: {reason}") from error
 
 
 def read_weights(source: str | Path) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ linear head. `Sequencer2d` sweeps columns and rows, `VSequencer` reads all token
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import accumulate
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -15,7 +16,6 @@ from jaxtyping import Float
 from timm.layers import (
     ClassifierHead,
     PatchEmbed,
-    calculate_drop_path_rates,
     lecun_normal_,
     resample_abs_pos_embed_nhwc,
     to_2tuple,
@@ -46,6 +46,8 @@ class Sequencer(nn.Module):
         ValueError: stages of unequal description, or `img_size` no multiple of the total stride.
     """
 
+    norm: nn.Module
+
     def __init__(
         self,
         token_mixer: Callable[[int, int], nn.Module],
@@ -75,12 +77,13 @@ class Sequencer(nn.Module):
 
         self.stem = PatchEmbed(None, patch_sizes[0], in_chans, embed_dims[0], flatten=False, output_fmt=self.output_fmt)
         self.stages, self.feature_info = nn.Sequential(), []
-        rates = calculate_drop_path_rates(drop_path_rate, list(layers), stagewise=True)
+        depth = sum(layers)
+        rates = iter([drop_path_rate * k / max(depth - 1, 1) for k in range(depth)])
         for i, dim in enumerate(embed_dims):
             downsample = Downsample2d(embed_dims[i - 1], dim, patch_sizes[i]) if i else nn.Identity()
             blocks = [
-                SequencerBlock(dim, token_mixer(dim, hidden_sizes[i]), mlp_ratios[i], proj_drop_rate, rate)
-                for rate in rates[i]
+                SequencerBlock(dim, token_mixer(dim, hidden_sizes[i]), mlp_ratios[i], proj_drop_rate, next(rates))
+                for _ in range(layers[i])
             ]
             self.stages.append(Stage(downsample, blocks))
             self.feature_info.append({"num_chs": dim, "reduction": strides[i], "module": f"stages.{i}"})
@@ -104,9 +107,9 @@ class Sequencer(nn.Module):
                     f"input {name} {size} is not a multiple of the total stride {stride}; nearest: {nearest}"
                 )
 
-    def group_matcher(self, coarse: bool = False) -> dict:
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Parameters by depth, for layer-wise learning-rate decay."""
-        block = [(r"^stages\.(\d+)", None)]
+        block: list[tuple[str, tuple[int, ...] | None]] = [(r"^stages\.(\d+)", None)]
         if not coarse:
             block = [(r"^stages\.(\d+)\.blocks\.(\d+)", None), (r"^stages\.(\d+)\.downsample", (0,))]
         return {"stem": r"^stem|absolute_pos_embed", "blocks": [*block, (r"^norm", (99999,))]}
@@ -116,8 +119,9 @@ class Sequencer(nn.Module):
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each block's activations in the backward pass."""
-        for stage in self.stages:
-            stage.grad_checkpointing = enable
+        for module in self.modules():
+            if isinstance(module, Stage):
+                module.grad_checkpointing = enable
 
     def get_classifier(self) -> nn.Module:
         return self.head.fc
@@ -178,6 +182,8 @@ class Sequencer(nn.Module):
         wanted, last = feature_take_indices(len(self.stages), indices)
         shortened = last < len(self.stages) - 1
         self.stages = self.stages[: last + 1]
+        if shortened:
+            self.num_features = self.feature_info[last]["num_chs"]
         if prune_norm or shortened:
             self.norm = nn.Identity()
         if prune_head or shortened:
@@ -268,4 +274,5 @@ def _init_weights(module: nn.Module, name: str) -> None:
             nn.init.normal_(module.bias, std=1e-6 if "mlp" in name else 0.0)
     elif isinstance(module, nn.Conv2d):
         lecun_normal_(module.weight)
-        nn.init.zeros_(module.bias)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)

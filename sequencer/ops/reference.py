@@ -43,6 +43,7 @@ def _peephole_lstm(gates: Tensor, state: State, w: Weights) -> State:
     """i, f, g, o; the input and forget gates see the cell before the update, the output gate after it."""
     h, c = state
     i, f, g, o = (gates + F.linear(h, w.weight_hh, w.bias_hh)).chunk(4, dim=-1)
+    assert w.weight_ch is not None
     p_i, p_f, p_o = w.weight_ch.chunk(3)
     c = (f + p_f * c).sigmoid() * c + (i + p_i * c).sigmoid() * g.tanh()
     return (o + p_o * c).sigmoid() * c.tanh(), c
@@ -57,7 +58,10 @@ def _indylstm(gates: Tensor, state: State, w: Weights) -> State:
 
 
 def _lstm1997(gates: Tensor, state: State, w: Weights) -> State:
-    """i, g, o; nothing is forgotten, the cell input is squashed to [-2, 2] and the cell state to [-1, 1]."""
+    """i, g, o; nothing is forgotten, the cell input is squashed to [-2, 2] and the cell state to [-1, 1].
+
+    The paper feeds the gates' own activations back as well and cuts the gradient at the gates; this does neither.
+    """
     h, c = state
     i, g, o = (gates + F.linear(h, w.weight_hh)).chunk(3, dim=-1)
     c = c + i.sigmoid() * (4 * g.sigmoid() - 2)
@@ -129,7 +133,7 @@ def scan(x: Float[Tensor, "N T C"], w: Weights, cell: str, reverse: bool = False
     hidden_size = w.weight_hh.shape[0] // CELLS[cell].gates
     h = c = torch.zeros(x.shape[0], hidden_size, dtype=state_dtype, device=x.device)
     if not torch.is_autocast_enabled(x.device.type):
-        w = Weights(*(t if t is None else t.to(state_dtype) for t in w))
+        w = Weights._make(t if t is None else t.to(state_dtype) for t in w)
     step, steps = CELLS[cell].step, range(x.shape[1])
     outputs = []
     for t in reversed(steps) if reverse else steps:

@@ -1,6 +1,8 @@
 """torch's own recurrent kernels (cuDNN on a GPU, oneDNN on a CPU) as a function of tensors."""
 
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -11,12 +13,17 @@ from sequencer.ops.reference import Weights
 # The weights are ordinary parameters, so cuDNN copies them into one buffer at each call: small beside the activations.
 warnings.filterwarnings("ignore", message="RNN module weights are not part of single contiguous chunk")
 
-FUNCTIONS = {"lstm": torch.lstm, "gru": torch.gru, "rnn": torch.rnn_tanh, "rnn_relu": torch.rnn_relu}
+FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "lstm": torch.lstm,
+    "gru": torch.gru,
+    "rnn": torch.rnn_tanh,
+    "rnn_relu": torch.rnn_relu,
+}
 
 
 def rnn(x: Float[Tensor, "N T C"], layers: list[tuple[Weights, ...]], cell: str) -> Float[Tensor, "N T K"]:
     """As `sequencer.ops.reference.rnn`, for the cells in `FUNCTIONS`. Not differentiable twice on a GPU."""
-    flat = [tensor for directions in layers for w in directions for tensor in w[:4]]
+    flat = [tensor for directions in layers for w in directions for tensor in w if tensor is not None]
     if torch.is_autocast_enabled(x.device.type):  # torch's own wrapper casts to float16 whatever was asked for
         dtype = torch.get_autocast_dtype(x.device.type)
         with torch.autocast(x.device.type, enabled=False):

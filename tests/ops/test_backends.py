@@ -1,0 +1,140 @@
+"""The choice of backend, torch's kernels against the reference, and the sweeps over a token map."""
+
+import pytest
+import torch
+from torch import nn
+
+from sequencer.layers import RNN
+from sequencer.ops import CELLS, choose_backend, rnn1d, rnn2d
+from sequencer.ops.torch_rnn import FUNCTIONS
+
+TOLERANCE = {torch.float64: {"rtol": 1e-9, "atol": 1e-11}, torch.float32: {"rtol": 1e-4, "atol": 1e-5}}
+
+
+def test_choice_of_backend():
+    assert {cell: choose_backend(cell) for cell in CELLS} == {
+        "lstm": "torch",
+        "gru": "torch",
+        "rnn": "torch",
+        "rnn_relu": "torch",
+        "peephole_lstm": "reference",
+        "indylstm": "reference",
+        "lstm1997": "reference",
+    }
+    assert choose_backend("lstm", "reference") == "reference"
+    with pytest.raises(ValueError, match="unknown cell 'lstmm'; there are lstm, gru"):
+        choose_backend("lstmm")
+    with pytest.raises(ValueError, match="the torch backend has no indylstm cell; use reference"):
+        choose_backend("indylstm", "torch")
+
+
+def outputs_and_gradients(function, inputs, upstream):
+    """The output, then the gradient of `<output, upstream>` for each of the inputs."""
+    outputs = function()
+    return [outputs, *torch.autograd.grad(outputs, inputs, upstream)]
+
+
+@pytest.mark.parametrize(("n", "t"), [(1, 1), (1, 5), (3, 1), (3, 5)])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("num_layers", [1, 2])
+@pytest.mark.parametrize("cell", FUNCTIONS)
+def test_torch_equals_reference(cell, num_layers, bidirectional, dtype, n, t):
+    torch.manual_seed(0)
+    layer = RNN(5, 4, cell, num_layers, bidirectional).to(dtype)
+    x = torch.randn(n, t, 5, dtype=dtype, requires_grad=True)
+    upstream = torch.randn(n, t, layer.output_size, dtype=dtype)
+    inputs = [x, *layer.parameters()]
+    expected, actual = (
+        outputs_and_gradients(lambda backend=backend: rnn1d(x, layer.weights(), cell, backend), inputs, upstream)
+        for backend in ("reference", "torch")
+    )
+    assert actual[0].dtype == dtype
+    torch.testing.assert_close(actual, expected, **TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize(
+    ("cell", "theirs"),
+    [
+        ("lstm", nn.LSTM),
+        ("gru", nn.GRU),
+        ("rnn", nn.RNN),
+        ("rnn_relu", lambda *args, **kwargs: nn.RNN(*args, nonlinearity="relu", **kwargs)),
+    ],
+)
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_state_dict_is_that_of_torchs_modules(cell, theirs, bidirectional):
+    torch.manual_seed(0)
+    module = theirs(5, 4, num_layers=2, bidirectional=bidirectional, batch_first=True)
+    layer = RNN(5, 4, cell, num_layers=2, bidirectional=bidirectional)
+    assert list(layer.state_dict()) == list(module.state_dict())
+    layer.load_state_dict(module.state_dict())
+    x = torch.randn(3, 6, 5)
+    torch.testing.assert_close(layer(x), module(x)[0], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_autocast(cell):
+    """Outputs come in bfloat16, near those of float32; parameters get float32 gradients."""
+    torch.manual_seed(0)
+    layer, x = RNN(8, 6, cell, num_layers=2), torch.randn(3, 7, 8)
+    exact = layer(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs = layer(x)
+    assert outputs.dtype == torch.bfloat16
+    torch.testing.assert_close(outputs.float(), exact, rtol=0, atol=0.02)
+    outputs.float().square().sum().backward()
+    assert all(p.grad.dtype == torch.float32 and p.grad.abs().sum() > 0 for p in layer.parameters())
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_weights_in_bfloat16(cell):
+    torch.manual_seed(0)
+    layer, x = RNN(8, 6, cell), torch.randn(3, 7, 8)
+    exact = layer(x)
+    outputs = layer.bfloat16()(x.bfloat16())
+    assert outputs.dtype == torch.bfloat16
+    torch.testing.assert_close(outputs.float(), exact, rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_gradients_in_eval_mode(cell):
+    layer, x = RNN(3, 2, cell).eval(), torch.randn(2, 4, 3, requires_grad=True)
+    layer(x).square().sum().backward()
+    assert all(tensor.grad.abs().sum() > 0 for tensor in (x, *layer.parameters()))
+
+
+def by_rows_and_columns(x, vertical, horizontal, cell, union):
+    """One column and one row at a time."""
+    B, H, W, _ = x.shape
+    size = next(layers[-1][0].bias_ih.numel() for layers in (vertical, horizontal) if layers) // CELLS[cell].gates
+    size *= len((vertical or horizontal)[0])
+    v, h = x.new_full((B, H, W, size), torch.nan), x.new_full((B, H, W, size), torch.nan)
+    for b in range(B):
+        if vertical:
+            for column in range(W):
+                v[b, :, column] = rnn1d(x[b, :, column][None], vertical, cell, "reference")[0]
+        if horizontal:
+            for row in range(H):
+                h[b, row] = rnn1d(x[b, row][None], horizontal, cell, "reference")[0]
+    if vertical and horizontal:
+        return v + h if union == "add" else torch.cat([v, h], -1)
+    return v if vertical else h
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("union", ["cat", "add", "vertical", "horizontal"])
+@pytest.mark.parametrize("cell", CELLS)
+def test_sweeps(cell, union, bidirectional):
+    torch.manual_seed(0)
+    vertical, horizontal = (RNN(3, 2, cell, bidirectional=bidirectional).double().weights() for _ in range(2))
+    if union == "vertical":
+        horizontal = None
+    if union == "horizontal":
+        vertical = None
+    x = torch.randn(2, 4, 5, 3, dtype=torch.float64)
+    with torch.no_grad():
+        expected = by_rows_and_columns(x, vertical, horizontal, cell, union)
+        for backend in {None, "reference"}:
+            actual = rnn2d(x, vertical, horizontal, cell, union, backend)
+            torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
