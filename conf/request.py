@@ -45,7 +45,7 @@ def check_overrides(overrides: list[str]) -> list[str]:
     """The command line's overrides, completed, after every key and choice was looked up.
 
     `data=NAME` without an experiment selects the recipe of that name, if there is one, so that no other recipe's
-    values are inherited; `model.kwargs.NAME=` may add a key. Values are checked by `compose` and `to_config`.
+    values are inherited; `model.kwargs` may be given new keys. Values are checked by `compose` and `to_config`.
 
     Raises:
         RequestError: bad syntax, an unknown key, or an unknown choice.
@@ -55,7 +55,7 @@ def check_overrides(overrides: list[str]) -> list[str]:
         _check_key(override)
     keys = {override.key_or_group for override in parsed}
     completed = [
-        f"++{override.input_line}" if override.key_or_group.startswith("model.kwargs.") and not _prefixed(override)
+        f"++{override.input_line}" if override.key_or_group.startswith("model.kwargs") and not _prefixed(override)
         else override.input_line
         for override in parsed
     ]  # fmt: skip

@@ -29,6 +29,16 @@ class DataModule(pl.LightningDataModule):
         self.config = config
         self.seed = seed
         self._is_set_up = False
+        self._epoch = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Part of every checkpoint: the epoch that comes next."""
+        assert self.trainer is not None
+        return {"epoch": self.trainer.fit_loop.epoch_progress.current.processed}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        # Lightning starts the first epoch's workers before it calls set_epoch: a resumed run would repeat epoch 0
+        self._epoch = state_dict["epoch"]
 
     def setup(self, stage: str | None = None) -> None:
         """Open every part, once, whatever the stage.
@@ -51,12 +61,10 @@ class DataModule(pl.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Shuffled and augmented from (seed, epoch); leaves out an incomplete last batch unless it is the only one."""
-        # Lightning starts the first epoch's workers before it calls set_epoch: a resumed run would repeat epoch 0
-        epoch = self.trainer.fit_loop.epoch_progress.current.processed if self.trainer is not None else 0  # type: ignore[attr-defined]
         return self._loader(
             SeededSet(self.train_set, self.seed),
             self.config.batch_size,
-            sampler=EpochSampler(len(self.train_set), self.seed, epoch),
+            sampler=EpochSampler(len(self.train_set), self.seed, self._epoch),
             drop_last=len(self.train_set) > self.config.batch_size,
         )
 

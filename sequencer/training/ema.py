@@ -32,6 +32,8 @@ class WeightEma(Callback):
         if self._restored is not None:
             self.average.module.load_state_dict(self._restored)
             self._restored = None
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Classifier) -> None:
         self._updates = trainer.global_step
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Classifier, *args: Any) -> None:
