@@ -54,11 +54,7 @@ def check_overrides(overrides: list[str]) -> list[str]:
     for override in parsed:
         _check_key(override)
     keys = {override.key_or_group for override in parsed}
-    completed = [
-        f"++{override.input_line}" if override.key_or_group.startswith("model.kwargs") and not _prefixed(override)
-        else override.input_line
-        for override in parsed
-    ]  # fmt: skip
+    completed = [_complete(override) for override in parsed]
     if "data" in keys and "experiment" not in keys:
         choice = next(override for override in parsed if override.key_or_group == "data").value()
         completed.append(f"experiment={choice}" if choice in GROUPS["experiment"] else "~experiment")
@@ -139,7 +135,7 @@ def resume_request(overrides: list[str]) -> Request | None:
                 f"{override.key_or_group} cannot change when a run is resumed; {', '.join(MAY_CHANGE_ON_RESUME)} can"
             )
     saved = _load_run(run_dir)
-    asked = compose([override.input_line for override in others])
+    asked = compose([f"{override.input_line}" for override in others])
     for override in others:
         key = override.key_or_group
         OmegaConf.update(saved, key, OmegaConf.select(asked, key))
@@ -170,8 +166,10 @@ def _parse(overrides: list[str]) -> list[Override]:
         raise RequestError(f"cannot read {error.override!r}: overrides are written key=value") from error
 
 
-def _prefixed(override: Override) -> bool:
-    return override.is_add() or override.is_force_add() or override.is_delete()
+def _complete(override: Override) -> str:
+    prefixed = override.is_add() or override.is_force_add() or override.is_delete()
+    may_be_new = override.key_or_group.startswith("model.kwargs") and not prefixed
+    return f"++{override.input_line}" if may_be_new else f"{override.input_line}"
 
 
 def _first_trial(override: Override) -> str:
@@ -269,14 +267,17 @@ def _check_together(config: Config) -> None:
         raise RequestError(f"model.img_size={config.model.img_size}, but data.img_size={data.img_size}")
 
 
-def _flatten(config: Any, prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in OmegaConf.to_container(config, resolve=True).items() if not prefix else config.items():
-        if isinstance(value, dict) and value:
-            flat |= _flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
+def _flatten(config: DictConfig) -> dict[str, Any]:
+    def leaves(node: Any, prefix: str) -> dict[str, Any]:
+        if not isinstance(node, dict) or not node:
+            return {prefix: node}
+        return {
+            key: leaf
+            for name, value in node.items()
+            for key, leaf in leaves(value, f"{prefix}.{name}" if prefix else str(name)).items()
+        }
+
+    return leaves(OmegaConf.to_container(config, resolve=True), "")
 
 
 def _from_omegaconf(error: BaseException) -> RequestError:

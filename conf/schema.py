@@ -6,7 +6,7 @@ checks of `conf.request` and the configuration reference read it.
 """
 
 from dataclasses import dataclass, field
-from typing import Any, Union
+from typing import Any
 
 from omegaconf import MISSING
 
@@ -63,12 +63,16 @@ class DataConfig:
     img_size: int = knob(224, "height and width given to the model, pixels", low=1)
     mean: list[float] = knob([0.485, 0.456, 0.406], "channel means subtracted, images in 0..1")
     std: list[float] = knob([0.229, 0.224, 0.225], "channel standard deviations divided by", low=1e-12)
-    crop_pct: float = knob(1.0, "evaluation: shorter side is resized to img_size / crop_pct, then cropped", low=0.01, high=1.0)
+    crop_pct: float = knob(
+        1.0, "evaluation: shorter side is resized to img_size / crop_pct, then cropped", low=0.01, high=1.0
+    )
     interpolation: str = knob("bicubic", "resampling", choices=("nearest", "bilinear", "bicubic", "random"))
     default_model: str = knob(MISSING, "model built where model.name is not given")
     val_fraction: float = knob(
-        0.1, "share of training images held out where the set has no validation part; the split ignores seed",
-        low=0.0, high=0.9,
+        0.1,
+        "share of training images held out where the set has no validation part; the split ignores seed",
+        low=0.0,
+        high=0.9,
     )
     batch_size: int = knob(128, "images per device and forward pass", low=1)
     eval_batch_size: int = knob(256, "images per device in evaluation", low=1)
@@ -97,17 +101,27 @@ class OptimConfig:
 
     opt: str = knob("adamw", "any optimizer of timm's factory")
     lr: float = knob(1e-3, "peak learning rate, for the global batch as it is", low=0.0)
-    weight_decay: float = knob(0.05, "applied to matrices only: biases, norms and position embeddings are spared", low=0.0)
+    weight_decay: float = knob(
+        0.05, "applied to matrices only: biases, norms and position embeddings are spared", low=0.0
+    )
     momentum: float = knob(0.9, "momentum of SGD and its kin", low=0.0, high=1.0)
-    opt_betas: list[float] | None = knob(None, "betas of Adam and its kin; null keeps the optimizer's own", low=0.0, high=1.0)
+    opt_betas: list[float] | None = knob(
+        None, "betas of Adam and its kin; null keeps the optimizer's own", low=0.0, high=1.0
+    )
     opt_eps: float | None = knob(None, "epsilon; null keeps the optimizer's own", low=0.0)
-    layer_decay: float | None = knob(None, "learning-rate factor per layer below the head; null turns it off", low=0.0, high=1.0)
-    sched: str = knob("cosine", "learning-rate schedule, stepped after every update", choices=("cosine", "linear", "constant"))
+    layer_decay: float | None = knob(
+        None, "learning-rate factor per layer below the head; null turns it off", low=0.0, high=1.0
+    )
+    sched: str = knob(
+        "cosine", "learning-rate schedule, stepped after every update", choices=("cosine", "linear", "constant")
+    )
     warmup_epochs: float = knob(0.0, "epochs of linear warm-up, part of trainer.max_epochs", low=0.0)
     warmup_lr: float = knob(1e-6, "learning rate at the first update of the warm-up", low=0.0)
     min_lr: float = knob(1e-6, "learning rate at the end of the schedule", low=0.0)
     cooldown_epochs: float = knob(0.0, "last epochs, spent at min_lr", low=0.0)
-    ema_decay: float | None = knob(None, "decay of the moving average of the weights; null turns it off", low=0.0, high=1.0)
+    ema_decay: float | None = knob(
+        None, "decay of the moving average of the weights; null turns it off", low=0.0, high=1.0
+    )
     ema_warmup: bool = knob(True, "raise the decay from 0 in the first updates, so that short runs average too")
 
 
@@ -117,11 +131,13 @@ class TrainerConfig:
 
     max_epochs: int = knob(10, "epochs", low=1)
     max_steps: int = knob(-1, "updates after which the run ends early; -1 sets no limit", low=-1)
-    limit_train_batches: Union[int, float] | None = knob(None, "batches (int) or share (float) of an epoch; null takes all", low=0)
-    limit_val_batches: Union[int, float] | None = knob(None, "likewise for validation", low=0)
-    limit_test_batches: Union[int, float] | None = knob(None, "likewise for the test part", low=0)
+    limit_train_batches: int | float | None = knob(
+        None, "batches (int) or share (float) of an epoch; null takes all", low=0
+    )
+    limit_val_batches: int | float | None = knob(None, "likewise for validation", low=0)
+    limit_test_batches: int | float | None = knob(None, "likewise for the test part", low=0)
     accelerator: str = knob("auto", "device kind", choices=("auto", "cpu", "gpu", "cuda", "mps", "tpu"))
-    devices: Union[int, str] = knob(1, "number of devices, or auto for all")
+    devices: int | str = knob(1, "number of devices, or auto for all")
     num_nodes: int = knob(1, "number of machines", low=1)
     strategy: str = knob("auto", "distribution strategy, e.g. ddp")
     precision: str = knob("32", "numeric precision", choices=("32", "bf16-mixed", "16-mixed"))
@@ -132,10 +148,15 @@ class TrainerConfig:
     log_every_n_steps: int = knob(50, "updates between two logged training losses", low=1)
     enable_progress_bar: bool = knob(True, "draw the progress bar; it is left out where the output is no terminal")
     compile: bool = knob(False, "run the model through torch.compile (ours, not Lightning's)")
-    best_metric: str = knob("val/top1", "decides checkpoints/best.ckpt (ours)", choices=(
-        "val/top1", "val/top5", "val/loss", "val_ema/top1", "val_ema/top5", "val_ema/loss"))
+    best_metric: str = knob(
+        "val/top1",
+        "decides checkpoints/best.ckpt (ours)",
+        choices=("val/top1", "val/top5", "val/loss", "val_ema/top1", "val_ema/top5", "val_ema/loss"),
+    )
     slot: str = knob("raw", "weights that model/ and the test metrics use (ours)", choices=("raw", "ema"))
-    early_stopping_patience: int | None = knob(None, "epochs without a better best_metric before the run ends (ours); null never", low=1)
+    early_stopping_patience: int | None = knob(
+        None, "epochs without a better best_metric before the run ends (ours); null never", low=1
+    )
 
 
 @dataclass
@@ -156,7 +177,8 @@ class Config:
     seed: int = knob(0, "seed of everything random", low=0, high=2**32 - 1)
     run_dir: str = knob("outputs/${name}/${now:%Y-%m-%d_%H-%M-%S}", "folder that the run writes to")
     init_from: str | None = knob(
-        None, "start from the weights of a run, model folder, checkpoint or timm name; the head is replaced where classes differ"
+        None,
+        "start from the weights of a run, model folder, checkpoint or timm name; a head of other classes is replaced",
     )
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)

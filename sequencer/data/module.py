@@ -34,7 +34,7 @@ class DataModule(pl.LightningDataModule):
     def state_dict(self) -> dict[str, Any]:
         """Part of every checkpoint: the epoch that comes next."""
         assert self.trainer is not None
-        return {"epoch": self.trainer.fit_loop.epoch_progress.current.processed}
+        return {"epoch": self.trainer.fit_loop.epoch_progress.current.processed}  # type: ignore[attr-defined]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         # Lightning starts the first epoch's workers before it calls set_epoch: a resumed run would repeat epoch 0

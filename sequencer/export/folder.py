@@ -30,6 +30,6 @@ def save_model_folder(
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     config = {"pretrained_cfg": preprocessing, "label_names": class_names} | extra
-    save_for_hf(model, partial, model_config=config, model_args=model_args, safe_serialization=True)
+    save_for_hf(model, str(partial), model_config=config, model_args=model_args, safe_serialization=True)
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)

@@ -69,7 +69,7 @@ VARIANTS = {
     # for small images; the suffix is the size meant, the total stride is 2, 4 and 8
     "sequencer2d_t_8": Variant(
         Sequencer2d,
-        {"layers": (1, 2), "patch_sizes": (1, 2), "embed_dims": (48, 96), "hidden_sizes": (12, 24)},
+        {"layers": (2, 2), "patch_sizes": (1, 2), "embed_dims": (64, 128), "hidden_sizes": (16, 32)},
         img_size=8,
         in_chans=1,
     ),

@@ -7,7 +7,6 @@ from pytorch_lightning.callbacks import Callback
 from timm.utils import ModelEmaV3
 from torch import Tensor
 
-from conf.schema import OptimConfig
 from sequencer.evaluation import ClassificationMetrics
 from sequencer.training.module import Classifier
 
@@ -18,15 +17,16 @@ class WeightEma(Callback):
     """Averages after every update, validates the average on the same batches as the raw weights, and saves it
     under a key of its own."""
 
-    def __init__(self, config: OptimConfig, num_classes: int) -> None:
-        self.config = config
+    average: ModelEmaV3  # from the start of the fit, when the model is on its device
+
+    def __init__(self, decay: float, warmup: bool, num_classes: int) -> None:
+        self.decay, self.warmup = decay, warmup
         self.metrics = ClassificationMetrics(num_classes)
-        self.average: ModelEmaV3 | None = None
         self._restored: dict[str, Tensor] | None = None
         self._updates = 0
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: Classifier) -> None:
-        self.average = ModelEmaV3(pl_module.model, decay=self.config.ema_decay, use_warmup=self.config.ema_warmup)
+        self.average = ModelEmaV3(pl_module.model, decay=self.decay, use_warmup=self.warmup)
         self.average.module.requires_grad_(False)
         self.metrics.to(pl_module.device)
         if self._restored is not None:

@@ -1,5 +1,7 @@
 """Parameter groups, optimizer and schedule, from timm's factories."""
 
+from typing import Any
+
 import torch
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler, PolyLRScheduler, StepLRScheduler
@@ -15,7 +17,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
     timm leaves a depth's factor in the group as `lr_scale`, which its own schedules apply and no other does; here
     it goes into the group's `lr`, so that what a group says is what it gets.
     """
-    extra = {"betas": config.opt_betas, "eps": config.opt_eps}
+    extra: dict[str, Any] = {"betas": config.opt_betas, "eps": config.opt_eps}
     optimizer = create_optimizer_v2(
         model,
         opt=config.opt,
@@ -39,7 +41,12 @@ def build_schedule(
     """
     warmup = min(round(config.warmup_epochs * updates_per_epoch), updates - 1)
     falling = max(updates - round(config.cooldown_epochs * updates_per_epoch), warmup + 1)
-    common = {"warmup_t": warmup, "warmup_lr_init": config.warmup_lr, "warmup_prefix": False, "t_in_epochs": False}
+    common: dict[str, Any] = {
+        "warmup_t": warmup,
+        "warmup_lr_init": config.warmup_lr,
+        "warmup_prefix": False,
+        "t_in_epochs": False,
+    }
     if config.sched == "constant":
         return StepLRScheduler(optimizer, decay_t=updates, decay_rate=1.0, **common)
     if config.sched == "linear":

@@ -48,7 +48,7 @@ class EpochReport(Callback):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Classifier) -> None:
         row = self._row(trainer, pl_module)
         self.rows.append(row)
-        self.log_dict({name: value for name, value in row.items() if name not in ("epoch", "step")})
+        pl_module.log_dict({name: value for name, value in row.items() if name not in ("epoch", "step")})
         if trainer.is_global_zero:
             write_atomically(self.path, self._write)
         log.info(self._line(trainer))

@@ -55,7 +55,9 @@ def run(config: Config, resume: bool = False) -> dict[str, Any]:
     model = _build_model(config, data.num_classes)
     groups = _describe_groups(config, model)
     module = Classifier(model, config, data.class_names)
-    ema = WeightEma(config.optim, data.num_classes) if config.optim.ema_decay is not None else None
+    ema = None
+    if config.optim.ema_decay is not None:
+        ema = WeightEma(config.optim.ema_decay, config.optim.ema_warmup, data.num_classes)
     report = EpochReport(run_dir / "metrics.csv", ema, config.trainer.best_metric)
     checkpoints = RunCheckpoints(run_dir / "checkpoints", config.trainer.best_metric)
     trainer = _build_trainer(config, [callback for callback in (ema, report, checkpoints) if callback])
@@ -106,7 +108,7 @@ def _build_model(config: Config, num_classes: int) -> nn.Module:
             **section.kwargs,
         )
         if section.grad_checkpointing:
-            model.set_grad_checkpointing()
+            model.set_grad_checkpointing()  # type: ignore[operator]
         if config.init_from:
             load_weights(model, read_weights(config.init_from), source=config.init_from, replace_head=True)
     except CheckpointError as error:

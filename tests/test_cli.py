@@ -1,0 +1,109 @@
+"""train.py as a user meets it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+TRAIN = Path(__file__).parents[1] / "train.py"
+QUICK = [
+    "trainer.accelerator=cpu", "data.num_workers=0", "optim.warmup_epochs=0", "trainer.limit_train_batches=2",
+    "model.kwargs={layers: [1], patch_sizes: [2], embed_dims: [16], hidden_sizes: [4]}",
+]  # fmt: skip
+
+
+def train(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, TRAIN, *arguments], cwd=cwd, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["data=cifar10", "optim.lrr=1"], "optim.lr"),
+        (["optim.lr=abc"], "optim.lr"),
+        (["data=cifar11"], "cifar10"),
+        (["trainer.max_epochs=0"], "at least 1"),
+        (["resume=nowhere"], "nowhere"),
+        (["-m", "seed=1,2", "optim.lrr=1"], "optim.lr"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_wrong_request_is_refused_at_once(arguments, expected, tmp_path):
+    elapsed = []
+    for _ in range(2):  # the better of two: other work on the machine is not what is tested
+        started = time.perf_counter()
+        result = train(*arguments, cwd=tmp_path)
+        elapsed.append(time.perf_counter() - started)
+    assert result.returncode == 2
+    assert expected in result.stderr
+    assert len(result.stderr.splitlines()) <= 2
+    assert "Traceback" not in result.stderr + result.stdout
+    assert not list(tmp_path.iterdir())
+    assert min(elapsed) < 2
+
+
+def test_a_refusal_and_help_do_not_import_torch(tmp_path):
+    for argument in ("optim.lrr=1", "--help"):
+        command = [sys.executable, "-X", "importtime", TRAIN, argument]
+        result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        modules = {line.rsplit("|", 1)[-1].strip() for line in result.stderr.splitlines() if "import time:" in line}
+        assert "conf.request" in modules
+        assert not {"torch", "timm", "pytorch_lightning", "wandb"} & modules
+
+
+def test_help_lists_groups_and_choices(tmp_path):
+    result = train("--help", cwd=tmp_path)
+    assert result.returncode == 0
+    for word in ("data: ", "cifar10", "experiment: ", "logger: ", "wandb", "resume=", "init_from="):
+        assert word in result.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_request_that_data_refuses_leaves_nothing(tmp_path):
+    result = train("data=cifar10", "data.root=nowhere", cwd=tmp_path)
+    assert result.returncode == 2
+    assert "data.download=true" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_run_resume_and_finish(tmp_path):
+    first = train("run_dir=run", "trainer.max_epochs=1", *QUICK, cwd=tmp_path)
+    assert first.returncode == 0, first.stderr
+    assert "epoch 1/1" in first.stdout
+    more = train("resume=run", "trainer.max_epochs=2", cwd=tmp_path)
+    assert more.returncode == 0, more.stderr
+    assert "epoch 2/2" in more.stdout
+    again = train("resume=run", cwd=tmp_path)
+    assert again.returncode == 0
+    assert "epoch" not in again.stdout.replace("best epoch", "")
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["epochs"] == 2
+
+
+def test_ctrl_c(tmp_path):
+    command = [sys.executable, TRAIN, "run_dir=run", "trainer.max_epochs=500", *QUICK]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=os.environ | {"PYTHONUNBUFFERED": "1"},
+    )  # fmt: skip
+    while "epoch   2/500" not in (line := process.stdout.readline()):
+        assert line, process.stderr.read()
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "resume=" in errors
+    assert "Traceback" not in errors
+    assert (tmp_path / "run" / "checkpoints" / "last.ckpt").exists()
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_a_sweep_gives_every_trial_a_folder(tmp_path):
+    result = train("-m", "seed=1,2", "trainer.max_epochs=1", "run_dir=sweep", *QUICK, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    summaries = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("sweep/*/summary.json"))]
+    assert [summary["seed"] for summary in summaries] == [1, 2]

@@ -1,0 +1,165 @@
+"""Every file of conf/ composes, and the request checks hold."""
+
+import dataclasses
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from conf.errors import RequestError
+from conf.request import GROUPS, KEYS, compose, request, resume_request, to_config
+from conf.schema import Config
+
+
+@pytest.mark.parametrize(
+    ("group", "choice"), [(group, choice) for group, choices in GROUPS.items() for choice in choices]
+)
+def test_every_choice_composes(group, choice):
+    config = to_config(compose([f"{group}={choice}"]))
+    assert config.model.name == config.data.default_model
+    assert config.run_dir.startswith(f"outputs/{config.name}/{time.strftime('%Y')}")
+
+
+@pytest.mark.parametrize("choice", GROUPS["experiment"])
+def test_a_recipe_is_a_document(choice):
+    text = (Path("conf/experiment") / f"{choice}.yaml").read_text()
+    assert "# Command: python train.py" in text
+    assert to_config(compose([f"experiment={choice}"])).name == choice
+
+
+def test_every_knob_is_explained():
+    def knobs(node: type) -> Iterator[dataclasses.Field]:
+        for field in dataclasses.fields(node):
+            if dataclasses.is_dataclass(field.type):
+                yield from knobs(field.type)
+            else:
+                yield field
+
+    assert len(list(knobs(Config))) > 60
+    assert all(field.metadata["help"] for field in knobs(Config))
+
+
+def test_the_default_is_digits():
+    config = to_config(compose([]))
+    assert (config.name, config.data.name, config.model.name) == ("digits", "digits", "sequencer2d_t_8")
+
+
+def test_a_data_set_brings_its_own_recipe_or_none():
+    digits, cifar, mnist = (to_config(compose(o)) for o in ([], ["data=cifar10"], ["data=mnist"]))
+    assert cifar.name == "cifar10"
+    assert cifar == dataclasses.replace(to_config(compose(["experiment=cifar10"])), run_dir=cifar.run_dir)
+    assert mnist.name == "mnist"
+    assert (mnist.optim.lr, mnist.trainer.max_epochs) == (1e-3, 10)
+    assert digits.optim.lr != mnist.optim.lr
+    assert to_config(compose(["data=mnist", "experiment=digits"])).data.name == "mnist"
+
+
+def test_data_brings_what_the_model_needs():
+    config = to_config(compose(["data=cifar100"]))
+    assert (config.model.num_classes, config.model.in_chans, config.model.img_size) == (100, 3, 32)
+    assert to_config(compose(["data=cifar100", "data.img_size=64"])).model.img_size == 64
+
+
+def test_several_loggers():
+    logger = to_config(compose(["logger=[wandb,tensorboard]"])).logger
+    assert logger.wandb
+    assert logger.tensorboard
+    assert not to_config(compose([])).logger.wandb
+
+
+def test_model_arguments_may_be_added():
+    for override in ("model.kwargs.cell=gru", "model.kwargs={cell: gru}", "+model.kwargs.cell=gru"):
+        assert to_config(compose([override])).model.kwargs == {"cell": "gru"}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["optim.lrr=1"], "unknown key 'optim.lrr': did you mean optim.lr?"),
+        (["lr=1"], "did you mean optim.lr?"),
+        (["trainer.epochs=3"], "did you mean trainer.max_epochs?"),
+        (["data.augment.mixupp=1"], "did you mean data.augment.mixup?"),
+        (["+foo=1"], "unknown key 'foo'"),
+        (["data=cifar11"], "did you mean cifar10? There are"),
+        (["experiment=digit"], "did you mean digits?"),
+        (["logger=[csv,wandbb]"], "did you mean wandb?"),
+        (["optim.lr=fast"], "optim.lr: Value 'fast'"),
+        (["trainer.max_epochs=2.5"], "trainer.max_epochs: Value '2.5'"),
+        (["optim.lr=-1"], "out of range: it must be at least 0"),
+        (["optim.lr=nan"], "out of range"),
+        (["model.drop_rate=1.5"], "between 0 and 0.999"),
+        (["data.augment.scale=[-1,1]"], "data.augment.scale=-1.0 is out of range"),
+        (["trainer.precision=64"], "There are 32, bf16-mixed, 16-mixed"),
+        (["optim.lr"], "overrides are written key=value"),
+        (["trainer.slot=ema"], "set optim.ema_decay"),
+        (["trainer.best_metric=val_ema/top1"], "set optim.ema_decay"),
+        (["trainer.max_epochs=3", "optim.warmup_epochs=4"], "do not fit"),
+        (["data.mean=[0.5,0.5]"], "data.mean has 2 entries"),
+        (["model.img_size=16"], "data.img_size=8"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_wrong_requests(overrides, message):
+    with pytest.raises(RequestError) as error:
+        to_config(compose(overrides))
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.fixture
+def run_dir(tmp_path):
+    """A run of two epochs that has written its configuration."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    config = to_config(compose([f"run_dir={folder}", "trainer.max_epochs=2", "optim.lr=0.5"]))
+    OmegaConf.save(OmegaConf.structured(config), folder / "config.yaml")
+    return folder
+
+
+def test_resuming_takes_the_runs_own_configuration(run_dir):
+    wanted = resume_request([f"resume={run_dir}", "trainer.max_epochs=7", "logger=tensorboard"])
+    assert wanted is not None
+    assert wanted.resume
+    assert (wanted.config.optim.lr, wanted.config.trainer.max_epochs) == (0.5, 7)
+    assert wanted.config.logger.tensorboard
+    assert resume_request(["optim.lr=1"]) is None
+
+
+def test_a_moved_run_is_resumed_where_it_is(run_dir, tmp_path):
+    moved = run_dir.rename(tmp_path / "moved")
+    wanted = resume_request([f"resume={moved}"])
+    assert wanted is not None
+    assert wanted.config.run_dir == str(moved)
+
+
+@pytest.mark.parametrize("override", ["optim.lr=1", "data=cifar10", "seed=3", "trainer.precision=bf16-mixed"])
+def test_resuming_changes_nothing_else(run_dir, override):
+    with pytest.raises(RequestError, match="cannot change when a run is resumed"):
+        resume_request([f"resume={run_dir}", override])
+
+
+def test_resuming_what_is_no_run(tmp_path):
+    with pytest.raises(RequestError, match="not a run folder"):
+        resume_request([f"resume={tmp_path}"])
+    (tmp_path / "config.yaml").write_text("optim: [broken")
+    with pytest.raises(RequestError, match="damaged or of another version"):
+        resume_request([f"resume={tmp_path}"])
+
+
+def test_starting_into_a_run_dir_in_use(run_dir, tmp_path):
+    same = [f"run_dir={run_dir}", "optim.lr=0.5"]
+    assert request(compose([*same, "trainer.max_epochs=2"])).resume
+    assert request(compose([*same, "trainer.max_epochs=9"])).resume
+    with pytest.raises(RequestError, match=r"holds another run: optim\.lr \(0\.5 there, 0\.25 here\)"):
+        request(compose([f"run_dir={run_dir}", "optim.lr=0.25"]))
+    assert not request(compose([f"run_dir={tmp_path / 'new'}"])).resume
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").touch()
+    with pytest.raises(RequestError, match="not empty and holds no run"):
+        request(compose([f"run_dir={tmp_path / 'full'}"]))
+
+
+def test_keys_are_complete():
+    assert {"seed", "optim.lr", "data.augment.mixup", "logger.wandb"} <= set(KEYS)
