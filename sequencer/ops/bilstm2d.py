@@ -59,10 +59,12 @@ def rnn2d(
     sweeps = []
     if vertical is not None:
         columns = x.permute(0, 2, 1, 3).reshape(B * W, H, C)
-        sweeps.append(rnn1d(columns, vertical, cell, backend).reshape(B, W, H, -1).permute(0, 2, 1, 3))
+        v = rnn1d(columns, vertical, cell, backend)
+        sweeps.append(v.reshape(B, W, H, -1).permute(0, 2, 1, 3))
     if horizontal is not None:
         rows = x.reshape(B * H, W, C)
-        sweeps.append(rnn1d(rows, horizontal, cell, backend).reshape(B, H, W, -1))
+        h = rnn1d(rows, horizontal, cell, backend)
+        sweeps.append(h.reshape(B, H, W, -1))
     if len(sweeps) == 1:
         return sweeps[0]
     return sweeps[0] + sweeps[1] if union == "add" else torch.cat(sweeps, dim=-1)
