@@ -153,6 +153,12 @@ def test_resuming_a_finished_run_trains_nothing(config, tmp_path):
     assert (tmp_path / "run" / "checkpoints" / "last.ckpt").stat().st_mtime_ns == before
 
 
+def test_a_run_killed_before_its_summary_is_finished_by_resuming(config, tmp_path):
+    summary = run(config())
+    (tmp_path / "run" / "summary.json").unlink()
+    assert run(config(), resume=True) == summary
+
+
 def test_a_finished_run_can_be_given_more_epochs(config, tmp_path):
     first = run(config())
     more = run(config("trainer.max_epochs=4"), resume=True)
