@@ -164,9 +164,7 @@ class Sequencer(nn.Module):
         wanted, last_wanted = feature_take_indices(len(self.stages), indices)
         final = len(self.stages) - 1
         x, intermediates = self.forward_embed(x), []
-        for i, stage in enumerate(self.stages):
-            if stop_early and i > last_wanted:
-                break
+        for i, stage in enumerate(self.stages[: last_wanted + 1] if stop_early else self.stages):
             x = stage(x)
             if i in wanted:
                 feature = self.norm(x) if norm and i == final else x

@@ -60,11 +60,11 @@ def rnn2d(
     if vertical is not None:
         columns = x.permute(0, 2, 1, 3).reshape(B * W, H, C)
         v = rnn1d(columns, vertical, cell, backend)
-        sweeps.append(v.reshape(B, W, H, -1).permute(0, 2, 1, 3))
+        sweeps.append(v.reshape(B, W, H, v.shape[-1]).permute(0, 2, 1, 3))
     if horizontal is not None:
         rows = x.reshape(B * H, W, C)
         h = rnn1d(rows, horizontal, cell, backend)
-        sweeps.append(h.reshape(B, H, W, -1))
+        sweeps.append(h.reshape(B, H, W, h.shape[-1]))
     if len(sweeps) == 1:
         return sweeps[0]
     return sweeps[0] + sweeps[1] if union == "add" else torch.cat(sweeps, dim=-1)

@@ -1,0 +1,22 @@
+"""Weights that matter: as built, a head is zero and every model of one size gives the same logits."""
+
+import pytest
+import torch
+from torch import nn
+
+
+def randomise(model: nn.Module) -> nn.Module:
+    """Draws every parameter anew, at scales that keep activations and logits near 1."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1:
+                nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
+            else:
+                nn.init.normal_(parameter, mean=float("norm" in name and name.endswith("weight")), std=0.2)
+    return model
+
+
+@pytest.fixture(name="randomise")
+def _randomise():
+    torch.manual_seed(0)
+    return randomise

@@ -1,0 +1,86 @@
+"""sequencer2d_s, _m and _l compute what timm's own models of these names compute."""
+
+import subprocess
+import sys
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from timm.models import sequencer as theirs
+
+import sequencer
+from sequencer.models import Sequencer2d
+
+NAMES = ("sequencer2d_s", "sequencer2d_m", "sequencer2d_l")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_logits_and_gradients(name, randomise):
+    peer = randomise(getattr(theirs, name)(num_classes=10))
+    ours = timm.create_model(name, num_classes=10)
+    assert isinstance(peer, theirs.Sequencer2d)
+    assert isinstance(ours, Sequencer2d)
+    assert list(ours.state_dict()) == list(peer.state_dict())
+    ours.load_state_dict(peer.state_dict())
+
+    x, upstream = torch.randn(2, 3, 56, 28), torch.randn(2, 10)
+    expected, actual = peer(x), ours(x)
+    assert 0.3 < expected.std() < 3
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
+
+    gradients = zip(
+        torch.autograd.grad(actual, list(ours.parameters()), upstream),
+        torch.autograd.grad(expected, list(peer.parameters()), upstream),
+        strict=True,
+    )
+    for (parameter, _), (a, b) in zip(ours.named_parameters(), gradients, strict=True):
+        assert b.norm() > 0, parameter
+        assert (a - b).norm() <= 1e-4 * b.norm(), parameter
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_same_initial_distribution(name):
+    """Every tensor of the same spread, the constant ones of the same value."""
+    torch.manual_seed(0)
+    ours, peer = timm.create_model(name).state_dict(), getattr(theirs, name)().state_dict()
+    for key, tensor in peer.items():
+        error = tensor.std() / tensor.numel() ** 0.5  # of the mean, by chance; near that of the deviation
+        assert (ours[key].mean() - tensor.mean()).abs() <= 8 * error, key
+        assert (ours[key].std() - tensor.std()).abs() <= 8 * error, key
+
+
+def test_import_gives_no_warning():
+    subprocess.run([sys.executable, "-W", "error", "-c", "import timm.models.sequencer; import sequencer"], check=True)
+
+
+def test_the_three_names_are_ours():
+    for name in NAMES:
+        assert timm.model_entrypoint(name).__module__ == "sequencer.models.variants"
+        cfg = timm.get_pretrained_cfg(name)
+        assert cfg.hf_hub_id == f"timm/{name}.in1k"
+        assert cfg.tag == "in1k"
+        assert cfg.license == "apache-2.0"
+        assert cfg.paper_ids == "arXiv:2205.01972"
+        assert cfg.num_classes == 1000
+        peer = theirs.default_cfgs[name].default
+        for field in ("input_size", "crop_pct", "interpolation", "mean", "std", "first_conv", "classifier"):
+            assert getattr(cfg, field) == getattr(peer, field), field
+    assert timm.list_pretrained("*sequencer*") == sorted(f"{name}.in1k" for name in NAMES)
+    assert set(timm.list_models("*sequencer*")) == sequencer.models.variants.VARIANTS.keys()
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "pth"])
+@pytest.mark.parametrize("num_classes", [1000, 7])
+def test_pretrained(tmp_path, randomise, suffix, num_classes):
+    """A file of timm's weights, found as the published one would be; the head goes where the classes differ."""
+    peer = randomise(theirs.sequencer2d_s())
+    file = tmp_path / f"model.{suffix}"
+    save_file(peer.state_dict(), file) if suffix == "safetensors" else torch.save(peer.state_dict(), file)
+    model = timm.create_model(
+        "sequencer2d_s", pretrained=True, pretrained_cfg_overlay={"file": str(file)}, num_classes=num_classes
+    )
+    x = torch.randn(1, 3, 28, 28)
+    torch.testing.assert_close(model.forward_features(x), peer.forward_features(x), rtol=1e-5, atol=1e-5)
+    assert model(x).shape == (1, num_classes)
+    assert torch.equal(model.head.fc.weight, peer.head.fc.weight) == (num_classes == 1000)

@@ -1,0 +1,207 @@
+"""Every registered name: its size, and what timm expects of a model."""
+
+from copy import deepcopy
+
+import pytest
+import timm
+import torch
+from timm.models import group_parameters
+from timm.models._manipulate import group_with_matcher
+
+from sequencer.models.variants import VARIANTS
+
+S = 27_651_688
+PARAMETERS = {  # at 1,000 classes and three channels; the paper's repository, built and counted
+    "sequencer2d_s": S,
+    "sequencer2d_m": 38_307_688,
+    "sequencer2d_l": 54_298_216,
+    "sequencer2d_s_392": S,
+    "sequencer2d_m_392": 38_307_688,
+    "sequencer2d_l_392": 54_298_216,
+    "sequencer2d_l_d4_3x": 96_252_392,
+    "sequencer2d_s_unidirectional": 20_991_592,
+    "sequencer2d_s_add": 26_545_768,
+    "sequencer2d_s_h2x": 45_395_560,
+    "sequencer2d_s_without_fc": 25_433_704,
+    "sequencer2d_vertical": 27_645_544,
+    "sequencer2d_s_horizontal": 27_645_544,
+    "gru_sequencer2d_s": 24_874_600,
+    "rnn_sequencer2d_s": 19_320_424,
+    "v_sequencer_s": 33_016_552,
+    "v_sequencer_s_h": 27_645_544,
+    "v_sequencer_s_pe": 33_114_856,
+    # ours, from S: four directions in each of 4 blocks with D = 48 and of 14 with D = 96
+    "indylstm_sequencer2d_s": S - 4 * (4 * 4 * 48**2 + 14 * 4 * 96**2),  # D x D weights become vectors, one bias goes
+    "peephole_sequencer2d_s": S + 4 * (4 * 3 * 48 + 14 * 3 * 96),
+    "lstm1997_sequencer2d_s": S  # the forget gate's rows go, and the second bias of the others
+    - 4 * (4 * (48 * (192 + 48 + 2) + 3 * 48) + 14 * (96 * (384 + 96 + 2) + 3 * 96)),
+}
+SMALL = {"sequencer2d_t_8": 8, "sequencer2d_t_32": 32, "sequencer2d_t_64": 64}
+STRIDES = {"sequencer2d_t_8": (1, 2), "sequencer2d_t_32": (2, 4), "sequencer2d_t_64": (4, 8)} | dict.fromkeys(
+    ("v_sequencer_s", "v_sequencer_s_pe"), (14, 14, 14, 14)
+)
+
+
+def strides(name: str) -> tuple[int, ...]:
+    return STRIDES.get(name, (7, 14, 14, 14))
+
+
+def build(name: str, **kwargs) -> torch.nn.Module:
+    """One block a stage, ten classes; in eval mode."""
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=10, layers=(1,) * len(strides(name)), **kwargs).eval()
+    torch.nn.init.normal_(model.head.fc.weight)
+    return model
+
+
+def image(name: str, in_chans: int | None = None, batch: int = 2) -> torch.Tensor:
+    """The smallest that gives every recurrence two steps at least, wider than high."""
+    return torch.randn(batch, in_chans or VARIANTS[name].in_chans, 2 * strides(name)[-1], 3 * strides(name)[-1])
+
+
+def test_every_name_is_here():
+    assert VARIANTS.keys() == PARAMETERS.keys() | SMALL.keys()
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_parameter_count(name):
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    assert sum(parameter.numel() for parameter in model.parameters()) == PARAMETERS[name]
+    assert timm.get_pretrained_cfg(name).input_size == (3, *[392 if "392" in name else 224] * 2)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_small_models(name):
+    model = timm.create_model(name, num_classes=10)
+    size, parameters = SMALL[name], sum(parameter.numel() for parameter in model.parameters())
+    assert model.pretrained_cfg["input_size"][1:] == (size, size)
+    assert 100_000 < parameters < 2_500_000
+    assert model(torch.randn(2, model.in_chans, size, size)).shape == (2, 10)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_smallest_size_forward_and_backward(name):
+    """At full depth, on a single token at the end, after a first stage of few."""
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=10)
+    torch.nn.init.normal_(model.head.fc.weight)
+    assert model.total_stride == strides(name)[-1]
+    logits = model(torch.randn(1, model.in_chans, model.total_stride, model.total_stride))
+    assert logits.shape == (1, 10)
+    logits.square().sum().backward()
+    assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_features(name):
+    model, x = build(name), image(name)
+    dims = VARIANTS[name].args["embed_dims"]
+    shapes = [(2, x.shape[2] // s, x.shape[3] // s, dim) for s, dim in zip(strides(name), dims, strict=True)]
+    features = model.forward_features(x)
+    assert features.shape == shapes[-1]
+    assert model.num_features == model.head_hidden_size == dims[-1]
+    assert [(info["num_chs"], info["reduction"]) for info in model.feature_info] == list(
+        zip(dims, strides(name), strict=True)
+    )
+    pooled = model.forward_head(features, pre_logits=True)
+    torch.testing.assert_close(pooled, features.mean((1, 2)))
+    torch.testing.assert_close(model.forward_head(features), model.head.fc(pooled))
+
+    final, maps = model.forward_intermediates(x, output_fmt="NHWC")
+    assert [m.shape for m in maps] == shapes
+    assert torch.equal(final, features)
+    assert torch.equal(model.norm(maps[-1]), features)
+    normed = model.forward_intermediates(x, norm=True, output_fmt="NHWC", intermediates_only=True)
+    assert torch.equal(normed[-1], features)
+    assert torch.equal(normed[0], maps[0])
+    channels_first = model.forward_intermediates(x, intermediates_only=True)
+    assert all(torch.equal(a.permute(0, 2, 3, 1), b) for a, b in zip(channels_first, maps, strict=True))
+    (last,) = model.forward_intermediates(x, 1, intermediates_only=True, output_fmt="NHWC")
+    assert torch.equal(last, maps[-1])
+    early, (first,) = model.forward_intermediates(x, [-2], stop_early=True, output_fmt="NHWC")
+    assert torch.equal(early, maps[-2])
+    assert torch.equal(first, maps[-2])
+    with pytest.raises(ValueError, match="output_fmt must be NCHW or NHWC, not 'NLC'"):
+        model.forward_intermediates(x, output_fmt="NLC")
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_features_only(name):
+    reference, x = build(name), image(name)
+    model = timm.create_model(name, features_only=True, layers=(1,) * len(strides(name))).eval()
+    assert model.feature_info.channels() == list(VARIANTS[name].args["embed_dims"])
+    assert model.feature_info.reduction() == list(strides(name))
+    reference.norm, reference.head = torch.nn.Identity(), torch.nn.Identity()
+    model.model.load_state_dict(reference.state_dict())
+    expected = reference.forward_intermediates(x, output_fmt="NHWC", intermediates_only=True)
+    assert all(torch.equal(a, b) for a, b in zip(model(x), expected, strict=True))
+
+    first = timm.create_model(name, features_only=True, out_indices=[0], layers=(1,) * len(strides(name)))
+    assert len(first.model.stages) == 1
+    assert first.model.num_features == VARIANTS[name].args["embed_dims"][0]
+    assert [m.shape[-1] for m in first(x)] == first.feature_info.channels()
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_reset_classifier(name):
+    model, x = build(name), image(name)
+    features = model.forward_features(x)
+    model.reset_classifier(7)
+    assert model.num_classes == 7
+    assert torch.equal(model(x), torch.zeros(2, 7))  # starts at zero, as the first head did
+    assert model.get_classifier() is model.head.fc
+    assert model.get_classifier().out_features == 7
+    model.reset_classifier(0)
+    torch.testing.assert_close(model(x), features.mean((1, 2)))
+    model.reset_classifier(0, "")
+    assert torch.equal(model(x), features)
+    model.reset_classifier(5, "max")
+    assert model.global_pool == "max"
+    assert model(x).shape == (2, 5)
+
+    headless = timm.create_model(name, num_classes=0, global_pool="", layers=(1,) * len(strides(name)))
+    assert headless(x).shape == features.shape
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_groups_and_weight_decay(name):
+    model = build(name)
+    names = [parameter for parameter, _ in model.named_parameters()]
+    for coarse in (False, True):
+        groups = group_parameters(model, model.group_matcher(coarse))
+        assert sorted(sum(groups.values(), [])) == sorted(names)
+        layer = group_with_matcher(model.named_parameters(), model.group_matcher(coarse), reverse=True)
+        stages = len(model.stages)
+        assert layer["stem.proj.weight"] == 0
+        per_stage = [{layer[n] for n in names if n.startswith(f"stages.{i}.blocks")} for i in range(stages)]
+        assert per_stage == [{i + 1} for i in range(stages)]
+        assert layer["norm.weight"] == layer["head.fc.weight"] - 1 == stages
+    assert model.no_weight_decay() & set(names) == ({"absolute_pos_embed"} if name == "v_sequencer_s_pe" else set())
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_gradient_checkpointing(name):
+    model = build(name, drop_path_rate=0.3).train()
+    other = deepcopy(model)
+    other.set_grad_checkpointing()
+    x, upstream = image(name), torch.randn(2, 10)
+    gradients = []
+    for m in (model, other):
+        torch.manual_seed(1)
+        logits = m(x)
+        gradients.append([logits, *torch.autograd.grad(logits, list(m.parameters()), upstream)])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    other.set_grad_checkpointing(False)
+    assert not any(stage.grad_checkpointing for stage in other.stages)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_channels_and_batches(name):
+    model = build(name, in_chans=2)
+    x = image(name, in_chans=2, batch=3)
+    logits = model(x)
+    assert logits.shape == (3, 10)
+    torch.testing.assert_close(torch.cat([model(image[None]) for image in x]), logits, rtol=1e-4, atol=1e-5)
+    assert torch.equal(deepcopy(model)(x), logits)
+    assert model(x[:0]).shape == (0, 10)
