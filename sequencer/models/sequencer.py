@@ -52,7 +52,7 @@ class Sequencer(nn.Module):
         self,
         token_mixer: Callable[[int, int], nn.Module],
         num_classes: int = 1000,
-        img_size: int | tuple[int, int] = 224,
+        img_size: int | Sequence[int] = 224,
         in_chans: int = 3,
         global_pool: str = "avg",
         layers: Sequence[int] = (4, 3, 8, 3),
@@ -149,10 +149,14 @@ class Sequencer(nn.Module):
     def forward(self, x: Float[Tensor, "B C H W"]) -> Tensor:
         return self.forward_head(self.forward_features(x))
 
+    def _take_indices(self, indices: int | Sequence[int] | None) -> tuple[list[int], int]:
+        """The stages meant: the last `n`, those named, or all; and the last of them."""
+        return feature_take_indices(len(self.stages), list(indices) if isinstance(indices, Sequence) else indices)
+
     def forward_intermediates(
         self,
         x: Float[Tensor, "B C H W"],
-        indices: int | list[int] | None = None,
+        indices: int | Sequence[int] | None = None,
         norm: bool = False,
         stop_early: bool = False,
         output_fmt: str = "NCHW",
@@ -161,7 +165,7 @@ class Sequencer(nn.Module):
         """Outputs of the stages, and of the backbone; arguments as in timm."""
         if output_fmt not in ("NCHW", "NHWC"):
             raise ValueError(f"output_fmt must be NCHW or NHWC, not {output_fmt!r}")
-        wanted, last_wanted = feature_take_indices(len(self.stages), indices)
+        wanted, last_wanted = self._take_indices(indices)
         final = len(self.stages) - 1
         x, intermediates = self.forward_embed(x), []
         for i, stage in enumerate(self.stages[: last_wanted + 1] if stop_early else self.stages):
@@ -174,10 +178,10 @@ class Sequencer(nn.Module):
         return (self.norm(x) if i == final else x), intermediates
 
     def prune_intermediate_layers(
-        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
         """Drops what the stages in `indices` do not need; returns their indices."""
-        wanted, last = feature_take_indices(len(self.stages), indices)
+        wanted, last = self._take_indices(indices)
         shortened = last < len(self.stages) - 1
         self.stages = self.stages[: last + 1]
         if shortened:

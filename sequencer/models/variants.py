@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from torch import nn
 
 from sequencer.models.layouts import to_timm_layout
 from sequencer.models.sequencer import Sequencer, Sequencer2d, VSequencer
@@ -112,8 +113,8 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def _entrypoint(name: str, variant: Variant) -> Callable[..., Sequencer]:
-    def create(pretrained: bool = False, **kwargs: Any) -> Sequencer:
+def _entrypoint(name: str, variant: Variant) -> Callable[..., nn.Module]:
+    def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         arguments = {"img_size": variant.img_size} | variant.args | kwargs
         stages = range(len(arguments["layers"]))
         return build_model_with_cfg(

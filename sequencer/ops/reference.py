@@ -123,6 +123,12 @@ CELLS = {
 }
 
 
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """The dtype that autocast asks for; None where it is off, and on devices that it does not know (meta)."""
+    known = torch.amp.is_autocast_available(device_type)
+    return torch.get_autocast_dtype(device_type) if known and torch.is_autocast_enabled(device_type) else None
+
+
 def scan(x: Float[Tensor, "N T C"], w: Weights, cell: str, reverse: bool = False) -> Float[Tensor, "N T D"]:
     """Outputs of one direction of one layer, from a zero state; `reverse` walks from the last step to the first.
 
@@ -132,7 +138,7 @@ def scan(x: Float[Tensor, "N T C"], w: Weights, cell: str, reverse: bool = False
     state_dtype = torch.promote_types(gates.dtype, torch.float32)
     hidden_size = w.weight_hh.shape[0] // CELLS[cell].gates
     h = c = torch.zeros(x.shape[0], hidden_size, dtype=state_dtype, device=x.device)
-    if not torch.is_autocast_enabled(x.device.type):
+    if autocast_dtype(x.device.type) is None:
         w = Weights._make(t if t is None else t.to(state_dtype) for t in w)
     step, steps = CELLS[cell].step, range(x.shape[1])
     outputs = []

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sequencer.ops.reference import Weights
+from sequencer.ops.reference import Weights, autocast_dtype
 
 # The weights are ordinary parameters, so cuDNN copies them into one buffer at each call: small beside the activations.
 warnings.filterwarnings("ignore", message="RNN module weights are not part of single contiguous chunk")
@@ -24,8 +24,8 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
 def rnn(x: Float[Tensor, "N T C"], layers: list[tuple[Weights, ...]], cell: str) -> Float[Tensor, "N T K"]:
     """As `sequencer.ops.reference.rnn`, for the cells in `FUNCTIONS`. Not differentiable twice on a GPU."""
     flat = [tensor for directions in layers for w in directions for tensor in w if tensor is not None]
-    if torch.is_autocast_enabled(x.device.type):  # torch's own wrapper casts to float16 whatever was asked for
-        dtype = torch.get_autocast_dtype(x.device.type)
+    dtype = autocast_dtype(x.device.type)
+    if dtype is not None:  # torch's own wrapper casts to float16 whatever was asked for
         with torch.autocast(x.device.type, enabled=False):
             return _call(cell, x.to(dtype), [tensor.to(dtype) for tensor in flat], layers)
     return _call(cell, x, flat, layers)

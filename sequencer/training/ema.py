@@ -1,5 +1,6 @@
 """The moving average of the weights, beside the raw ones and never in their place."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytorch_lightning as pl
@@ -42,7 +43,7 @@ class WeightEma(Callback):
             self.average.update(pl_module.model, step=self._updates)
 
     def on_validation_batch_end(
-        self, trainer: pl.Trainer, pl_module: Classifier, outputs: Any, batch: tuple[Tensor, Tensor], *args: Any
+        self, trainer: pl.Trainer, pl_module: Classifier, outputs: Any, batch: Sequence[Tensor], *args: Any
     ) -> None:
         images, labels = batch
         with trainer.precision_plugin.forward_context():

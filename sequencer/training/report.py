@@ -3,6 +3,7 @@
 import csv
 import logging
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ class EpochReport(Callback):
         self._images, self._started = 0, time.perf_counter()
 
     def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: Classifier, outputs: Any, batch: tuple[Tensor, Tensor], *args: Any
+        self, trainer: pl.Trainer, pl_module: Classifier, outputs: Any, batch: Sequence[Tensor], *args: Any
     ) -> None:
         self._images += len(batch[0]) * trainer.world_size
         self._trained = time.perf_counter()

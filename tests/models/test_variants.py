@@ -170,7 +170,7 @@ def test_groups_and_weight_decay(name):
     names = [parameter for parameter, _ in model.named_parameters()]
     for coarse in (False, True):
         groups = group_parameters(model, model.group_matcher(coarse))
-        assert sorted(sum(groups.values(), [])) == sorted(names)
+        assert sorted(name for group in groups.values() for name in group) == sorted(names)
         layer = group_with_matcher(model.named_parameters(), model.group_matcher(coarse), reverse=True)
         stages = len(model.stages)
         assert layer["stem.proj.weight"] == 0
