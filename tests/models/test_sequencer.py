@@ -59,10 +59,9 @@ def test_wrong_input_size(size, message):
         timm.create_model("sequencer2d_s", img_size=size)
 
 
-@pytest.mark.parametrize("name", ["sequencer2d_s_392", "sequencer2d_m_392", "sequencer2d_l_392"])
-def test_392_models_take_other_sizes(name):
+def test_392_models_take_other_sizes():
     with torch.device("meta"):
-        model = timm.create_model(name, layers=(1, 1, 1, 1))
+        model = timm.create_model("sequencer2d_s_392", layers=(1, 1, 1, 1))
     assert model.pretrained_cfg["crop_pct"] == 1.0
     for size in ((392, 392), (224, 224), (28, 42)):
         assert model(torch.zeros(1, 3, *size, device="meta")).shape == (1, 1000)
