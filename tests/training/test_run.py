@@ -130,7 +130,7 @@ def test_a_resumed_run_is_the_same_run(config, tmp_path, monkeypatch, workers):
 
 
 def test_ctrl_c_leaves_a_run_that_goes_on(config, tmp_path, monkeypatch):
-    handler = signal.getsignal(signal.SIGINT)
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
     try:
         interrupted(config(), monkeypatch, lambda: os.kill(os.getpid(), signal.SIGINT), KeyboardInterrupt)
     finally:
