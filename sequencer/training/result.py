@@ -38,9 +38,8 @@ def finish(
     run_dir = Path(config.run_dir)
     best = checkpoints.folder / "best.ckpt"
     load_weights(model, select_weights(read_checkpoint(best), config.trainer.slot), source=str(best))
-    split, loader, limit = "test", None, config.trainer.limit_test_batches
     if data.test_set is not None:
-        loader = data.test_dataloader()
+        split, loader, limit = "test", data.test_dataloader(), config.trainer.limit_test_batches
     else:
         split, loader, limit = "val", data.val_dataloader(), config.trainer.limit_val_batches
     batches = _limit(len(loader), limit)

@@ -91,12 +91,12 @@ def test_linear_and_constant():
 @pytest.mark.parametrize("opt", ["adamw", "sgd", "lamb", "lion", "adafactor"])
 def test_timm_optimizers(model, opt):
     optimizer = build_optimizer(model, OptimConfig(opt=opt, lr=1e-3))
-    model(torch.randn(2, 1, 8, 8)).square().sum().backward()
+    model(torch.randn(2, 1, 8, 8)).sum().backward()
     before = model.head.fc.bias.detach().clone()
     optimizer.step()
     assert model.head.fc.bias.isfinite().all()
     assert type(optimizer).__name__.lower().startswith(opt[:4])
-    assert before.shape == model.head.fc.bias.shape
+    assert (before != model.head.fc.bias).all()
 
 
 def test_betas_and_eps_are_passed_on(model):
