@@ -1,13 +1,14 @@
 """Token mixing by recurrence: `RNN1d` over all tokens in a row, `RNN2d` along the columns and rows of their map."""
 
 import math
+from typing import Self
 
 import torch
 import torch.nn as nn
 from jaxtyping import Float
 from torch import Tensor
 
-from sequencer.ops import CELLS, Layers, Weights, rnn1d, rnn2d
+from sequencer.ops import CELLS, Layers, PackedWeights, Weights, rnn1d, rnn2d
 
 UNIONS = ("cat", "add", "vertical", "horizontal")
 
@@ -51,6 +52,7 @@ class RNN(nn.Module):
                 for name, shape in shapes.items():
                     self.register_parameter(name + suffix, nn.Parameter(torch.empty(shape)))
         self.parameter_names = list(shapes)
+        self.packed = PackedWeights()
         self.init_weights()
 
     def init_weights(self) -> None:
@@ -69,8 +71,12 @@ class RNN(nn.Module):
 
         return [tuple(direction(suffix) for suffix in layer) for layer in self.suffixes]
 
+    def train(self, mode: bool = True) -> Self:
+        self.packed.clear()
+        return super().train(mode)
+
     def forward(self, x: Float[Tensor, "N T C"]) -> Float[Tensor, "N T K"]:
-        return rnn1d(x, self.weights(), self.cell)
+        return rnn1d(x, self.weights(), self.cell, packed=self.packed)
 
     def extra_repr(self) -> str:
         return f"cell={self.cell}, hidden_size={self.hidden_size}, output_size={self.output_size}"
@@ -144,8 +150,13 @@ class RNN2d(nn.Module):
         sizes = (input_size, hidden_size, cell, num_layers, bidirectional)
         self.rnn_v = RNN(*sizes) if union != "horizontal" else None
         self.rnn_h = RNN(*sizes) if union != "vertical" else None
+        self.packed = PackedWeights()
+
+    def train(self, mode: bool = True) -> Self:
+        self.packed.clear()
+        return super().train(mode)
 
     def forward(self, x: Float[Tensor, "B H W C"]) -> Float[Tensor, "B H W C"]:
         vertical = self.rnn_v.weights() if self.rnn_v is not None else None
         horizontal = self.rnn_h.weights() if self.rnn_h is not None else None
-        return self.fc(rnn2d(x, vertical, horizontal, self.cell, self.union))
+        return self.fc(rnn2d(x, vertical, horizontal, self.cell, self.union, packed=self.packed))

@@ -1,6 +1,18 @@
 """Recurrences as pure functions on tensors."""
 
-from sequencer.ops.bilstm2d import Layers, choose_backend, rnn1d, rnn2d
+from sequencer.ops.bilstm2d import Backend, Choice, Layers, configure, explain, rnn1d, rnn2d
+from sequencer.ops.packing import PackedWeights
 from sequencer.ops.reference import CELLS, Weights
 
-__all__ = ["CELLS", "Layers", "Weights", "choose_backend", "rnn1d", "rnn2d"]
+__all__ = [
+    "CELLS",
+    "Backend",
+    "Choice",
+    "Layers",
+    "PackedWeights",
+    "Weights",
+    "configure",
+    "explain",
+    "rnn1d",
+    "rnn2d",
+]

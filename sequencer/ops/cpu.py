@@ -67,6 +67,8 @@ def unavailable() -> str | None:
 def _library() -> ctypes.CDLL:
     library = ctypes.CDLL(str(_build()))
     library.vectors.argtypes = [_SIZE]
+    library.checksum.argtypes = [_POINTER, _POINTER, _SIZE, _SIZE]
+    library.checksum.restype = ctypes.c_uint
     library.forward.argtypes = library.backward.argtypes = [_POINTER]
     return library
 
@@ -125,6 +127,13 @@ def _pack_backward(weight_hh: Tensor) -> Tensor:
     padded = F.pad(weight_hh.view(S, 4, D, D), (0, -D % lanes, 0, -D % lanes))
     P = padded.shape[-1]
     return padded.view(S, 4 * P, -1, _library().vectors(D) * lanes).permute(0, 2, 1, 3).contiguous()
+
+
+def checksum(tensors: Sequence[Tensor]) -> int:
+    """Of all bits of contiguous float32 tensors: it tells whether anything has been written to them."""
+    pointers = (_POINTER * len(tensors))(*(tensor.data_ptr() for tensor in tensors))
+    sizes = (_SIZE * len(tensors))(*(tensor.numel() for tensor in tensors))
+    return _library().checksum(pointers, sizes, len(tensors), torch.get_num_threads())
 
 
 def forward(

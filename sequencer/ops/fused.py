@@ -39,10 +39,11 @@ def pack(weights: Sequence[Weights]) -> Packed:
     )
 
 
-def pack_once(weights: Sequence[Weights], backend: str) -> Packed:
+def pack_once(weights: Sequence[Weights], backend: str, dtype: torch.dtype) -> Packed:
     """The same for inference, with what the kernel would otherwise make at each call."""
-    packed = pack(weights)
-    return packed._replace(panels=_BACKENDS[backend].pack(packed.weight_hh))
+    weight_ih, weight_hh, bias, _ = pack(weights)
+    weight_hh = weight_hh.to(dtype)
+    return Packed(weight_ih.to(dtype), weight_hh, bias.to(dtype), _BACKENDS[backend].pack(weight_hh))
 
 
 def run(x: Float[Tensor, "B H W C"], packed: Packed, sweeps: list[int], backend: str, recompute: bool) -> Tensor:

@@ -294,6 +294,19 @@ int lanes() { return LANES; }
 
 int max_tile() { return MAX_TILE; }
 
+// Of the bits of several arrays of floats: whether anything has been written to them.
+unsigned checksum(const unsigned* const* arrays, const ptrdiff_t* sizes, ptrdiff_t count, ptrdiff_t threads) {
+    unsigned total = 0;
+#pragma omp parallel for schedule(dynamic) num_threads(threads) reduction(+ : total)
+    for (ptrdiff_t a = 0; a < count; ++a)
+        for (ptrdiff_t i = 0; i < sizes[a]; ++i) {
+            unsigned mixed = (arrays[a][i] + unsigned(i)) * 0x9E3779B1u;  // a place's own value, spread over all bits
+            mixed = (mixed ^ (mixed >> 15)) * (2 * unsigned(a) + 0x85EBCA6Bu);
+            total += mixed ^ (mixed >> 13);
+        }
+    return total;
+}
+
 // Vectors of units that a block of the backward pass takes: the most that leave none over.
 int vectors(ptrdiff_t D) {
     const ptrdiff_t blocks = (D + LANES - 1) / LANES;

@@ -31,7 +31,6 @@ def rnn(x: Float[Tensor, "N T C"], layers: list[tuple[Weights, ...]], cell: str)
     return _call(cell, x, flat, layers)
 
 
-@torch.compiler.disable(reason="inductor fails on oneDNN's LSTM primitive and unrolls the rest step by step")
 def _call(cell: str, x: Tensor, flat: list[Tensor], layers: list[tuple[Weights, ...]]) -> Tensor:
     directions = len(layers[0])
     zeros = x.new_zeros(len(layers) * directions, x.shape[0], layers[0][0].weight_hh.shape[1])
