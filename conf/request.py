@@ -236,7 +236,7 @@ def _check_bounds(node: Any, prefix: str = "") -> None:
             continue
         choices, low, high = (field.metadata[name] for name in ("choices", "low", "high"))
         for item in value if isinstance(value, list) else [value]:
-            if choices and item not in choices:
+            if choices and item is not None and item not in choices:
                 nearest = difflib.get_close_matches(str(item), choices, n=1)
                 hint = f"did you mean {nearest[0]}? " if nearest else ""
                 raise RequestError(f"{key}={item} is not possible: {hint}There are {', '.join(choices)}")

@@ -92,6 +92,12 @@ class ModelConfig:
     drop_rate: float = knob(0.0, "dropout before the head", low=0.0, high=0.999)
     drop_path_rate: float = knob(0.0, "stochastic depth of the last block; grows linearly from 0", low=0.0, high=0.999)
     grad_checkpointing: bool = knob(False, "recompute activations in the backward pass: less memory, more time")
+    backend: str | None = knob(
+        None,
+        "preferred kernels of the recurrences; null takes what SEQUENCER_BACKEND says, or else the fastest",
+        choices=("auto", "triton", "fused", "torch", "reference"),
+    )
+    recompute: bool = knob(False, "run recurrences again in the backward pass, fused kernels only: less memory")
     kwargs: dict[str, Any] = knob({}, "further arguments of the model, e.g. '{cell: gru, bidirectional: false}'")
 
 

@@ -57,7 +57,8 @@ class Stage(nn.Module):
         self.grad_checkpointing = False
 
     def forward(self, x: Float[Tensor, "B H W C"]) -> Float[Tensor, "B H2 W2 C2"]:
-        x = self.downsample(x)
+        # a convolution's tokens are a permuted view, which every normalisation of the stage would copy anew
+        x = self.downsample(x).contiguous()
         if not (self.grad_checkpointing and torch.is_grad_enabled()):
             return self.blocks(x)
         for block in self.blocks:

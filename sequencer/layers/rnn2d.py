@@ -1,7 +1,6 @@
 """Token mixing by recurrence: `RNN1d` over all tokens in a row, `RNN2d` along the columns and rows of their map."""
 
 import math
-from typing import Self
 
 import torch
 import torch.nn as nn
@@ -71,7 +70,7 @@ class RNN(nn.Module):
 
         return [tuple(direction(suffix) for suffix in layer) for layer in self.suffixes]
 
-    def train(self, mode: bool = True) -> Self:
+    def train(self, mode: bool = True) -> "RNN":
         self.packed.clear()
         return super().train(mode)
 
@@ -152,7 +151,7 @@ class RNN2d(nn.Module):
         self.rnn_h = RNN(*sizes) if union != "vertical" else None
         self.packed = PackedWeights()
 
-    def train(self, mode: bool = True) -> Self:
+    def train(self, mode: bool = True) -> "RNN2d":
         self.packed.clear()
         return super().train(mode)
 

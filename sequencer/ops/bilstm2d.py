@@ -8,7 +8,7 @@ import functools
 import logging
 import os
 from collections.abc import Callable
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -20,8 +20,8 @@ from sequencer.ops.reference import CELLS, Weights, autocast_dtype
 
 log = logging.getLogger("sequencer")
 
-Backend = Literal["auto", "reference", "torch", "fused", "triton"]
 BY_SPEED = ("triton", "fused", "torch", "reference")
+BACKENDS = ("auto", *BY_SPEED)
 Layers = list[tuple[Weights, ...]]  # layers, first to last; each holds one direction or (forward, backward)
 
 
@@ -33,16 +33,16 @@ class Choice(NamedTuple):
 
 
 class _Settings:
-    backend: str = os.environ.get("SEQUENCER_BACKEND", "auto")
+    backend: str | None = None
     recompute: bool = False
 
 
-def configure(backend: Backend | None = None, recompute: bool | None = None) -> None:
-    """Settings of the process, for all recurrences; None leaves one as it is.
+def configure(backend: str | None = None, recompute: bool = False) -> None:
+    """Settings of the process, for all recurrences.
 
     Args:
-        backend: preferred; what it cannot serve goes to the next best, as `explain` tells. `auto`, the default,
-            takes the fastest; the environment variable SEQUENCER_BACKEND sets another default.
+        backend: one of `BACKENDS`, preferred: what it cannot serve goes to the next best, as `explain` tells. `auto`
+            takes the fastest; None what the environment variable SEQUENCER_BACKEND says, or else the fastest.
         recompute: the fused backends keep no activations of the recurrence but run it again in the backward pass:
             less memory, more time.
 
@@ -51,9 +51,7 @@ def configure(backend: Backend | None = None, recompute: bool | None = None) -> 
     """
     if backend is not None:
         _check(backend)
-        _Settings.backend = backend
-    if recompute is not None:
-        _Settings.recompute = recompute
+    _Settings.backend, _Settings.recompute = backend, recompute
 
 
 def explain(
@@ -61,7 +59,7 @@ def explain(
     hidden_size: int = 48,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
-    backend: Backend | None = None,
+    backend: str | None = None,
 ) -> Choice:
     """The backend that `rnn1d` and `rnn2d` take for such inputs, with the reason; `backend` as they are given it.
 
@@ -69,12 +67,13 @@ def explain(
         ValueError: the cell or the backend is unknown, or a backend given here cannot serve such inputs. One that
             `configure` or the environment prefers hands over instead.
     """
-    return _choose(cell, hidden_size, dtype, torch.device(device).type, _Settings.backend, backend)
+    preferred = _Settings.backend or os.environ.get("SEQUENCER_BACKEND", "auto")
+    return _choose(cell, hidden_size, dtype, torch.device(device).type, preferred, backend)
 
 
 @torch.compiler.assume_constant_result  # decided once a graph
 def _backend(cell: str, hidden_size: int, dtype: torch.dtype, device: str, backend: str | None) -> str:
-    return _choose(cell, hidden_size, dtype, device, _Settings.backend, backend).backend
+    return explain(cell, hidden_size, dtype, device, backend).backend
 
 
 @functools.cache
@@ -85,13 +84,14 @@ def _choose(
         raise ValueError(f"unknown cell {cell!r}; there are {', '.join(CELLS)}")
     first = demanded or preferred
     _check(first)
-    refusals = {}
+    refusals: dict[str, str] = {}
     for candidate in [first, *(name for name in BY_SPEED if name != first)]:
         if candidate == "auto":
             continue
-        refusal = _refusal(candidate, cell, hidden_size, dtype, device)
+        refusal = _refusal(candidate, cell, hidden_size, dtype, device, asked=candidate == first)
         if refusal is None:
-            return Choice(candidate, "; ".join([f"{first} was asked for", *(f"{k}: {v}" for k, v in refusals.items())]))
+            why = "the fastest that serves it" if first == "auto" else f"{first} was asked for"
+            return Choice(candidate, "; ".join([why, *(f"{name}: {reason}" for name, reason in refusals.items())]))
         if candidate == demanded:
             raise ValueError(f"the {demanded} backend cannot serve {cell}: {refusal}")
         refusals[candidate] = refusal
@@ -99,12 +99,12 @@ def _choose(
 
 
 def _check(backend: str) -> None:
-    if backend not in get_args(Backend):
-        raise ValueError(f"unknown backend {backend!r}; there are {', '.join(get_args(Backend))}")
+    if backend not in BACKENDS:
+        raise ValueError(f"unknown backend {backend!r}; there are {', '.join(BACKENDS)}")
 
 
-def _refusal(backend: str, cell: str, hidden_size: int, dtype: torch.dtype, device: str) -> str | None:
-    """Why a backend does not serve such inputs; None where it does."""
+def _refusal(backend: str, cell: str, hidden_size: int, dtype: torch.dtype, device: str, asked: bool) -> str | None:
+    """Why a backend does not serve such inputs; None where it does. The interpreter serves only if asked for."""
     if backend == "reference":
         return None
     if backend == "torch":
@@ -115,7 +115,7 @@ def _refusal(backend: str, cell: str, hidden_size: int, dtype: torch.dtype, devi
         if device != "cpu":
             return "it runs on a CPU"
         return f"it has no {dtype}" if dtype not in cpu.DTYPES else _once(cpu.unavailable())
-    if device != "cuda" and not (device == "cpu" and triton_kernels.interpreted()):
+    if device != "cuda" and not (device == "cpu" and asked and triton_kernels.interpreted()):
         return "it runs on a GPU"
     low, high = triton_kernels.HIDDEN_SIZES
     if not low <= hidden_size <= high:
@@ -135,7 +135,7 @@ def rnn1d(
     x: Float[Tensor, "N T C"],
     layers: Layers,
     cell: str = "lstm",
-    backend: Backend | None = None,
+    backend: str | None = None,
     packed: PackedWeights | None = None,
 ) -> Float[Tensor, "N T K"]:
     """Outputs of every step, forward and backward direction concatenated; the state starts at zero."""
@@ -148,7 +148,7 @@ def rnn2d(
     horizontal: Layers | None,
     cell: str = "lstm",
     union: str = "cat",
-    backend: Backend | None = None,
+    backend: str | None = None,
     packed: PackedWeights | None = None,
 ) -> Float[Tensor, "B H W K"]:
     """BiLSTM2D without its closing linear layer (Tatsunami and Taki 2022, section 3.2).
@@ -188,9 +188,7 @@ def _one_by_one(
     return y.transpose(1, 2) if sweep == 0 else y
 
 
-def _all_at_once(
-    x: Tensor, layers: dict[int, Layers], backend: str, packed: PackedWeights | None
-) -> Tensor:
+def _all_at_once(x: Tensor, layers: dict[int, Layers], backend: str, packed: PackedWeights | None) -> Tensor:
     """The first layer of all sweeps in one launch, deeper ones sweep by sweep, since their inputs differ."""
 
     def run(x: Tensor, depth: int, sweeps: list[int]) -> Tensor:

@@ -140,7 +140,7 @@ def forward(
     x: Tensor, weight_ih: Tensor, packed: Tensor, bias: Tensor, sweeps: Sequence[int], save: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Outputs `[B, H, W, S D]` and, to go back from, gates `[B H W, S 4D]` and cells `[B H W, S D]` in float32."""
-    B, H, W, C = x.shape
+    B, H, W, _ = x.shape
     S, D = len(sweeps), bias.numel() // len(sweeps) // 4
     tokens, projection, bias = _rows(x), weight_ih.float().t(), bias.float().contiguous()
     out = tokens.new_empty(B * H * W, S * D)
@@ -176,7 +176,7 @@ def backward(
     cells: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, weight_ih, weight_hh and the bias `[S, 4D]`."""
-    _, H, W, C = x.shape
+    _, H, W, _ = x.shape
     S, D, diagonal = len(sweeps), out.shape[-1] // len(sweeps), weight_hh.dim() == 2
     tokens, outputs, grad_outputs, weight = _rows(x), _rows(out), _rows(grad_out), weight_ih.float()
     packed = _pack_backward(weight_hh)

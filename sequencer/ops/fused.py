@@ -5,9 +5,10 @@ share one input projection and one launch. The work is done by `sequencer.ops.cp
 which have the same functions; `B H W C` is the token map, `S` the number of sweeps, `D` hidden size.
 """
 
+import math
 from collections.abc import Sequence
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from jaxtyping import Float
@@ -95,7 +96,8 @@ def _(
     if not keep:
         return out, x.new_empty(0), x.new_empty(0)
     dtype = _BACKENDS[backend].saved_dtype(x.dtype)
-    return out, *(x.new_empty(B * H * W, columns, dtype=dtype) for columns in (rows, width))
+    gates, cells = (x.new_empty(B * H * W, columns, dtype=dtype) for columns in (rows, width))
+    return out, gates, cells
 
 
 @torch.library.custom_op("sequencer::sweep_backward", mutates_args=())
@@ -148,16 +150,18 @@ sweep.register_autograd(_backward, setup_context=_save)
 sweep_backward.register_autograd(_twice)
 
 
-def _multiplications(tokens: int, weight_ih: Sequence[int], weight_hh: Sequence[int]) -> int:
-    recurrent = weight_hh[0] * weight_hh[1] * (weight_hh[2] if len(weight_hh) == 3 else 1)
-    return tokens * (weight_ih[0] * weight_ih[1] + recurrent)
+Shape: TypeAlias = Sequence[int]
+
+
+def _multiplications(x: Shape, weight_ih: Shape, weight_hh: Shape) -> int:
+    return x[0] * x[1] * x[2] * (weight_ih[0] * weight_ih[1] + math.prod(weight_hh))
 
 
 @register_flop_formula(torch.ops.sequencer.sweep)
-def _forward_flops(x: Sequence[int], weight_ih: Sequence[int], weight_hh: Sequence[int], *_: Any, **__: Any) -> int:
-    return 2 * _multiplications(x[0] * x[1] * x[2], weight_ih, weight_hh)
+def _forward_flops(x: Shape, weight_ih: Shape, weight_hh: Shape, *_: Any, **__: Any) -> int:
+    return 2 * _multiplications(x, weight_ih, weight_hh)
 
 
 @register_flop_formula(torch.ops.sequencer.sweep_backward)
-def _backward_flops(_: Any, x: Sequence[int], weight_ih: Sequence[int], weight_hh: Sequence[int], *__: Any, **___: Any) -> int:  # fmt: skip
-    return 4 * _multiplications(x[0] * x[1] * x[2], weight_ih, weight_hh)
+def _backward_flops(_: Any, x: Shape, weight_ih: Shape, weight_hh: Shape, *__: Any, **___: Any) -> int:
+    return 4 * _multiplications(x, weight_ih, weight_hh)

@@ -217,14 +217,9 @@ static inline __attribute__((always_inline)) void backward_block(
     if (!b.diagonal) product<V, R>(dh, b.weight + (s * P + unit) * 4 * P, carry.grad + row * 4 * P, 4 * P, 4 * P);
     for (int v = 0; v < V; ++v) {
         const ptrdiff_t u = unit + v * LANES, n = D - u;
-        vec w[4] = {}, bias[4], diagonal[4] = {};
-        for (int q = 0; q < 4; ++q) {
-            bias[q] = load(carry.bias + q * P + u);
-            if (b.diagonal) {
-                w[q] = load(b.weight + (s * 4 + q) * D + u, n);
-                diagonal[q] = load(carry.diagonal + q * P + u);
-            }
-        }
+        vec w[4] = {}, bias[4] = {}, diagonal[4] = {};
+        if (b.diagonal)
+            for (int q = 0; q < 4; ++q) w[q] = load(b.weight + (s * 4 + q) * D + u, n);
         for (int r = 0; r < R; ++r) {
             const ptrdiff_t at = carry.token[row + r] * S + s, before = at + carry.before * S;
             const float* gate = b.gates + at * 4 * D + u;
@@ -252,8 +247,9 @@ static inline __attribute__((always_inline)) void backward_block(
             if (!b.diagonal) store(b.previous + at * D + u, h_before, n);
         }
         for (int q = 0; q < 4; ++q) {
-            store(carry.bias + q * P + u, bias[q]);
-            if (b.diagonal) store(carry.diagonal + q * P + u, diagonal[q]);
+            float *sum = carry.bias + q * P + u, *product = carry.diagonal + q * P + u;
+            store(sum, load(sum) + bias[q]);
+            if (b.diagonal) store(product, load(product) + diagonal[q]);
         }
     }
 }

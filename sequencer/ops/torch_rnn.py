@@ -1,12 +1,13 @@
 """torch's own recurrent kernels (cuDNN on a GPU, oneDNN on a CPU) as a function of tensors."""
 
 import warnings
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from sequencer.ops.reference import Weights, autocast_dtype
 
@@ -38,3 +39,29 @@ def _call(cell: str, x: Tensor, flat: list[Tensor], layers: list[tuple[Weights, 
     # cuDNN has no backward pass for a forward run as inference, and eval mode needs gradients too
     train = torch.is_grad_enabled()
     return FUNCTIONS[cell](x, state, flat, True, len(layers), 0.0, train, directions == 2, True)[0]
+
+
+Shape: TypeAlias = Sequence[int]
+aten = torch.ops.aten
+
+
+def _flops(x: Shape, weights: Sequence[Shape]) -> int:
+    return 2 * x[0] * x[1] * sum(weight[0] * weight[1] for weight in weights if len(weight) == 2)
+
+
+def _onednn(x: Shape, weight_ih: Shape, weight_hh: Shape, *_: Any, **__: Any) -> int:
+    return _flops(x, [weight_ih, weight_hh])
+
+
+def _cudnn(x: Shape, weights: Sequence[Shape], *_: Any, **__: Any) -> int:
+    return _flops(x, weights)
+
+
+for operator, formula, passes in (  # which torch counts as free
+    (aten.mkldnn_rnn_layer, _onednn, 1),
+    (aten.mkldnn_rnn_layer_backward, _onednn, 2),
+    (aten._cudnn_rnn, _cudnn, 1),
+    (aten._cudnn_rnn_backward, _cudnn, 2),
+):
+    if operator not in flop_registry:
+        register_flop_formula(operator)(lambda *args, _f=formula, _n=passes, **kwargs: _n * _f(*args, **kwargs))

@@ -15,6 +15,7 @@ inputs give the same bits.
 import functools
 import os
 from collections.abc import Sequence
+from typing import no_type_check
 
 import torch
 from torch import Tensor
@@ -29,8 +30,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 HIDDEN_SIZES = (8, 256)
 RESIDENT = 128  # hidden size up to which four gates' weights in two bytes fit in an A100's or H100's shared memory
 SHARED_MEMORY = 140_000  # bytes that they take there at the most
-TOKEN_BLOCK = 32  # tokens that the weights' gradient takes in one step
-PROGRAMS = 64  # partial sums of that gradient
+PROGRAMS = 64  # partial sums of the weights' gradient
 
 
 @functools.cache
@@ -66,10 +66,12 @@ def pack(weight_hh: Tensor) -> Tensor:
 if triton is not None:
 
     @triton.jit
+    @no_type_check  # Triton reads the bare function
     def _sigmoid(x):
         return 1.0 / (1.0 + tl.exp(-x))
 
     @triton.jit
+    @no_type_check
     def _tanh(x):
         # from the side where exp cannot overflow; near zero, where the difference cancels, a series takes over
         e = tl.exp(-2.0 * tl.abs(x))
@@ -79,6 +81,7 @@ if triton is not None:
         return tl.where(tl.abs(x) < 0.15, x * near, tl.where(x < 0, -far, far))
 
     @triton.jit
+    @no_type_check
     def _sequences(sweeps, B, H, W, TILE: tl.constexpr):
         """Of this program's tile and sweep: sequences, mask, first tokens, steps, stride from step to step."""
         code = (sweeps >> (2 * tl.program_id(1))) & 3
@@ -91,6 +94,7 @@ if triton is not None:
         return n, n < B * tl.where(vertical, W, H), start, steps, tl.where(backwards == 1, -stride, stride)
 
     @triton.jit
+    @no_type_check
     def _load4(p, offset, mask):
         """What belongs to the gates i, f, g, o, `offset` elements apart."""
         i = tl.load(p, mask=mask, other=0.0)
@@ -100,6 +104,7 @@ if triton is not None:
         return i, f, g, o
 
     @triton.jit
+    @no_type_check
     def _store4(p, offset, mask, i, f, g, o):
         kept = p.dtype.element_ty
         tl.store(p, i.to(kept), mask=mask)
@@ -108,6 +113,7 @@ if triton is not None:
         tl.store(p + 3 * offset, o.to(kept), mask=mask)
 
     @triton.jit
+    @no_type_check
     def _preactivations(gates, bias, D: tl.constexpr, mask, unit):
         i, f, g, o = _load4(gates, D, mask)
         b_i, b_f, b_g, b_o = _load4(bias, D, unit)
@@ -118,12 +124,14 @@ if triton is not None:
         return i, f, g, o
 
     @triton.jit
+    @no_type_check
     def _step(i, f, g, o, c):
         i, f, g, o = _sigmoid(i), _sigmoid(f), _tanh(g), _sigmoid(o)
         c = f * c + i * g
         return i, f, g, o, c, o * _tanh(c)
 
     @triton.jit
+    @no_type_check
     def _step_back(gates, D: tl.constexpr, mask, dh, dc, c, c_before):
         """Gradients of the preactivations and of the cell before."""
         i, f, g, o = _load4(gates, D, mask)
@@ -137,6 +145,7 @@ if triton is not None:
         return d_i, d_f, d_g, d_o, dc * f
 
     @triton.jit
+    @no_type_check
     def _forward_resident(
         gates, weight, bias, out, cells, sweeps, B, H, W,
         S: tl.constexpr, D: tl.constexpr, P: tl.constexpr, TILE: tl.constexpr,
@@ -178,6 +187,7 @@ if triton is not None:
             token += stride
 
     @triton.jit
+    @no_type_check
     def _backward_resident(
         gates, cells, weight, grad_out, grad_gates, sweeps, B, H, W,
         S: tl.constexpr, D: tl.constexpr, P: tl.constexpr, TILE: tl.constexpr, DIAGONAL: tl.constexpr,
@@ -216,6 +226,7 @@ if triton is not None:
             token -= stride
 
     @triton.jit
+    @no_type_check
     def _forward_streamed(
         gates, weight, bias, out, cells, state, sweeps, B, H, W,
         S: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
@@ -255,6 +266,7 @@ if triton is not None:
             token += stride
 
     @triton.jit
+    @no_type_check
     def _backward_streamed(
         gates, cells, weight, grad_out, grad_gates, state, sweeps, B, H, W,
         S: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr,
@@ -293,6 +305,7 @@ if triton is not None:
             token -= stride
 
     @triton.jit
+    @no_type_check
     def _weight_grad(
         grad_gates, out, weight_sums, bias_sums, sweeps, tokens, H, W,
         S: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
@@ -356,8 +369,10 @@ def forward(
             plan = _resident_plan(D)
             _forward_resident[_grid(B, H, W, S, plan)](*tensors, *size, S, D, DIAGONAL=diagonal, KEEP=save, **plan)
         else:
-            plan = _streamed_plan(x)
-            _forward_streamed[_grid(B, H, W, S, plan)](*tensors, _state(x, S * D), *size, S, D, KEEP=save, **plan)
+            plan = _streamed_plan()
+            _forward_streamed[_grid(B, H, W, S, plan)](
+                *tensors, _state(x, S * D), *size, S, D, KEEP=save, PRECISION=_precision(), **plan
+            )
     return out, gates if save else None, cells
 
 
@@ -377,9 +392,9 @@ def backward(
     grad_gates = torch.empty_like(gates)
     tensors = (gates, cells, weight_hh.contiguous(), grad_out.contiguous(), grad_gates)
     size = (_encode(sweeps), B, H, W)
-    parts = min(PROGRAMS, triton.cdiv(B * H * W, TOKEN_BLOCK))
-    block = min(_padded(D), 32 if x.dtype == torch.float32 else 64)
-    blocks = triton.cdiv(D, block)
+    sums = _sum_plan(D, x.element_size())
+    parts = max(1, min(PROGRAMS, triton.cdiv(B * H * W, sums["ROWS"])))
+    blocks = triton.cdiv(D, sums["BLOCK"])
     weight_sums = torch.empty(parts, *weight_hh.shape, dtype=torch.float32, device=x.device)
     bias_sums = torch.empty(parts, S, 4 * D, dtype=torch.float32, device=x.device)
     with torch.cuda.device_of(x):
@@ -387,11 +402,13 @@ def backward(
             plan = _resident_plan(D)
             _backward_resident[_grid(B, H, W, S, plan)](*tensors, *size, S, D, DIAGONAL=diagonal, **plan)
         else:
-            plan = _streamed_plan(x)
-            _backward_streamed[_grid(B, H, W, S, plan)](*tensors, _state(x, S * D), *size, S, D, **plan)
+            plan = _streamed_plan()
+            _backward_streamed[_grid(B, H, W, S, plan)](
+                *tensors, _state(x, S * D), *size, S, D, PRECISION=_precision(), **plan
+            )
         _weight_grad[(parts, S, 4 * blocks * (1 if diagonal else blocks))](
             grad_gates, out, weight_sums, bias_sums, _encode(sweeps), B * H * W, H, W,
-            S, D, BLOCK=block, ROWS=TOKEN_BLOCK, DIAGONAL=diagonal, PRECISION=_precision(), num_warps=8,
+            S, D, DIAGONAL=diagonal, PRECISION=_precision(), **sums,
         )  # fmt: skip
     grad_x = torch.mm(grad_gates, weight_ih).view(x.shape)
     grad_ih = torch.mm(grad_gates.t(), x.reshape(-1, C))
@@ -424,9 +441,14 @@ def _resident_plan(D: int) -> dict[str, int]:
     return {"P": _padded(D), "TILE": tile, "num_warps": 8 if D > 16 else 4}
 
 
-def _streamed_plan(x: Tensor) -> dict[str, int | str]:
-    """Units that are taken at a time, sequences of a program, its warps, and how products are rounded."""
-    return {"BLOCK": 32, "TILE": 16, "PRECISION": _precision(), "num_warps": 4}
+def _streamed_plan() -> dict[str, int]:
+    """Units that are taken at a time, sequences of a program, and its warps."""
+    return {"BLOCK": 32, "TILE": 16, "num_warps": 4}
+
+
+def _sum_plan(D: int, element_size: int) -> dict[str, int]:
+    """Units and tokens that the weights' gradient takes at a time."""
+    return {"BLOCK": min(_padded(D), 32 if element_size > 2 else 64), "ROWS": 32, "num_warps": 8}
 
 
 def _grid(B: int, H: int, W: int, S: int, plan: dict[str, int]) -> tuple[int, int]:

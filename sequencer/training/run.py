@@ -19,7 +19,9 @@ from torch import nn
 from conf.errors import RequestError
 from conf.schema import Config
 from sequencer.data import DataModule
+from sequencer.layers import RNN
 from sequencer.models import CheckpointError, create_model, load_weights, read_weights
+from sequencer.ops import configure, explain
 from sequencer.training.checkpoints import RunCheckpoints
 from sequencer.training.ema import WeightEma
 from sequencer.training.files import write_atomically
@@ -52,6 +54,7 @@ def run(config: Config, resume: bool = False) -> dict[str, Any]:
     pl.seed_everything(config.seed, verbose=False)
     data = DataModule(config.data, config.seed)
     data.setup()
+    configure(config.model.backend, config.model.recompute)
     model = _build_model(config, data.num_classes)
     groups = _describe_groups(config, model)
     module = Classifier(model, config, data.class_names)
@@ -68,7 +71,7 @@ def run(config: Config, resume: bool = False) -> dict[str, Any]:
         log.info("%s, %s parameters; %s", config.model.name, f"{parameters_of(model):,}", run_dir)
         log.info("%s: %d images to train, %d to validate, %d classes", config.data.name, len(data.train_set),
                  len(data.val_set), data.num_classes)  # fmt: skip
-        for line in groups:
+        for line in [*groups, *_describe_backends(model, trainer)]:
             log.info(line)
         trainer.loggers = build_loggers(config, run_dir)
         if config.trainer.compile:
@@ -133,6 +136,17 @@ def _describe_groups(config: Config, model: nn.Module) -> list[str]:
         f"parameter group {i}: {row['parameters']:,} in {row['tensors']} tensors from {row['first']}, "
         f"lr {row['lr']:.3g}, weight decay {row['weight_decay']:.3g}"
         for i, row in enumerate(rows)
+    ]
+
+
+def _describe_backends(model: nn.Module, trainer: pl.Trainer) -> list[str]:
+    dtype = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(str(trainer.precision), torch.float32)
+    rnns = [module for module in model.modules() if isinstance(module, RNN)]
+    kinds = dict.fromkeys((rnn.cell, rnn.hidden_size) for rnn in rnns)
+    choices = {kind: explain(*kind, dtype, trainer.strategy.root_device) for kind in kinds}
+    return [
+        f"{cell} of {size} units: {choice.backend} kernels ({choice.reason})"
+        for (cell, size), choice in choices.items()
     ]
 
 

@@ -1,0 +1,427 @@
+"""The fused kernels against the scan in float64, and what torch must be able to do with their operator."""
+
+import copy
+import os
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+from timm.utils import ModelEmaV3
+from torch import nn
+
+from sequencer.layers import RNN, RNN1d, RNN2d
+from sequencer.ops import Weights, cpu, fused, rnn2d, triton_kernels
+
+HAVE_TRITON = triton_kernels.unavailable() is None
+BACKENDS = [
+    pytest.param("fused", marks=pytest.mark.skipif(bool(cpu.unavailable()), reason=f"no kernel: {cpu.unavailable()}")),
+    pytest.param("triton", marks=pytest.mark.skipif(not HAVE_TRITON, reason=f"{triton_kernels.unavailable()}")),
+]
+DEVICE = {"fused": "cpu", "triton": "cpu" if triton_kernels.interpreted() else "cuda"}
+ALL = [0, 1, 2, 3]
+
+# relative RMS, outputs and every gradient
+TOLERANCE = {torch.float32: 1e-6, torch.float16: 5e-3, torch.bfloat16: 2e-2}
+
+
+@pytest.fixture(autouse=True)
+def poisoned():
+    """Memory that nobody writes holds NaN."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def problem(cell, B, H, W, D, sweeps=ALL, dtype=torch.float32, device="cpu", C=11):
+    torch.manual_seed(0)
+    shape = (4 * D,) if cell == "indylstm" else (4 * D, D)
+    x = torch.randn(B, H, W, C)
+    weights = [
+        Weights(torch.randn(4 * D, C) * 0.3, torch.randn(shape) / D**0.5, torch.randn(4 * D) * 0.2) for _ in sweeps
+    ]
+    upstream = torch.randn(B, H, W, len(sweeps) * D)
+    flat = [x, *(t for w in weights for t in w if t is not None)]
+    return [t.to(device, dtype).requires_grad_() for t in flat], upstream.to(device, dtype)
+
+
+def weights_of(flat):
+    return [Weights(*flat[i : i + 3]) for i in range(1, len(flat), 3)]
+
+
+def reference(cell, flat, upstream, sweeps, dtype=torch.float64):
+    """Outputs and gradients by the scan."""
+    flat = [t.detach().to("cpu", dtype).requires_grad_() for t in flat]
+    parts = []
+    for sweep, w in zip(sweeps, weights_of(flat), strict=True):
+        x = flat[0].flip(1 if sweep < 2 else 2) if sweep % 2 else flat[0]
+        y = rnn2d(x, *([[(w,)], None] if sweep < 2 else [None, [(w,)]]), cell, backend="reference")
+        parts.append(y.flip(1 if sweep < 2 else 2) if sweep % 2 else y)
+    y = torch.cat(parts, -1)
+    return [y.detach(), *torch.autograd.grad(y, flat, upstream.to("cpu", dtype))]
+
+
+def fused_results(backend, flat, upstream, sweeps, recompute=False):
+    y = fused.run(flat[0], fused.pack(weights_of(flat)), sweeps, backend, recompute)
+    return [y.detach(), *torch.autograd.grad(y, flat, upstream)]
+
+
+def errors(actual, exact):
+    return [
+        float((a.cpu().double() - e).norm() / e.norm().clamp_min(1e-12)) for a, e in zip(actual, exact, strict=True)
+    ]
+
+
+def check(backend, cell, flat, upstream, sweeps=ALL):
+    """Against float64; long sums of few terms apart, where float32 itself is no better than a third of our error."""
+    exact, dtype = reference(cell, flat, upstream, sweeps), flat[0].dtype
+    plain = reference(cell, flat, upstream, sweeps, torch.float32)
+    actual = fused_results(backend, flat, upstream, sweeps)
+    assert all(tensor.dtype == dtype for tensor in actual)
+    limits = [max(TOLERANCE[dtype], 3 * error) for error in errors(plain, exact)]
+    for error, limit, tensor in zip(errors(actual, exact), limits, actual, strict=True):
+        assert error < limit, f"{error:.1e} of a tensor of shape {tuple(tensor.shape)}, not below {limit:.1e}"
+
+
+MAPS = [(3, 5, 7), (5, 1, 33), (1, 9, 1), (1, 1, 1), (2, 16, 16)]
+
+
+# one number summed over 512 tokens is beyond float32: no D=1 on the largest map
+@pytest.mark.parametrize(
+    ("size", "D"), [(size, D) for size in MAPS for D in (1, 8, 24, 48, 96, 100) if D > 1 or size != MAPS[-1]]
+)
+@pytest.mark.parametrize("cell", fused.CELLS)
+@pytest.mark.parametrize("backend", [BACKENDS[0]])
+def test_cpu_kernel_in_float32(backend, cell, size, D):
+    flat, upstream = problem(cell, *size, D)
+    check(backend, cell, flat, upstream)
+
+
+@pytest.mark.parametrize(
+    ("size", "D"), [((3, 2, 5), 48), ((5, 1, 9), 8), ((1, 1, 1), 24), ((1, 3, 2), 100), ((1, 2, 2), 136)]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("cell", fused.CELLS)
+@pytest.mark.parametrize("backend", [BACKENDS[1]])
+def test_triton_kernels(backend, cell, dtype, size, D):
+    """Resident and streamed ones: which, depends on the dtype and the hidden size."""
+    flat, upstream = problem(cell, *size, D, dtype=dtype, device=DEVICE[backend])
+    check(backend, cell, flat, upstream)
+
+
+@pytest.mark.parametrize("sweeps", [[0], [1], [2], [3], [1, 2], [2, 3]])
+@pytest.mark.parametrize("cell", fused.CELLS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_any_set_of_sweeps(backend, cell, sweeps):
+    flat, upstream = problem(cell, 2, 3, 4, 8, sweeps, device=DEVICE[backend])
+    check(backend, cell, flat, upstream, sweeps)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("backend", [BACKENDS[0]])
+def test_narrow_dtypes_on_a_cpu(backend, dtype):
+    flat, upstream = problem("lstm", 3, 5, 7, 24, dtype=dtype)
+    check(backend, "lstm", flat, upstream)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: the interpreter multiplies bfloat16 wrongly")
+@pytest.mark.parametrize("D", [48, 96, 160])
+def test_bfloat16_on_a_gpu(D):
+    flat, upstream = problem("lstm", 4, 16, 16, D, dtype=torch.bfloat16, device="cuda")
+    check("triton", "lstm", flat, upstream)
+
+
+@pytest.mark.parametrize("backend", [BACKENDS[0]])
+def test_both_vector_widths(backend, monkeypatch):
+    """The kernel for 512-bit vectors, compiled for whatever there is here, and the one for 256 bits agree."""
+    flat, upstream = problem("lstm", 3, 5, 7, 48)
+    monkeypatch.setattr(cpu, "FLAGS", [*cpu.FLAGS, "-D__AVX512F__", "-Wno-psabi"])
+    wide = cpu._library.__wrapped__()
+    assert wide.lanes() == 16
+    monkeypatch.setattr(cpu, "_library", lambda: wide)
+    check(backend, "lstm", flat, upstream)
+
+
+@pytest.mark.parametrize("backend", [BACKENDS[0]])
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_many_images_and_threads(backend, threads, monkeypatch):
+    """More images than go through the cache at once, tiles that the threads share unevenly."""
+    monkeypatch.setattr(cpu, "CHUNK", 4096)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for cell in fused.CELLS:
+            flat, upstream = problem(cell, 11, 5, 7, 8)
+            check(backend, cell, flat, upstream)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_strided_input_and_expanded_gradient(backend):
+    flat, _ = problem("lstm", 2, 4, 3, 8, device=DEVICE[backend])
+    flat[0] = flat[0].detach().permute(0, 2, 1, 3).requires_grad_()
+    upstream = torch.randn(32, device=DEVICE[backend]).expand(2, 3, 4, 32)
+    check(backend, "lstm", flat, upstream)
+
+
+@pytest.mark.parametrize("cell", fused.CELLS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_recompute_changes_nothing_but_memory(backend, cell):
+    flat, upstream = problem(cell, 2, 3, 4, 8, device=DEVICE[backend])
+    plain, again = (fused_results(backend, flat, upstream, ALL, recompute) for recompute in (False, True))
+    assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
+
+    def kept(recompute):
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
+            fused.run(flat[0], fused.pack(weights_of(flat)), ALL, backend, recompute)
+        return sum(sizes)
+
+    tokens, D = 2 * 3 * 4, 8
+    assert kept(False) - kept(True) == tokens * 4 * (4 * D + D)
+
+
+@pytest.mark.parametrize("cell", fused.CELLS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_same_bits_twice_and_after_a_second_backward_pass(backend, cell):
+    flat, upstream = problem(cell, 3, 5, 7, 8, device=DEVICE[backend])
+    y = fused.run(flat[0], fused.pack(weights_of(flat)), ALL, backend, False)
+    first = torch.autograd.grad(y, flat, upstream, retain_graph=True)
+    second = torch.autograd.grad(y, flat, upstream)
+    third = fused_results(backend, flat, upstream, ALL)[1:]
+    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(first, second, third, strict=True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_empty_batch(backend):
+    flat, _ = problem("lstm", 0, 3, 4, 8, device=DEVICE[backend])
+    y, *gradients = fused_results(backend, flat, torch.zeros(0, 3, 4, 32, device=DEVICE[backend]), ALL)
+    assert y.shape == (0, 3, 4, 32)
+    assert all(gradient.abs().sum() == 0 for gradient in gradients)
+
+
+@pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning")  # of the interpreter: 1 / (1 + inf) is meant
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nan_and_extremes_pass_through(backend):
+    flat, _ = problem("lstm", 1, 1, 3, 8, [2], device=DEVICE[backend])
+    flat[0].data[0, 0, 1, 0] = torch.nan
+    y = fused.run(flat[0], fused.pack(weights_of(flat)), [2], backend, False)
+    assert y[0, 0, 0].isfinite().all()
+    assert y[0, 0, 1:].isnan().all()
+    flat[0].data.fill_(1e6)
+    y = fused.run(flat[0], fused.pack(weights_of(flat)), [2], backend, False)
+    assert y.isfinite().all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_second_derivatives_are_refused_by_name(backend):
+    flat, _ = problem("lstm", 1, 2, 2, 8, device=DEVICE[backend])
+    y = fused.run(flat[0], fused.pack(weights_of(flat)), ALL, backend, False)
+    (gradient,) = torch.autograd.grad(y.square().sum(), flat[0], create_graph=True)
+    with pytest.raises(RuntimeError, match=r"differentiable once.*SEQUENCER_BACKEND=reference"):
+        gradient.sum().backward()
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # of the check itself
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("cell", fused.CELLS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_operator_meets_torchs_contract(backend, cell, keep):
+    flat, _ = problem(cell, 2, 3, 2, 8, device=DEVICE[backend])
+    weight_ih, weight_hh, bias, _ = (None if t is None else t.detach() for t in fused.pack(weights_of(flat)))
+    tensors = [t.requires_grad_() for t in (flat[0].detach(), weight_ih, weight_hh, bias)]
+    torch.library.opcheck(fused.sweep, (*tensors, None, ALL, backend, keep))
+
+
+@pytest.mark.parametrize("backend", [BACKENDS[0]])
+def test_one_dimension(backend):
+    """VSequencer's long sequences; two layers."""
+    torch.manual_seed(0)
+    layer = RNN1d(16, 8, num_layers=2)
+    x, upstream = torch.randn(2, 16, 16, 16, requires_grad=True), torch.randn(2, 16, 16, 16)
+    twin = copy.deepcopy(layer).double()
+    y, expected = layer(x), twin(x.double())
+    actual = [y.detach(), *torch.autograd.grad(y, [x, *layer.parameters()], upstream)]
+    exact = [expected.detach(), *torch.autograd.grad(expected, [x, *twin.parameters()], upstream.double())]
+    assert max(errors(actual, exact)) < 1e-6
+
+
+def test_equal_to_torchs_lstm():
+    """The state dict of nn.LSTM, loaded; our error against float64 is no more than that of torch's own kernel."""
+    torch.manual_seed(0)
+    theirs = nn.LSTM(24, 48, bidirectional=True, batch_first=True)
+    layer = RNN(24, 48)
+    layer.load_state_dict(theirs.state_dict())
+    x = torch.randn(20, 32, 24)
+    exact = copy.deepcopy(theirs).double()(x.double())[0]
+    ours, torchs = layer(x), theirs(x)[0]
+    assert (ours.double() - exact).norm() < max(2 * (torchs.double() - exact).norm(), 1e-6 * exact.norm())
+
+
+# packed weights
+
+
+def disturb(layer, how):
+    with torch.no_grad():
+        if how == "optimizer":
+            with torch.enable_grad():
+                layer(torch.randn(1, 2, 3, 8)).square().sum().backward()
+            torch.optim.SGD(layer.parameters(), lr=1.0).step()
+        elif how == "load_state_dict":
+            layer.load_state_dict({name: p + 0.1 for name, p in layer.state_dict().items()})
+        elif how == "data swap":
+            layer.rnn_h.weight_hh_l0.data = layer.rnn_h.weight_hh_l0.data * 2
+        elif how == "data copy":
+            layer.rnn_h.weight_hh_l0.data.mul_(2)
+        elif how == "one element":
+            layer.rnn_v.weight_ih_l0_reverse.data[3, 5] += 1
+        elif how == "exchanged":
+            bias = layer.rnn_v.bias_hh_l0.data
+            bias.copy_(bias.flip(0))
+
+
+@pytest.mark.parametrize("how", ["optimizer", "load_state_dict", "data swap", "data copy", "one element", "exchanged"])
+@pytest.mark.parametrize("grad_mode", [torch.no_grad, torch.inference_mode])
+def test_packed_weights_follow_the_parameters(how, grad_mode):
+    torch.manual_seed(0)
+    layer, x = RNN2d(8, 4, num_layers=2).eval(), torch.randn(2, 3, 4, 8)
+    with grad_mode():
+        before = layer(x)
+        assert torch.equal(layer(x), before)
+    disturb(layer, how)
+    with grad_mode():
+        after = layer(x)
+    assert not torch.equal(after, before)
+    assert torch.equal(after, layer(x).detach())  # with gradients nothing is kept
+
+
+@pytest.mark.skipif(bool(cpu.unavailable()), reason=f"no kernel: {cpu.unavailable()}")
+def test_weights_are_packed_once(monkeypatch):
+    calls = []
+    monkeypatch.setattr(cpu, "pack", lambda weight, pack=cpu.pack: calls.append(1) or pack(weight))
+    layer, x = RNN2d(8, 4).eval(), torch.randn(1, 3, 4, 8)
+    with torch.no_grad():
+        for _ in range(3):
+            layer(x)
+        assert len(calls) == 1
+        layer.train()
+        layer.eval()
+        layer(x)
+    assert len(calls) == 2
+
+
+def test_what_was_packed_in_inference_mode_serves_outside():
+    layer, x = RNN2d(8, 4).eval(), torch.randn(1, 3, 4, 8)
+    with torch.inference_mode():
+        inside = layer(x)
+    with torch.no_grad():
+        assert torch.equal(layer(x), inside)
+
+
+def test_copies_and_pickles_start_with_nothing_packed():
+    layer, x = RNN2d(8, 4).eval(), torch.randn(1, 3, 4, 8)
+    with torch.no_grad():
+        expected = layer(x)
+        size = len(pickle.dumps(layer))
+        for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), ModelEmaV3(layer).module):
+            assert torch.equal(twin(x), expected)
+            nn.init.zeros_(twin.fc.weight)
+            twin.rnn_v.weight_ih_l0.mul_(2)
+        assert torch.equal(layer(x), expected)
+    assert len(pickle.dumps(layer)) == size
+
+
+# programs of their own: the compilers must not see the checks that the tests hang on every function
+
+COMPILED = """
+import os, sys, timm, torch, sequencer
+from sequencer.ops import configure
+torch.manual_seed(0)
+backend, cell, compiler = sys.argv[1:]
+configure(backend)
+model = timm.create_model("sequencer2d_t_8", num_classes=10, cell=cell, layers=(1, 1), hidden_sizes=(8, 8))
+torch.nn.init.normal_(model.head.fc.weight)
+compiled = torch.compile(model, backend=compiler, fullgraph=True)
+x, upstream = torch.randn(3, 1, 8, 8), torch.randn(3, 10)
+expected, actual = ([y, *torch.autograd.grad(y, list(model.parameters()), upstream)] for y in (model(x), compiled(x)))
+torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+with torch.no_grad():
+    model.eval()
+    torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert compiled(x).dtype == model(x).dtype == torch.bfloat16
+"""
+
+
+@pytest.mark.parametrize("cell", fused.CELLS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_whole_models_compile_to_one_graph(backend, cell):
+    subprocess.run([sys.executable, "-c", COMPILED, backend, cell, "aot_eager"], check=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cell", ["lstm", "indylstm", "gru", "lstm1997"])
+def test_whole_models_compile_with_inductor(cell):
+    subprocess.run([sys.executable, "-c", COMPILED, "auto", cell, "inductor"], check=True)
+
+
+FOR_A_GPU = """
+import sys
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+import triton
+from sequencer.ops import triton_kernels as tk
+
+def build(kernel, constants, warps, capability, narrow):
+    kind = {"state": "*fp32", "weight_sums": "*fp32", "bias_sums": "*fp32"}
+    kind |= dict.fromkeys(("gates", "weight", "bias", "out", "cells", "grad_out", "grad_gates"), "*" + narrow)
+    kind |= dict.fromkeys(("sweeps", "B", "H", "W", "tokens"), "i32")
+    signature = {name: "constexpr" if name in constants else kind[name] for name in kernel.arg_names}
+    values = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    options = {"num_warps": warps, "num_ctas": 1}
+    target = GPUTarget("cuda", capability, 32)
+    built = triton.compile(ASTSource(kernel, signature, values), target=target, options=options)
+    assert built.metadata.shared <= tk.SHARED_MEMORY, (kernel.__name__, constants, built.metadata.shared)
+
+capability, narrow, D = int(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+rounding = {"PRECISION": "tf32x3"}
+for diagonal in (False, True):
+    sizes = {"S": 4, "D": D}
+    if diagonal or (narrow != "fp32" and D <= tk.RESIDENT):
+        plan = tk._resident_plan(D)
+        warps = plan.pop("num_warps")
+        build(tk._forward_resident, sizes | plan | {"DIAGONAL": diagonal, "KEEP": True}, warps, capability, narrow)
+        build(tk._backward_resident, sizes | plan | {"DIAGONAL": diagonal}, warps, capability, narrow)
+    else:
+        plan = tk._streamed_plan() | rounding
+        warps = plan.pop("num_warps")
+        build(tk._forward_streamed, sizes | plan | {"KEEP": True}, warps, capability, narrow)
+        build(tk._backward_streamed, sizes | plan, warps, capability, narrow)
+    plan = tk._sum_plan(D, 4 if narrow == "fp32" else 2) | rounding
+    warps = plan.pop("num_warps")
+    build(tk._weight_grad, sizes | plan | {"DIAGONAL": diagonal}, warps, capability, narrow)
+"""
+
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.skipif(triton_kernels.triton is None, reason="triton is not installed")
+@pytest.mark.parametrize(
+    ("capability", "dtype", "D"),
+    [
+        (90, "bf16", 48),
+        *(
+            pytest.param(capability, dtype, D, marks=SLOW)
+            for capability in (80, 90)
+            for dtype in ("bf16", "fp16", "fp32")
+            for D in (8, 48, 96, 256)
+        ),
+    ],
+)
+def test_kernels_compile_for_a_gpu(capability, dtype, D):
+    """Without one: to machine code, within the shared memory that there is."""
+    environment = {"TRITON_INTERPRET": "0", "TRITON_DEFAULT_FP_FUSION": "1"}
+    program = [sys.executable, "-c", FOR_A_GPU, str(capability), dtype, str(D)]
+    subprocess.run(program, check=True, env={**os.environ, **environment})
