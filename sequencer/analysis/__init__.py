@@ -1,5 +1,5 @@
-"""Pictures of a run and of what its model does."""
+"""Pictures of a run and of what its model does, and measurements of its speed."""
 
-from sequencer.analysis.plots import plot_confusion, plot_curves
+from sequencer.analysis.plots import plot_confusion, plot_curves, plot_growth
 
-__all__ = ["plot_confusion", "plot_curves"]
+__all__ = ["plot_confusion", "plot_curves", "plot_growth"]

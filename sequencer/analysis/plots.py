@@ -126,6 +126,36 @@ def _draw_top1(axes: Axes, epochs: Array, columns: dict[str, Array]) -> None:
     _draw_legend(axes, ncols=1)
 
 
+@rc_context(STYLE)
+def plot_growth(records: Sequence[dict[str, Any]], output: Path) -> Figure:
+    """Draws median times by quantity, one panel for each quantity and mode, one line for each contender.
+
+    A record has `quantity`, `value`, `mode`, `contender` and `median_s`, as `scripts/benchmark.py growth` makes them.
+    """
+    quantities = list(dict.fromkeys(record["quantity"] for record in records))
+    modes = list(dict.fromkeys(record["mode"] for record in records))
+    names = list(dict.fromkeys(record["contender"] for record in records))
+    figure = Figure(figsize=(3.6 * len(quantities), 3.0 * len(modes)), layout=ConstrainedLayoutEngine(h_pad=0.1))
+    panels = figure.subplots(len(modes), len(quantities), squeeze=False)
+    for row, mode in zip(panels, modes, strict=True):
+        for axes, quantity in zip(row, quantities, strict=True):
+            for name, colour in zip(names, (GREY, BLUE, VERMILION, GREEN), strict=False):
+                chosen = [r for r in records if (r["quantity"], r["mode"], r["contender"]) == (quantity, mode, name)]
+                values = [record["value"] for record in chosen]
+                times = [record["median_s"] * 1e3 for record in chosen]
+                axes.plot(values, times, color=colour, marker="o", markersize=3, label=name)
+            axes.set_title(f"{mode}, by {quantity}")
+            axes.set_xlabel(quantity)
+            axes.set_ylabel("ms")
+            axes.set_xscale("log", base=2)
+            axes.set_yscale("log")
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    panels[0][0].legend()
+    figure.savefig(output)
+    return figure
+
+
 def _draw_line(axes: Axes, epochs: Array, values: Array, colour: str, label: str | None = None) -> None:
     finite = np.concatenate([[False], np.isfinite(values), [False]])
     alone = finite[1:-1] & ~finite[:-2] & ~finite[2:]  # no line reaches these
