@@ -73,13 +73,13 @@ class Case:
         inputs = [tensor for tensor in (self.x, *module.parameters()) if tensor.requires_grad]
         for tensor in inputs:
             tensor.grad = None
-        y = self.outputs(module.train())
+        y = self.outputs(module if module.training else module.train())
         y.backward(self.upstream.to(y.dtype))
         return [y.detach(), *(tensor.grad for tensor in inputs if tensor.grad is not None)]
 
     def infer(self, module: nn.Module) -> list[Tensor]:
         with torch.inference_mode():
-            return [self.outputs(module.eval())]
+            return [self.outputs(module.eval() if module.training else module)]
 
     def outputs(self, module: nn.Module) -> Tensor:
         with torch.autocast(self.x.device.type, self.dtype, enabled=self.dtype != torch.float32):
