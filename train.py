@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 
 from conf.errors import RequestError
 from conf.request import Request, check_overrides, compose, request, resume_request
+from conf.schema import check_environment
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
@@ -33,6 +34,7 @@ def start(wanted: Request) -> None:
 def command(arguments: list[str]) -> None:
     parsed = get_args_parser().parse_args(arguments)
     if not (parsed.help or parsed.hydra_help or parsed.shell_completion or parsed.info):
+        check_environment()
         if wanted := resume_request(parsed.overrides):
             return start(wanted)
         request(compose(parsed.overrides))

@@ -5,10 +5,15 @@ only, so that a request is validated before torch is imported. `knob` carries wh
 checks of `conf.request` and the configuration reference read it.
 """
 
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
 from omegaconf import MISSING
+
+from conf.errors import RequestError
+
+BACKENDS = ("auto", "triton", "fused", "torch", "reference")
 
 
 def knob(
@@ -24,6 +29,16 @@ def knob(
     if isinstance(default, (list, dict)):
         return field(default_factory=lambda: type(default)(default), metadata=metadata)
     return field(default=default, metadata=metadata)
+
+
+def check_environment() -> None:
+    """
+    Raises:
+        RequestError: SEQUENCER_BACKEND names no backend.
+    """
+    backend = os.environ.get("SEQUENCER_BACKEND", "auto")
+    if backend not in BACKENDS:
+        raise RequestError(f"SEQUENCER_BACKEND={backend}: there are {', '.join(BACKENDS)}")
 
 
 @dataclass
@@ -95,7 +110,7 @@ class ModelConfig:
     backend: str | None = knob(
         None,
         "preferred kernels of the recurrences; null takes what SEQUENCER_BACKEND says, or else the fastest",
-        choices=("auto", "triton", "fused", "torch", "reference"),
+        choices=BACKENDS,
     )
     recompute: bool = knob(False, "run recurrences again in the backward pass, fused kernels only: less memory")
     kwargs: dict[str, Any] = knob({}, "further arguments of the model, e.g. '{cell: gru, bidirectional: false}'")

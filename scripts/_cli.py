@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, NoReturn
 
 from conf.errors import RequestError
+from conf.schema import check_environment
 
 if TYPE_CHECKING:
     import torch
@@ -41,6 +42,7 @@ def integer(low: int) -> Callable[[str], int]:
 def run(work: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> int:
     """Does the work and returns the exit code; errors go to standard error, with `args.debug` after a traceback."""
     try:
+        check_environment()
         work(args)
     except (Exception, KeyboardInterrupt) as error:
         if args.debug:

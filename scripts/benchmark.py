@@ -58,7 +58,7 @@ def work(args: Namespace) -> None:
     from sequencer.analysis import benchmark
 
     device, dtype = pick_device(args.device), getattr(torch, args.dtype)
-    check(args)
+    check(args, device, dtype)
     output = args.output or Path("outputs/benchmark") / f"{args.what}_{time.strftime('%Y-%m-%d_%H-%M-%S')}"
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -76,23 +76,32 @@ def work(args: Namespace) -> None:
     print(f"written to {output}")
 
 
-def check(args: Namespace) -> None:
+def check(args: Namespace, device: "torch.device", dtype: "torch.dtype") -> None:
     import timm
+    import torch
 
     from sequencer.analysis.benchmark import TIMM_MODELS
-    from sequencer.ops import BACKENDS
+    from sequencer.ops import explain
 
     for backend in args.backend or []:
-        if backend not in BACKENDS:
-            raise RequestError(f"--backend {backend}: there are {', '.join(BACKENDS)}")
+        try:
+            explain("lstm", 48, dtype, device, backend)
+        except ValueError as error:
+            raise RequestError(f"--backend {backend}: {error}") from error
     args.peer = args.peer or PEERS.get(args.what, [])
     for peer in args.peer:
         if args.what == "ops" and peer not in ("timm", "packed"):
             raise RequestError(f"--peer {peer}: for ops there are timm and packed")
         if args.what == "model" and peer != "timm" and not timm.is_model(peer):
             raise RequestError(f"--peer {peer}: timm has no such model")
-    if args.what == "model" and args.model not in TIMM_MODELS:
-        raise RequestError(f"--model {args.model}: there are {', '.join(TIMM_MODELS)}")
+    if args.what == "model":
+        if args.model not in TIMM_MODELS:
+            raise RequestError(f"--model {args.model}: there are {', '.join(TIMM_MODELS)}")
+        try:
+            with torch.device("meta"):
+                timm.create_model(args.model, img_size=args.img_size)
+        except ValueError as error:
+            raise RequestError(f"--img-size {args.img_size}: {error}") from error
 
 
 def backends(args: Namespace, device: "torch.device", dtype: "torch.dtype") -> list[str]:

@@ -4,7 +4,30 @@ import os
 # torch is imported, and inherited by the command lines that tests start
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
 import torch
+
+SCRIPTS = Path(__file__).parents[1] / "scripts"
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton's kernels are tested on whatever there is
+
+
+@pytest.fixture
+def load_script(monkeypatch, tmp_path) -> Callable[[str], ModuleType]:
+    """A script as a module, by name; the working directory is an empty folder."""
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    monkeypatch.chdir(tmp_path)
+
+    def load(name: str) -> ModuleType:
+        spec = importlib.util.spec_from_file_location(f"{name}_script", SCRIPTS / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    return load

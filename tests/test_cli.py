@@ -47,6 +47,15 @@ def test_a_wrong_request_is_refused_at_once(arguments, expected, tmp_path):
     assert min(elapsed) < 2
 
 
+def test_an_unknown_backend_in_the_environment(monkeypatch, tmp_path):
+    monkeypatch.setenv("SEQUENCER_BACKEND", "trition")
+    result = train(cwd=tmp_path)
+    assert result.returncode == 2
+    expected = "train.py: SEQUENCER_BACKEND=trition: there are auto, triton, fused, torch, reference\n"
+    assert result.stderr == expected
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_refusal_and_help_do_not_import_torch(tmp_path):
     for argument in ("optim.lrr=1", "--help"):
         command = [sys.executable, "-X", "importtime", TRAIN, argument]

@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
+from conf import schema
 from conf.errors import RequestError
 from conf.request import GROUPS, KEYS, compose, request, resume_request, to_config
 from conf.schema import Config
+from sequencer import ops
 
 
 @pytest.mark.parametrize(
@@ -60,6 +62,10 @@ def test_data_brings_what_the_model_needs():
     config = to_config(compose(["data=cifar100"]))
     assert (config.model.num_classes, config.model.in_chans, config.model.img_size) == (100, 3, 32)
     assert to_config(compose(["data=cifar100", "data.img_size=64"])).model.img_size == 64
+
+
+def test_backends_are_those_of_the_operators():
+    assert schema.BACKENDS == ops.BACKENDS
 
 
 def test_several_loggers():

@@ -1,7 +1,6 @@
 """scripts/evaluate.py: what it prints and writes, and how it ends."""
 
 import csv
-import importlib.util
 import json
 import subprocess
 import sys
@@ -33,14 +32,8 @@ DIGITS = DataConfig(
 
 
 @pytest.fixture
-def script(monkeypatch, tmp_path):
-    """The script as a module; the working directory is an empty folder."""
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-    monkeypatch.chdir(tmp_path)
-    spec = importlib.util.spec_from_file_location("evaluate_script", SCRIPTS / "evaluate.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def script(load_script):
+    return load_script("evaluate")
 
 
 def save_run(folder: Path, data: DataConfig, class_names: list[str], **entries) -> Path:

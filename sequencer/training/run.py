@@ -141,13 +141,12 @@ def _describe_groups(config: Config, model: nn.Module) -> list[str]:
 
 def _describe_backends(model: nn.Module, trainer: pl.Trainer) -> list[str]:
     dtype = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(str(trainer.precision), torch.float32)
-    rnns = [module for module in model.modules() if isinstance(module, RNN)]
-    kinds = dict.fromkeys((rnn.cell, rnn.hidden_size) for rnn in rnns)
-    choices = {kind: explain(*kind, dtype, trainer.strategy.root_device) for kind in kinds}
-    return [
-        f"{cell} of {size} units: {choice.backend} kernels ({choice.reason})"
-        for (cell, size), choice in choices.items()
-    ]
+    choices = (
+        (rnn.cell, explain(rnn.cell, rnn.hidden_size, dtype, trainer.strategy.root_device))
+        for rnn in model.modules()
+        if isinstance(rnn, RNN)
+    )
+    return list(dict.fromkeys(f"{cell}: {choice.backend} kernels ({choice.reason})" for cell, choice in choices))
 
 
 def _build_trainer(config: Config, callbacks: list[Callback]) -> pl.Trainer:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from sequencer.analysis import plot_confusion, plot_curves
+from sequencer.analysis import plot_confusion, plot_curves, plot_growth
 
 
 def write_metrics(path, rows, **changes):
@@ -128,3 +128,24 @@ def test_confusion_cells(output):
 def test_confusion_without_predictions(output):
     axes = plot_confusion(np.zeros((2, 2), dtype=np.int64), ["a", "b"], output, "").axes[0]
     assert [text.get_text() for text in axes.texts] == ["no image has a prediction"]
+
+
+def test_growth(output):
+    records = [
+        {"quantity": quantity, "value": value, "mode": mode, "contender": name, "median_s": value * cost}
+        for quantity, values in {"batch": (1, 2, 4), "steps": (8, 16)}.items()
+        for value in values
+        for mode in ("train", "inference")
+        for name, cost in {"timm": 0.002, "ours": 0.001}.items()
+    ]
+    figure = plot_growth(records, output)
+    check_image(output)
+    assert [axes.get_title(loc="left") for axes in figure.axes] == [
+        f"{mode}, by {quantity}" for mode in ("train", "inference") for quantity in ("batch", "steps")
+    ]
+    assert legend(figure.axes[0]) == ["timm", "ours"]
+    theirs, ours = figure.axes[0].lines
+    assert list(theirs.get_xdata()) == [1, 2, 4]
+    assert theirs.get_ydata() == pytest.approx([2, 4, 8])  # ms
+    assert ours.get_ydata() == pytest.approx([1, 2, 4])
+    assert all(axes.get_xscale() == axes.get_yscale() == "log" for axes in figure.axes)

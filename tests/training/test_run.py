@@ -240,6 +240,22 @@ def test_compiled_run_saves_plain_names(config, tmp_path):
     assert not any("_orig_mod" in name for name in names)
 
 
+def test_backend_and_recompute(config, tmp_path):
+    """The run takes the kernels it is told to, says so, and recomputing changes nothing but the cost."""
+    results = {}
+    for name, options in {
+        "reference": ["model.backend=reference"],
+        "kept": [],
+        "recomputed": ["model.recompute=true"],
+    }.items():
+        run(config(*options, f"run_dir={tmp_path / name}"))
+        results[name] = float(rows(tmp_path / name)[-1]["val/loss"])
+    assert "lstm: reference kernels (reference was asked for)" in (tmp_path / "reference" / "train.log").read_text()
+    assert (tmp_path / "kept" / "train.log").read_text().count(" kernels (the fastest that serves it") == 1
+    assert results["kept"] == results["recomputed"]
+    assert results["kept"] == pytest.approx(results["reference"], rel=1e-3)
+
+
 def test_early_stopping(config):
     options = ["trainer.max_epochs=9", "trainer.early_stopping_patience=2", "optim.lr=0", "optim.warmup_lr=0"]
     assert run(config(*options, "optim.min_lr=0"))["epochs"] == 3
