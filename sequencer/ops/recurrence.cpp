@@ -76,16 +76,26 @@ static inline vec hyperbolic_tangent(vec x) {
     return z < 0.390625f ? near : far;
 }
 
-// acc[v][r] += sum over k of w[k][v] * x[r][k]
+// acc[v][r] += sum over k of w[k][v] * x[r][k]. The shorter side of a block is held in registers, the longer passes by:
+// with both held, AVX2 runs out of registers.
 template <int V, int R>
 static inline __attribute__((always_inline)) void product(
     vec (&acc)[V][R], const float* w, const float* x, ptrdiff_t row, ptrdiff_t depth) {
     for (ptrdiff_t k = 0; k < depth; ++k) {
-        vec b[R];
-        for (int r = 0; r < R; ++r) b[r] = splat(x[r * row + k]);
-        for (int v = 0; v < V; ++v) {
-            const vec a = load(w + (k * V + v) * LANES);
-            for (int r = 0; r < R; ++r) acc[v][r] += a * b[r];
+        if constexpr (V < R) {
+            vec a[V];
+            for (int v = 0; v < V; ++v) a[v] = load(w + (k * V + v) * LANES);
+            for (int r = 0; r < R; ++r) {
+                const vec b = splat(x[r * row + k]);
+                for (int v = 0; v < V; ++v) acc[v][r] += a[v] * b;
+            }
+        } else {
+            vec b[R];
+            for (int r = 0; r < R; ++r) b[r] = splat(x[r * row + k]);
+            for (int v = 0; v < V; ++v) {
+                const vec a = load(w + (k * V + v) * LANES);
+                for (int r = 0; r < R; ++r) acc[v][r] += a * b[r];
+            }
         }
     }
 }
