@@ -149,3 +149,4 @@ def test_growth(output):
     assert theirs.get_ydata() == pytest.approx([2, 4, 8])  # ms
     assert ours.get_ydata() == pytest.approx([1, 2, 4])
     assert all(axes.get_xscale() == axes.get_yscale() == "log" for axes in figure.axes)
+    assert not any(label.get_text() for axes in figure.axes for label in axes.get_yticklabels(minor=True))
