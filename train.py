@@ -11,7 +11,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from conf.errors import RequestError
-from conf.request import Request, check_overrides, compose, request, resume_request
+from conf.request import Request, check_overrides, check_restarts, compose, request, resume_request
 from conf.schema import check_environment
 
 
@@ -35,6 +35,7 @@ def command(arguments: list[str]) -> None:
     parsed = get_args_parser().parse_args(arguments)
     if not (parsed.help or parsed.hydra_help or parsed.shell_completion or parsed.info):
         check_environment()
+        check_restarts(parsed.overrides)
         if wanted := resume_request(parsed.overrides):
             return start(wanted)
         request(compose(parsed.overrides))
@@ -47,7 +48,7 @@ def exit_code(error: Exception) -> int:
     """Says what went wrong: 2 where the request was at fault, 1 where the work was."""
     if os.environ.get("HYDRA_FULL_ERROR") == "1":
         traceback.print_exception(error)
-    else:
+    elif os.environ.get("RANK", "0") == "0":  # one voice is enough
         message = "\n".join(str(error).strip().splitlines()[:2]) or type(error).__name__
         print(f"train.py: {message}", file=sys.stderr)
     return 2 if isinstance(error, RequestError) else 1

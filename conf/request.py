@@ -6,6 +6,7 @@ and hydra only.
 
 import dataclasses
 import difflib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,16 @@ def check_overrides(overrides: list[str]) -> list[str]:
     return completed
 
 
+def check_restarts(overrides: list[str]) -> None:
+    """
+    Raises:
+        RequestError: torchrun is to start a failed run again, which would not find its own folder.
+    """
+    named = any(override.key_or_group in ("run_dir", "resume") for override in _parse(overrides))
+    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0 and not named:
+        raise RequestError("torchrun --max-restarts needs a run_dir=... of your choice, where a restart finds the run")
+
+
 def compose(overrides: list[str]) -> DictConfig:
     """The configuration that the command line `overrides` asks for; a sweep's first trial.
 
@@ -101,6 +112,8 @@ def request(composed: DictConfig) -> Request:
     """
     config = to_config(composed)
     run_dir = Path(config.run_dir)
+    if os.environ.get("RANK", "0") != "0":  # one of several processes: the first looks, and tells the others
+        return Request(config)
     if not run_dir.exists() or (run_dir.is_dir() and not any(run_dir.iterdir())):
         return Request(config)
     if not (run_dir / "config.yaml").is_file():

@@ -89,7 +89,7 @@ class DataConfig:
         low=0.0,
         high=0.9,
     )
-    batch_size: int = knob(128, "images per device and forward pass", low=1)
+    batch_size: int = knob(128, "images per forward pass, over all devices", low=1)
     eval_batch_size: int = knob(256, "images per device in evaluation", low=1)
     num_workers: int = knob(2, "loader processes per device; 0 loads in the training process", low=0)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
@@ -166,6 +166,9 @@ class TrainerConfig:
     accumulate_grad_batches: int = knob(1, "forward passes per update", low=1)
     deterministic: bool = knob(False, "deterministic kernels only; an operation without one is an error")
     benchmark: bool = knob(False, "let cuDNN try its algorithms for the input shape")
+    checkpoint_interval: float = knob(
+        300.0, "seconds between two saves within an epoch (ours); 0 saves after every update", low=0.0
+    )
     log_every_n_steps: int = knob(50, "updates between two logged training losses", low=1)
     enable_progress_bar: bool = knob(True, "draw the progress bar; it is left out where the output is no terminal")
     compile: bool = knob(False, "run the model through torch.compile (ours, not Lightning's)")

@@ -29,16 +29,19 @@ class DataModule(pl.LightningDataModule):
         self.config = config
         self.seed = seed
         self._is_set_up = False
-        self._epoch = 0
+        self._position = {"epoch": 0, "batches": 0}
 
     def state_dict(self) -> dict[str, Any]:
-        """Part of every checkpoint: the epoch that comes next."""
+        """Part of every checkpoint: the epoch, and how many of its batches have been trained on."""
         assert self.trainer is not None
-        return {"epoch": self.trainer.fit_loop.epoch_progress.current.processed}  # type: ignore[attr-defined]
+        loop: Any = self.trainer.fit_loop
+        epoch = loop.epoch_progress.current
+        ended = epoch.processed == epoch.started  # the batches counted are those of the epoch before
+        return {"epoch": epoch.processed, "batches": 0 if ended else loop.epoch_loop.batch_progress.current.ready}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         # Lightning starts the first epoch's workers before it calls set_epoch: a resumed run would repeat epoch 0
-        self._epoch = state_dict["epoch"]
+        self._position = state_dict
 
     def setup(self, stage: str | None = None) -> None:
         """Open every part, once, whatever the stage.
@@ -61,35 +64,49 @@ class DataModule(pl.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Shuffled and augmented from (seed, epoch); leaves out an incomplete last batch unless it is the only one."""
-        return self._loader(
-            SeededSet(self.train_set, self.seed),
+        rank, world_size = self._share()
+        sampler = EpochSampler(
+            len(self.train_set),
             self.config.batch_size,
-            sampler=EpochSampler(len(self.train_set), self.seed, self._epoch),
-            drop_last=len(self.train_set) > self.config.batch_size,
+            self.seed,
+            rank,
+            world_size,
+            self._position["epoch"],
+            self._position["batches"],
         )
+        return self._loader(SeededSet(self.train_set, self.seed), self.config.batch_size // world_size, sampler)
 
     def val_dataloader(self) -> DataLoader[Any]:
-        """Every validation image once, in order."""
-        return self._loader(self.val_set, self.config.eval_batch_size)
+        """Every validation image once, in order; with several processes, this one's share."""
+        return self._loader(self.val_set, self.config.eval_batch_size, self._shard(self.val_set))
 
     def test_dataloader(self) -> DataLoader[Any]:
-        """Every test image once, in order.
+        """Every test image once, in order; with several processes, this one's share.
 
         Raises:
             RequestError: the set has no test part.
         """
         if self.test_set is None:
             raise RequestError(f"data={self.config.name}: there is no folder test/ in data.root={self.config.root}")
-        return self._loader(self.test_set, self.config.eval_batch_size)
+        return self._loader(self.test_set, self.config.eval_batch_size, self._shard(self.test_set))
 
-    def _loader(self, dataset: Any, batch_size: int, **kwargs: Any) -> DataLoader[Any]:
+    def _share(self) -> tuple[int, int]:
+        """This process's rank, and how many there are."""
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+
+    def _shard(self, dataset: ImageSet) -> range:
+        """Shares without padding: none is longer by more than one image, and no image is in two."""
+        rank, world_size = self._share()
+        return range(rank, len(dataset), world_size)
+
+    def _loader(self, dataset: Any, batch_size: int, sampler: Any) -> DataLoader[Any]:
         return DataLoader(
             dataset,
             batch_size=batch_size,
+            sampler=sampler,
             num_workers=self.config.num_workers,
             persistent_workers=self.config.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
             # a generator of its own: by default every new iterator draws from torch's global state
             generator=torch.Generator(),
-            **kwargs,
         )

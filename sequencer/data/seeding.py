@@ -17,28 +17,53 @@ Key = tuple[int, int]  # epoch, index
 
 
 class EpochSampler(Sampler[Key]):
-    """Every index once, in an order drawn from (seed, epoch), as keys (epoch, index).
+    """One process's share of an epoch, in an order drawn from (seed, epoch), as keys (epoch, index).
 
-    The epoch travels with the index because persistent workers keep the copy of the data set that they started with.
+    The order is cut into batches of `batch_size` images and each batch into as many parts as there are processes, so
+    that a batch holds the same images however many share it. An incomplete last batch is left out unless it is the
+    only one. The epoch travels with the index because persistent workers keep the copy of the data set that they
+    started with.
+
+    Args:
+        length: images in the set.
+        batch_size: images of a batch, over all processes, of which it is a multiple.
+        rank, world_size: this process, and how many there are.
+        epoch: the first epoch that will be asked for.
+        batches_done: batches that are left out at the start of that epoch, having been trained on before.
     """
 
-    def __init__(self, length: int, seed: int, epoch: int = 0) -> None:
-        self.length = length
-        self.seed = seed
-        self.epoch = epoch
+    def __init__(
+        self,
+        length: int,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        epoch: int = 0,
+        batches_done: int = 0,
+    ) -> None:
+        self.batch_size = min(batch_size, length)
+        self.batches = length // self.batch_size
+        self.length, self.seed = length, seed
+        self.rank, self.world_size = rank, world_size
+        self.epoch = self.first_epoch = epoch
+        self.batches_done = batches_done
 
     def set_epoch(self, epoch: int) -> None:
         """Called by the Trainer before every epoch."""
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return self.length
+        """Of a whole epoch."""
+        return self.batches * len(range(self.rank, self.batch_size, self.world_size))
 
     def __iter__(self) -> Iterator[Key]:
         epoch = self.epoch
         generator = torch.Generator().manual_seed(random.Random(f"{self.seed} {epoch}").getrandbits(63))
-        order = torch.randperm(self.length, generator=generator)
-        return ((epoch, index) for index in order.tolist())
+        order = torch.randperm(self.length, generator=generator)[: self.batches * self.batch_size]
+        batches = order.view(self.batches, self.batch_size)[:, self.rank :: self.world_size]
+        first = self.batches_done if epoch == self.first_epoch else 0
+        return ((epoch, index) for index in batches[first:].flatten().tolist())
 
 
 class SeededSet(Dataset[Any]):

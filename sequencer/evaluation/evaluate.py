@@ -25,12 +25,13 @@ def evaluate(
         num_classes: K.
 
     Returns:
-        The metrics, on `device`. They count the images of `loader` and nothing else: in a distributed job no other
-        process takes part or needs to.
+        The metrics, on `device`, of the images of `loader`; in a distributed job, which every process must take part
+        in, of those of all processes' loaders.
     """
     model.eval()
-    metrics = ClassificationMetrics(num_classes, sync_on_compute=False).to(device)
+    metrics = ClassificationMetrics(num_classes).to(device)
     console = Console(stderr=True)
     for images, labels in track(loader, "evaluating", console=console, transient=True, disable=not sys.stderr.isatty()):
         metrics.update(model(images.to(device, non_blocking=True)), labels.to(device, non_blocking=True))
+    metrics.sync()
     return metrics

@@ -3,6 +3,7 @@
 import argparse
 import pickle
 import re
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
+        _check_sums(path)
         # timm and the paper's repository keep their command line in the file, as a Namespace of plain values
         with torch.serialization.safe_globals([argparse.Namespace]):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
@@ -47,6 +49,14 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if not isinstance(checkpoint, dict):
         raise CheckpointError(f"{path} holds a {type(checkpoint).__name__}, not a state dict")
     return checkpoint
+
+
+def _check_sums(path: Path) -> None:
+    """torch stores a sum of each part of a file but does not look at it when it reads."""
+    if zipfile.is_zipfile(path):  # what was saved before torch 1.6 is none
+        with zipfile.ZipFile(path) as parts:
+            if (altered := parts.testzip()) is not None:
+                raise ValueError(f"{altered} is not as it was written")
 
 
 def select_weights(checkpoint: dict[str, Any], slot: str | None = None) -> dict[str, Tensor]:

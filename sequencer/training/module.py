@@ -9,7 +9,6 @@ import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchmetrics import MeanMetric
 
 from conf.schema import Config
 from sequencer.data.mixing import build_mixup
@@ -20,15 +19,16 @@ from sequencer.training.optim import build_optimizer, build_schedule
 class Classifier(pl.LightningModule):
     """Trains `model` on `(images B C H W, labels B)`.
 
-    Validation metrics of the weights as they are stand in `self.val_metrics`; the mean training loss of the epoch
-    in `self.train_loss`. Both are read and reset by the epoch report.
+    Validation metrics of the weights as they are stand in `self.val_metrics`; the sum of this process's training
+    losses in the epoch, and how many images they are of, in `self.train_totals`. Both are read and reset by the epoch
+    report.
     """
 
     def __init__(self, model: nn.Module, config: Config, class_names: list[str]) -> None:
         super().__init__()
         self.model, self.config, self.class_names = model, config, class_names
         self.mix = build_mixup(config.data.augment, len(class_names))
-        self.train_loss = MeanMetric()
+        self.train_totals = torch.zeros(2, dtype=torch.float64)
         self.val_metrics = ClassificationMetrics(len(class_names))
 
     def forward(self, images: Tensor) -> Tensor:
@@ -41,9 +41,16 @@ class Classifier(pl.LightningModule):
             loss = F.cross_entropy(self(images), targets)  # soft targets, smoothed by the mixing
         else:
             loss = F.cross_entropy(self(images), targets, label_smoothing=self.config.data.augment.smoothing)
-        self.train_loss.update(loss.detach(), weight=len(images))
+        totals = torch.stack([loss.detach() * len(images), torch.tensor(len(images), device=loss.device)])
+        self.train_totals = self.train_totals.to(loss.device) + totals
         self.log("loss", loss.detach(), prog_bar=True, logger=False)
-        return loss
+        return loss * self._share_of_window(batch_idx)
+
+    def _share_of_window(self, batch_idx: int) -> float:
+        """Lightning divides by the length of a whole window of accumulation, the last of an epoch may be shorter."""
+        window, batches = self.trainer.accumulate_grad_batches, int(self.trainer.num_training_batches)
+        last = batches % window
+        return window / last if batch_idx >= batches - last else 1.0
 
     def validation_step(self, batch: Sequence[Tensor], batch_idx: int) -> None:
         images, labels = batch

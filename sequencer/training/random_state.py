@@ -28,3 +28,10 @@ def set_random_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def seed_rank(seed: int, updates: int, rank: int) -> None:
+    """Gives the processes of a run random states of their own, each a function of the arguments alone."""
+    random.seed(f"{seed} {updates} {rank}")
+    np.random.seed(random.getrandbits(32))
+    torch.manual_seed(random.getrandbits(63))

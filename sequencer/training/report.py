@@ -11,6 +11,7 @@ import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback
 from torch import Tensor
 
+from sequencer.training.distributed import gather
 from sequencer.training.ema import WeightEma
 from sequencer.training.files import write_atomically
 from sequencer.training.module import Classifier
@@ -29,16 +30,18 @@ class EpochReport(Callback):
         self.path, self.ema, self.best_metric = path, ema, best_metric
         self.rows: list[dict[str, float]] = []
         self._images = 0
+        self._elapsed = 0.0  # seconds of this epoch that a run resumed within it has behind it
         self._started = self._trained = 0.0
 
     def state_dict(self) -> dict[str, Any]:
-        return {"rows": self.rows}
+        return {"rows": self.rows, "images": self._images, "elapsed": time.perf_counter() - self._started}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.rows = state_dict["rows"]
+        self.rows, self._images = state_dict["rows"], state_dict["images"]
+        self._elapsed = state_dict["elapsed"]
 
-    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: Classifier) -> None:
-        self._images, self._started = 0, time.perf_counter()
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Classifier) -> None:
+        self._started = self._trained = time.perf_counter() - self._elapsed
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: Classifier, outputs: Any, batch: Sequence[Tensor], *args: Any
@@ -53,20 +56,22 @@ class EpochReport(Callback):
         if trainer.is_global_zero:
             write_atomically(self.path, self._write)
         log.info(self._line(trainer))
+        self._images, self._started = 0, time.perf_counter()
 
     def _row(self, trainer: pl.Trainer, pl_module: Classifier) -> dict[str, float]:
+        total, images = (sum(part) for part in zip(*gather(pl_module.train_totals.tolist()), strict=True))
         row: dict[str, float] = {
             "epoch": trainer.current_epoch,
             "step": trainer.global_step,
             "lr": max(group["lr"] for group in trainer.optimizers[0].param_groups),
-            "train/loss": float(pl_module.train_loss.compute()),
+            "train/loss": total / images,
         }
         slots = {"val": pl_module.val_metrics} | ({"val_ema": self.ema.metrics} if self.ema else {})
         for slot, metrics in slots.items():
             values = metrics.compute()
             row |= {f"{slot}/{name}": float(values[name]) for name in ("loss", "top1", "top5")}
             metrics.reset()
-        pl_module.train_loss.reset()
+        pl_module.train_totals.zero_()
         now = time.perf_counter()
         row["time/epoch_s"] = round(now - self._started, 3)
         row["time/images_per_s"] = round(self._images / max(self._trained - self._started, 1e-9), 1)

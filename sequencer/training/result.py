@@ -19,6 +19,7 @@ from sequencer.evaluation import evaluate
 from sequencer.export import save_model_folder
 from sequencer.models import load_weights, preprocessing, read_checkpoint, select_weights
 from sequencer.training.checkpoints import RunCheckpoints
+from sequencer.training.distributed import is_first
 from sequencer.training.files import write_atomically
 from sequencer.training.module import parameters_of
 from sequencer.training.report import EpochReport
@@ -61,6 +62,8 @@ def finish(
         **({f"test/{name}": float(values[name]) for name in ("loss", "top1", "top5")} if split == "test" else {}),
         "time/train_s": round(sum(row["time/epoch_s"] for row in report.rows), 1),
     }
+    if not is_first():
+        return summary
     save_model_folder(
         model,
         run_dir / "model",

@@ -22,7 +22,8 @@ from sequencer.data import DataModule
 from sequencer.layers import RNN
 from sequencer.models import CheckpointError, create_model, load_weights, read_weights
 from sequencer.ops import configure, explain
-from sequencer.training.checkpoints import RunCheckpoints
+from sequencer.training import distributed
+from sequencer.training.checkpoints import RunCheckpoints, SafeCheckpointIO, find_checkpoint
 from sequencer.training.ema import WeightEma
 from sequencer.training.files import write_atomically
 from sequencer.training.loggers import build_loggers, close_log, start_log
@@ -33,7 +34,7 @@ from sequencer.training.result import finish, print_summary
 
 log = logging.getLogger("sequencer")
 
-OWN_KEYS = ("compile", "best_metric", "slot", "early_stopping_patience", "enable_progress_bar")
+OWN_KEYS = ("compile", "best_metric", "slot", "early_stopping_patience", "enable_progress_bar", "checkpoint_interval")
 
 
 def run(config: Config, resume: bool = False) -> dict[str, Any]:
@@ -46,40 +47,52 @@ def run(config: Config, resume: bool = False) -> dict[str, Any]:
         KeyboardInterrupt: interrupted; the run can be resumed.
         SystemExit: with 143, on SIGTERM; the run can be resumed.
     """
+    distributed.launch(config)
+    distributed.join(config)
+    summary = _run(*distributed.from_first((config, resume)))
+    distributed.leave()
+    return summary
+
+
+def _run(config: Config, resume: bool) -> dict[str, Any]:
     run_dir = Path(config.run_dir)
     if resume and (summary := _finished(run_dir, config)):
-        print_summary(summary, run_dir)
+        if distributed.is_first():
+            print_summary(summary, run_dir)
         return summary
     _quieten()
     pl.seed_everything(config.seed, verbose=False)
     data = DataModule(config.data, config.seed)
-    data.setup()
+    distributed.one_by_one(data.setup)
     configure(config.model.backend, config.model.recompute)
-    model = _build_model(config, data.num_classes)
+    model = distributed.one_by_one(lambda: _build_model(config, data.num_classes))
     groups = _describe_groups(config, model)
     module = Classifier(model, config, data.class_names)
     ema = None
     if config.optim.ema_decay is not None:
         ema = WeightEma(config.optim.ema_decay, config.optim.ema_warmup, data.num_classes)
     report = EpochReport(run_dir / "metrics.csv", ema, config.trainer.best_metric)
-    checkpoints = RunCheckpoints(run_dir / "checkpoints", config.trainer.best_metric)
+    checkpoints = RunCheckpoints(
+        run_dir / "checkpoints", config.trainer.best_metric, config.trainer.checkpoint_interval, config.seed
+    )
     trainer = _build_trainer(config, [callback for callback in (ema, report, checkpoints) if callback])
 
-    _start_folder(config, run_dir)  # from here on the request is known to be good
-    start_log(run_dir / "train.log")
+    if distributed.is_first():
+        _start_folder(config, run_dir)  # from here on the request is known to be good
+        start_log(run_dir / "train.log")
     try:
         log.info("%s, %s parameters; %s", config.model.name, f"{parameters_of(model):,}", run_dir)
         log.info("%s: %d images to train, %d to validate, %d classes", config.data.name, len(data.train_set),
                  len(data.val_set), data.num_classes)  # fmt: skip
-        for line in [*groups, *_describe_backends(model, trainer)]:
+        for line in [_describe_batch(config), *groups, *_describe_backends(model, trainer)]:
             log.info(line)
-        trainer.loggers = build_loggers(config, run_dir)
+        trainer.loggers = build_loggers(config, run_dir) if distributed.is_first() else []
         if config.trainer.compile:
             compile_in_place(model)
-        last = checkpoints.folder / "last.ckpt"
-        _fit(trainer, module, data, last if resume and last.exists() else None)
+        _fit(trainer, module, data, find_checkpoint(checkpoints.folder) if resume else None)
         summary = finish(config, model, data, trainer.strategy.root_device, checkpoints, report)
-        print_summary(summary, run_dir)
+        if distributed.is_first():
+            print_summary(summary, run_dir)
         return summary
     finally:
         close_log()
@@ -139,6 +152,16 @@ def _describe_groups(config: Config, model: nn.Module) -> list[str]:
     ]
 
 
+def _describe_batch(config: Config) -> str:
+    """What an update sees; the learning rate is the one for that, whatever the devices."""
+    size, passes, devices = config.data.batch_size, config.trainer.accumulate_grad_batches, distributed.world_size()
+    parts = f"{size // devices} on each of {devices} device{'s' * (devices > 1)}"
+    return (
+        f"batch {size * passes}: {parts}{f', {passes} passes an update' if passes > 1 else ''}; "
+        f"learning rate {config.optim.lr:g}, not scaled"
+    )
+
+
 def _describe_backends(model: nn.Module, trainer: pl.Trainer) -> list[str]:
     dtype = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(str(trainer.precision), torch.float32)
     choices = (
@@ -165,10 +188,15 @@ def _build_trainer(config: Config, callbacks: list[Callback]) -> pl.Trainer:
     bar = section.enable_progress_bar and sys.stdout.isatty()
     if bar:
         callbacks.append(RichProgressBar(leave=False))
+    settings = {name: value for name, value in vars(section).items() if name not in OWN_KEYS}
+    if distributed.world_size() > 1:
+        settings |= distributed.trainer_settings(config)
     try:
         return pl.Trainer(
-            **{name: value for name, value in vars(section).items() if name not in OWN_KEYS},
+            **settings,
             logger=False,
+            plugins=[SafeCheckpointIO()],
+            use_distributed_sampler=False,  # ours knows its share
             callbacks=callbacks,
             enable_progress_bar=bar,
             enable_model_summary=False,
@@ -202,6 +230,8 @@ def _quieten() -> None:
         r"GPU available but not used",
         r"`isinstance\(treespec, LeafSpec\)` is deprecated",
         r"You are using a CUDA device .* that has Tensor Cores",
+        r"You're resuming from a checkpoint that ended before the epoch ended",  # the DataModule knows where
+        r"It is recommended to use `self.log\(.*sync_dist=True\)`",  # what is logged has been gathered
     ):
         warnings.filterwarnings("ignore", message=f".*{message}")
     if torch.cuda.is_available():

@@ -37,7 +37,7 @@ def test_run_folder(config, tmp_path):
     folder = tmp_path / "run"
     files = "config.yaml metrics.csv checkpoints model summary.json train.log curves.png confusion.png"
     assert {path.name for path in folder.iterdir()} == set(files.split())
-    assert {path.name for path in (folder / "checkpoints").iterdir()} == {"last.ckpt", "best.ckpt"}
+    assert {path.name for path in (folder / "checkpoints").iterdir()} == {"last.ckpt", "previous.ckpt", "best.ckpt"}
     assert {path.name for path in (folder / "model").iterdir()} == {"config.json", "model.safetensors"}
     assert json.loads((folder / "summary.json").read_text()) == summary
     assert 0 <= summary["test/top1"] <= 1
@@ -82,21 +82,25 @@ def test_the_same_seed_gives_the_same_run(config, tmp_path):
 
 
 class Stop(pl.Callback):
-    """Breaks a run off in the middle of its second epoch."""
+    """Does something to a run in its second epoch: before its third batch, or as its validation begins."""
 
-    def __init__(self, action) -> None:
-        self.action = action
+    def __init__(self, action, hook) -> None:
+        self.action, self.hook = action, hook
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
-        if trainer.current_epoch == 1 and batch_idx == 2:
+        if self.hook == "training" and trainer.current_epoch == 1 and batch_idx == 2:
+            self.action()
+
+    def on_validation_batch_start(self, trainer, *args) -> None:
+        if self.hook == "validation" and trainer.current_epoch == 1:
             self.action()
 
 
-def interrupted(config, monkeypatch, action, expected: type[BaseException]) -> BaseException:
+def interrupted(config, monkeypatch, action, expected: type[BaseException], hook="training") -> BaseException:
     module = importlib.import_module("sequencer.training.run")  # the package's name `run` is the function
     build = module._build_trainer
     with monkeypatch.context() as patch:
-        patch.setattr(module, "_build_trainer", lambda c, callbacks: build(c, [Stop(action), *callbacks]))
+        patch.setattr(module, "_build_trainer", lambda c, callbacks: build(c, [Stop(action, hook), *callbacks]))
         with pytest.raises(expected) as error:
             run(config)
     return error.value
@@ -106,27 +110,45 @@ def fail() -> None:
     raise RuntimeError("power failure")
 
 
+def terminate() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def assert_same_run(whole: Path, broken: Path) -> None:
+    """Weights, averages, optimizer states and rows, bit for bit."""
+    for name in ("last.ckpt", "best.ckpt"):
+        a, b = (read_checkpoint(folder / "checkpoints" / name) for folder in (whole, broken))
+        assert same(a["state_dict"], b["state_dict"])
+        assert same(a["state_dict_ema"], b["state_dict_ema"])
+        for x, y in zip(*(c["optimizer_states"][0]["state"].values() for c in (a, b)), strict=True):
+            assert same(x, y)
+    untimed = [
+        [{key: value for key, value in row.items() if not key.startswith("time/")} for row in rows(folder)]
+        for folder in (whole, broken)
+    ]
+    assert untimed[0] == untimed[1]
+
+
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_resumed_run_is_the_same_run(config, tmp_path, monkeypatch, workers):
+@pytest.mark.parametrize(
+    ("action", "expected", "hook", "updates"),
+    [
+        (fail, RuntimeError, "training", 2),  # from the end of the first epoch
+        (terminate, SystemExit, "training", 4),  # at the end of a window of accumulation
+        (terminate, SystemExit, "validation", 4),
+    ],
+    ids=["failed", "stopped", "stopped-in-validation"],
+)
+def test_a_resumed_run_is_the_same_run(config, tmp_path, monkeypatch, workers, action, expected, hook, updates):
     options = [*RANDOM, *EMA, "trainer.max_epochs=3", f"data.num_workers={workers}"]
     options += ["trainer.accumulate_grad_batches=2", "trainer.early_stopping_patience=5"]
     run(config(*options, run_dir="whole"))
-    interrupted(config(*options, run_dir="broken"), monkeypatch, fail, RuntimeError)
+    interrupted(config(*options, run_dir="broken"), monkeypatch, action, expected, hook)
     assert len(rows(tmp_path / "broken")) == 1
+    assert read_checkpoint(tmp_path / "broken" / "checkpoints" / "last.ckpt")["global_step"] == updates
     run(config(*options, run_dir="broken"), resume=True)
-
-    for name in ("last.ckpt", "best.ckpt"):
-        whole, broken = (read_checkpoint(tmp_path / run / "checkpoints" / name) for run in ("whole", "broken"))
-        assert same(whole["state_dict"], broken["state_dict"])
-        assert same(whole["state_dict_ema"], broken["state_dict_ema"])
-        for a, b in zip(*(c["optimizer_states"][0]["state"].values() for c in (whole, broken)), strict=True):
-            assert same(a, b)
-    untimed = [
-        [{key: value for key, value in row.items() if not key.startswith("time/")} for row in rows(tmp_path / name)]
-        for name in ("whole", "broken")
-    ]
-    assert untimed[0] == untimed[1]
-    assert len(untimed[0]) == 3
+    assert len(rows(tmp_path / "whole")) == 3
+    assert_same_run(tmp_path / "whole", tmp_path / "broken")
 
 
 def test_ctrl_c_leaves_a_run_that_goes_on(config, tmp_path, monkeypatch):
@@ -137,12 +159,12 @@ def test_ctrl_c_leaves_a_run_that_goes_on(config, tmp_path, monkeypatch):
         signal.signal(signal.SIGINT, handler)
     assert len(rows(tmp_path / "run")) == 1
     assert not list(tmp_path.rglob("*.partial"))
-    assert read_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")["epoch"] == 0
+    assert read_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")["global_step"] == 4 + 3  # nothing is lost
     assert run(config(), resume=True)["epochs"] == 2
 
 
 def test_sigterm_ends_with_143(config, monkeypatch):
-    error = interrupted(config(), monkeypatch, lambda: os.kill(os.getpid(), signal.SIGTERM), SystemExit)
+    error = interrupted(config(), monkeypatch, terminate, SystemExit)
     assert error.code == 143
 
 
