@@ -29,7 +29,7 @@ def evaluate(
         in, of those of all processes' loaders.
     """
     model.eval()
-    metrics = ClassificationMetrics(num_classes).to(device)
+    metrics = ClassificationMetrics(num_classes, sync_on_compute=False).to(device)
     console = Console(stderr=True)
     for images, labels in track(loader, "evaluating", console=console, transient=True, disable=not sys.stderr.isatty()):
         metrics.update(model(images.to(device, non_blocking=True)), labels.to(device, non_blocking=True))

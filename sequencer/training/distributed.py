@@ -77,7 +77,9 @@ class Ddp(DDPStrategy):
 
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
         with self.precision_plugin.val_step_context():
-            return self.lightning_module.validation_step(*args, **kwargs)
+            module = self.lightning_module
+            assert module is not None
+            return module.validation_step(*args, **kwargs)
 
 
 def trainer_settings(config: Config) -> dict[str, Any]:

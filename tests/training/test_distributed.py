@@ -1,0 +1,140 @@
+"""Several processes on the CPU's backend, as torchrun starts them: the same run as one process makes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from sequencer.models import read_checkpoint
+from sequencer.training import run
+from sequencer.training.random_state import seed_rank
+from tests.training.conftest import SMALL, SMALL_MODEL
+from tests.training.test_run import RANDOM, assert_same_run, rows, same
+
+TRAIN = Path(__file__).parents[2] / "train.py"
+EMA = ["optim.ema_decay=0.9"]
+LONG = [
+    "trainer.max_epochs=4",
+    "trainer.limit_train_batches=15",
+    "trainer.accumulate_grad_batches=2",
+    "data.batch_size=36",
+]
+CALM = ["data.augment.mixup=0", "model.drop_path_rate=0"]  # nothing that each process draws for itself
+
+
+@pytest.fixture
+def torchrun(tmp_path):
+    """`torchrun(processes, run_dir, *overrides, restarts=0)` starts a small run on the digits."""
+
+    def start(processes: int, run_dir: str, *overrides: str, restarts: int = 0) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        command += [f"--max-restarts={restarts}", str(TRAIN), *SMALL, SMALL_MODEL, *overrides, f"run_dir={run_dir}"]
+        return subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    return start
+
+
+def finish(process: subprocess.Popen[str], code: int = 0) -> str:
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == code, output
+    return output
+
+
+def wait_for(path: Path, text: str) -> None:
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        if path.exists() and text in path.read_text():
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"no {text!r} in {path}")
+
+
+def workers(process: subprocess.Popen[str]) -> list[int]:
+    return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+
+
+def assert_close(a: Path, b: Path) -> None:
+    """The same run but for the order of sums."""
+    x, y = (read_checkpoint(folder / "checkpoints" / "last.ckpt") for folder in (a, b))
+    for slot in ("state_dict", "state_dict_ema"):
+        for name, tensor in x[slot].items():
+            torch.testing.assert_close(tensor, y[slot][name], rtol=1e-3, atol=1e-5)
+    for one, other in zip(rows(a), rows(b), strict=True):
+        for name in ("train/loss", "val/loss", "val_ema/loss"):
+            assert float(one[name]) == pytest.approx(float(other[name]), rel=1e-5)
+        assert (one["step"], one["lr"], one["val/top1"]) == (other["step"], other["lr"], other["val/top1"])
+
+
+@pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_several_processes_make_the_run_of_one(config, torchrun, tmp_path, processes):
+    """143 images to validate and 359 to test are shared evenly by none of them."""
+    process = torchrun(processes, "many", *CALM, *EMA, *LONG)
+    one = run(config(*CALM, *EMA, *LONG, run_dir="one"))
+    output = finish(process)
+    assert_close(tmp_path / "one", tmp_path / "many")
+    shared = json.loads((tmp_path / "many" / "summary.json").read_text())
+    assert shared["test/top1"] == one["test/top1"]
+    assert shared["test/loss"] == pytest.approx(one["test/loss"], rel=1e-5)
+    assert f"batch 72: {36 // processes} on each of {processes} devices, 2 passes an update" in output
+    assert output.count("epoch 1/4") == 1  # one process speaks
+
+
+def test_stopped_killed_or_shared_otherwise_it_is_the_same_run(torchrun, tmp_path):
+    options = [*RANDOM, *EMA, *LONG, "trainer.checkpoint_interval=0"]
+    finish(torchrun(2, "whole", *options))
+
+    stopped = torchrun(2, "stopped", *options)
+    wait_for(tmp_path / "stopped" / "train.log", "epoch 1/4")
+    os.kill(stopped.pid, signal.SIGTERM)
+    stopped.communicate(timeout=60)
+    assert len(rows(tmp_path / "stopped")) < 4
+    finish(torchrun(2, "stopped", *options))
+    assert_same_run(tmp_path / "whole", tmp_path / "stopped")
+
+    killed = torchrun(2, "killed", *options, restarts=1)
+    wait_for(tmp_path / "killed" / "train.log", "epoch 2/4")
+    os.kill(workers(killed)[-1], signal.SIGKILL)
+    finish(killed)
+    assert_same_run(tmp_path / "whole", tmp_path / "killed")
+
+
+def test_a_run_goes_on_with_another_number_of_processes(config, torchrun, tmp_path):
+    options = [*CALM, *EMA, *LONG]
+    whole = run(config(*options, run_dir="whole"))
+    process = torchrun(2, "moved", *options, "trainer.checkpoint_interval=0")
+    wait_for(tmp_path / "moved" / "train.log", "epoch 1/4")
+    os.kill(process.pid, signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert len(rows(tmp_path / "moved")) < 4
+    moved = run(config(*options, "trainer.checkpoint_interval=0", run_dir="moved"), resume=True)
+    assert_close(tmp_path / "whole", tmp_path / "moved")
+    assert moved["test/top1"] == whole["test/top1"]
+
+
+def test_random_states_differ_between_processes():
+    draws = []
+    for rank in (0, 1):
+        seed_rank(0, 0, rank)
+        draws.append(torch.rand(4))
+    assert not same({"x": draws[0]}, {"x": draws[1]})
+
+
+def test_restarts_need_a_folder_of_ones_own(tmp_path):
+    environment = {**os.environ, "TORCHELASTIC_MAX_RESTARTS": "1"}
+    done = subprocess.run([sys.executable, TRAIN], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "run_dir" in done.stderr
+
+
+def test_batches_are_shared_evenly_or_refused(tmp_path):
+    command = [sys.executable, TRAIN, "trainer.accelerator=cpu", "trainer.devices=3", "data.batch_size=64"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "data.batch_size=64 cannot be shared evenly by 3 devices" in done.stderr
+    assert not list(tmp_path.iterdir())
