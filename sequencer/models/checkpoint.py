@@ -33,14 +33,16 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"no checkpoint at {path}")
     try:
+        path.open("rb").close()
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    try:
         if path.suffix == ".safetensors":
             return load_file(path)
         _check_sums(path)
         # timm and the paper's repository keep their command line in the file, as a Namespace of plain values
         with torch.serialization.safe_globals([argparse.Namespace]):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
     except Exception as error:  # readers trip over a damaged file in a dozen ways
         refused = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
         if refused:
@@ -53,10 +55,11 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
 def _check_sums(path: Path) -> None:
     """torch stores a sum of each part of a file but does not look at it when it reads."""
-    if zipfile.is_zipfile(path):  # what was saved before torch 1.6 is none
-        with zipfile.ZipFile(path) as parts:
-            if (altered := parts.testzip()) is not None:
-                raise ValueError(f"{altered} is not as it was written")
+    if not zipfile.is_zipfile(path):  # saved before torch 1.6, or cut short, which torch notices
+        return
+    with zipfile.ZipFile(path) as parts:
+        if (altered := parts.testzip()) is not None:
+            raise ValueError(f"{altered} is not as it was written")
 
 
 def select_weights(checkpoint: dict[str, Any], slot: str | None = None) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""`checkpoints/last.ckpt`, `previous.ckpt` and `best.ckpt` of a run: whole or not there, and enough to go on exactly."""
+"""`last.ckpt`, `previous.ckpt` and `best.ckpt` of a run: whole or not there, and enough to go on exactly."""
 
 import logging
 import math
