@@ -169,6 +169,13 @@ class TrainerConfig:
     checkpoint_interval: float = knob(
         300.0, "seconds between two saves within an epoch (ours); 0 saves after every update", low=0.0
     )
+    max_loss: float = knob(1000.0, "a larger training loss is divergence, as one that is not finite (ours)", low=0.0)
+    on_divergence: str = knob(
+        "stop",
+        "whether the run ends there or goes back to its last checkpoint and takes the images that follow in another "
+        "order (ours)",
+        choices=("stop", "rollback"),
+    )
     log_every_n_steps: int = knob(50, "updates between two logged training losses", low=1)
     enable_progress_bar: bool = knob(True, "draw the progress bar; it is left out where the output is no terminal")
     compile: bool = knob(False, "run the model through torch.compile (ours, not Lightning's)")

@@ -24,24 +24,36 @@ class DataModule(pl.LightningDataModule):
     test_set: ImageSet | None
     class_names: list[str]
 
-    def __init__(self, config: DataConfig, seed: int) -> None:
+    def __init__(self, config: DataConfig, seed: int, reshuffles: int = 0) -> None:
+        """`reshuffles`: how often the rest of the epoch that training starts in is to be drawn anew."""
         super().__init__()
         self.config = config
         self.seed = seed
         self._is_set_up = False
-        self._position = {"epoch": 0, "batches": 0}
+        self._reshuffles = reshuffles
+        self._position: dict[str, Any] = {"epoch": 0, "batches": 0, "reshuffles": [0] * reshuffles}
 
     def state_dict(self) -> dict[str, Any]:
-        """Part of every checkpoint: the epoch, and how many of its batches have been trained on."""
+        """Part of every checkpoint: the epoch, how many of its batches have been trained on, and their order."""
         assert self.trainer is not None
         loop: Any = self.trainer.fit_loop
         epoch = loop.epoch_progress.current
         ended = epoch.processed == epoch.started  # the batches counted are those of the epoch before
-        return {"epoch": epoch.processed, "batches": 0 if ended else loop.epoch_loop.batch_progress.current.ready}
+        same = epoch.processed == self._position["epoch"]
+        return {
+            "epoch": epoch.processed,
+            "batches": 0 if ended else loop.epoch_loop.batch_progress.current.ready,
+            "reshuffles": self._position["reshuffles"] if same else [],
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         # Lightning starts the first epoch's workers before it calls set_epoch: a resumed run would repeat epoch 0
-        self._position = state_dict
+        reshuffles = state_dict["reshuffles"] + [state_dict["batches"]] * self._reshuffles
+        self._position = state_dict | {"reshuffles": reshuffles}
+
+    def images_of(self, epoch: int, batch: int) -> list[int]:
+        """Indices in `train_set` of the images of a batch, over all processes."""
+        return self._sampler().batches_of(epoch)[batch].tolist()
 
     def setup(self, stage: str | None = None) -> None:
         """Open every part, once, whatever the stage.
@@ -64,17 +76,8 @@ class DataModule(pl.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Shuffled and augmented from (seed, epoch); leaves out an incomplete last batch unless it is the only one."""
-        rank, world_size = self._share()
-        sampler = EpochSampler(
-            len(self.train_set),
-            self.config.batch_size,
-            self.seed,
-            rank,
-            world_size,
-            self._position["epoch"],
-            self._position["batches"],
-        )
-        return self._loader(SeededSet(self.train_set, self.seed), self.config.batch_size // world_size, sampler)
+        share = self.config.batch_size // self._share()[1]
+        return self._loader(SeededSet(self.train_set, self.seed), share, self._sampler())
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Every validation image once, in order; with several processes, this one's share."""
@@ -89,6 +92,17 @@ class DataModule(pl.LightningDataModule):
         if self.test_set is None:
             raise RequestError(f"data={self.config.name}: there is no folder test/ in data.root={self.config.root}")
         return self._loader(self.test_set, self.config.eval_batch_size, self._shard(self.test_set))
+
+    def _sampler(self) -> EpochSampler:
+        return EpochSampler(
+            len(self.train_set),
+            self.config.batch_size,
+            self.seed,
+            *self._share(),
+            self._position["epoch"],
+            self._position["batches"],
+            self._position["reshuffles"],
+        )
 
     def _share(self) -> tuple[int, int]:
         """This process's rank, and how many there are."""

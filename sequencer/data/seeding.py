@@ -5,12 +5,14 @@ stay as they were: an epoch can be replayed from its number alone.
 """
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Int
 from pytorch_lightning.utilities.seed import isolate_rng
+from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 Key = tuple[int, int]  # epoch, index
@@ -30,6 +32,7 @@ class EpochSampler(Sampler[Key]):
         rank, world_size: this process, and how many there are.
         epoch: the first epoch that will be asked for.
         batches_done: batches that are left out at the start of that epoch, having been trained on before.
+        reshuffles: batches of that epoch after which the rest was drawn anew, once for each entry.
     """
 
     def __init__(
@@ -41,13 +44,14 @@ class EpochSampler(Sampler[Key]):
         world_size: int = 1,
         epoch: int = 0,
         batches_done: int = 0,
+        reshuffles: Sequence[int] = (),
     ) -> None:
         self.batch_size = min(batch_size, length)
         self.batches = length // self.batch_size
         self.length, self.seed = length, seed
         self.rank, self.world_size = rank, world_size
         self.epoch = self.first_epoch = epoch
-        self.batches_done = batches_done
+        self.batches_done, self.reshuffles = batches_done, tuple(reshuffles)
 
     def set_epoch(self, epoch: int) -> None:
         """Called by the Trainer before every epoch."""
@@ -59,11 +63,22 @@ class EpochSampler(Sampler[Key]):
 
     def __iter__(self) -> Iterator[Key]:
         epoch = self.epoch
-        generator = torch.Generator().manual_seed(random.Random(f"{self.seed} {epoch}").getrandbits(63))
-        order = torch.randperm(self.length, generator=generator)[: self.batches * self.batch_size]
-        batches = order.view(self.batches, self.batch_size)[:, self.rank :: self.world_size]
         first = self.batches_done if epoch == self.first_epoch else 0
-        return ((epoch, index) for index in batches[first:].flatten().tolist())
+        own = self.batches_of(epoch)[first:, self.rank :: self.world_size]
+        return ((epoch, index) for index in own.flatten().tolist())
+
+    def batches_of(self, epoch: int) -> Int[Tensor, "batches batch_size"]:
+        """Indices of an epoch's images, over all processes."""
+        order = self._draw(f"{self.seed} {epoch}", self.length)
+        for number, batches in enumerate(self.reshuffles if epoch == self.first_epoch else ()):
+            done, rest = order[: batches * self.batch_size], order[batches * self.batch_size :]
+            order = torch.cat([done, rest[self._draw(f"{self.seed} {epoch} {number}", len(rest))]])
+        return order[: self.batches * self.batch_size].view(self.batches, self.batch_size)
+
+    @staticmethod
+    def _draw(seed: str, length: int) -> Int[Tensor, " length"]:
+        generator = torch.Generator().manual_seed(random.Random(seed).getrandbits(63))
+        return torch.randperm(length, generator=generator)
 
 
 class SeededSet(Dataset[Any]):

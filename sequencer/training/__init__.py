@@ -1,5 +1,6 @@
 """Training runs."""
 
+from sequencer.training.divergence import Diverged
 from sequencer.training.run import run
 
-__all__ = ["run"]
+__all__ = ["Diverged", "run"]

@@ -81,6 +81,12 @@ def find_checkpoint(folder: Path) -> Path | None:
     return None
 
 
+def updates_done(folder: Path) -> int:
+    """Updates in the newest checkpoint that can be read; 0 where there is none."""
+    path = find_checkpoint(folder)
+    return read_checkpoint(path)["global_step"] if path else 0
+
+
 class RunCheckpoints(Checkpoint):
     """Saves after every epoch, within an epoch every `interval` seconds, and when the run is told to stop.
 
@@ -161,7 +167,7 @@ class RunCheckpoints(Checkpoint):
 
     def _save(self, trainer: pl.Trainer) -> None:
         if trainer.is_global_zero:
-            _keep(self.folder / "last.ckpt", self.folder / "previous.ckpt")
+            keep(self.folder / "last.ckpt", self.folder / "previous.ckpt")
         trainer.save_checkpoint(self.folder / "last.ckpt")
         self._saved_at = time.monotonic()
 
@@ -185,7 +191,7 @@ class RunCheckpoints(Checkpoint):
         pl_module.train_totals = torch.tensor(totals, dtype=torch.float64)
 
 
-def _keep(last: Path, previous: Path) -> None:
+def keep(last: Path, previous: Path) -> None:
     """Gives a checkpoint a second name, under which it survives the one that is to take its place."""
     if not last.exists():
         return

@@ -29,6 +29,7 @@ class Classifier(pl.LightningModule):
         self.model, self.config, self.class_names = model, config, class_names
         self.mix = build_mixup(config.data.augment, len(class_names))
         self.train_totals = torch.zeros(2, dtype=torch.float64)
+        self.window_losses: list[Tensor] = []  # since the last update
         self.val_metrics = ClassificationMetrics(len(class_names))
 
     def forward(self, images: Tensor) -> Tensor:
@@ -43,6 +44,7 @@ class Classifier(pl.LightningModule):
             loss = F.cross_entropy(self(images), targets, label_smoothing=self.config.data.augment.smoothing)
         totals = torch.stack([loss.detach() * len(images), torch.tensor(len(images), device=loss.device)])
         self.train_totals = self.train_totals.to(loss.device) + totals
+        self.window_losses.append(loss.detach())
         self.log("loss", loss.detach(), prog_bar=True, logger=False)
         return loss * self._share_of_window(batch_idx)
 

@@ -5,6 +5,7 @@ import logging
 import os
 import sys
 import warnings
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ from sequencer.layers import RNN
 from sequencer.models import CheckpointError, create_model, load_weights, read_weights
 from sequencer.ops import configure, explain
 from sequencer.training import distributed
-from sequencer.training.checkpoints import RunCheckpoints, SafeCheckpointIO, find_checkpoint
+from sequencer.training.checkpoints import RunCheckpoints, SafeCheckpointIO, find_checkpoint, updates_done
+from sequencer.training.divergence import Diverged, DivergenceGuard
 from sequencer.training.ema import WeightEma
 from sequencer.training.files import write_atomically
 from sequencer.training.loggers import build_loggers, close_log, start_log
@@ -34,7 +36,9 @@ from sequencer.training.result import finish, print_summary
 
 log = logging.getLogger("sequencer")
 
-OWN_KEYS = ("compile", "best_metric", "slot", "early_stopping_patience", "enable_progress_bar", "checkpoint_interval")
+OWN_KEYS = ("compile", "best_metric", "slot", "early_stopping_patience", "enable_progress_bar", "checkpoint_interval", "max_loss",
+            "on_divergence")  # fmt: skip
+MOST_ROLLBACKS = 3  # to one checkpoint
 
 
 def run(config: Config, resume: bool = False) -> dict[str, Any]:
@@ -61,8 +65,23 @@ def _run(config: Config, resume: bool) -> dict[str, Any]:
             print_summary(summary, run_dir)
         return summary
     _quieten()
+    rollbacks: Counter[int] = Counter()  # by the update that was gone back to
+    while True:
+        try:
+            return _train(config, resume, rollbacks)
+        except Diverged:
+            done = updates_done(run_dir / "checkpoints")
+            if config.trainer.on_divergence == "stop" or rollbacks[done] == MOST_ROLLBACKS:
+                raise
+            rollbacks[done] += 1
+            resume = True
+
+
+def _train(config: Config, resume: bool, rollbacks: Counter[int]) -> dict[str, Any]:
+    run_dir = Path(config.run_dir)
     pl.seed_everything(config.seed, verbose=False)
-    data = DataModule(config.data, config.seed)
+    done = updates_done(run_dir / "checkpoints")
+    data = DataModule(config.data, config.seed, rollbacks[done])
     distributed.one_by_one(data.setup)
     configure(config.model.backend, config.model.recompute)
     model = distributed.one_by_one(lambda: _build_model(config, data.num_classes))
@@ -75,7 +94,8 @@ def _run(config: Config, resume: bool) -> dict[str, Any]:
     checkpoints = RunCheckpoints(
         run_dir / "checkpoints", config.trainer.best_metric, config.trainer.checkpoint_interval, config.seed
     )
-    trainer = _build_trainer(config, [callback for callback in (ema, report, checkpoints) if callback])
+    guard = DivergenceGuard(run_dir, config.trainer.max_loss)
+    trainer = _build_trainer(config, [callback for callback in (ema, guard, report, checkpoints) if callback])
 
     if distributed.is_first():
         _start_folder(config, run_dir)  # from here on the request is known to be good
@@ -87,6 +107,9 @@ def _run(config: Config, resume: bool) -> dict[str, Any]:
         for line in [_describe_batch(config), *groups, *_describe_backends(model, trainer)]:
             log.info(line)
         trainer.loggers = build_loggers(config, run_dir) if distributed.is_first() else []
+        if rollbacks[done]:
+            log.warning("back at update %d after %s diverged; the images that follow come in another order", done,
+                        f"{rollbacks[done]} attempts" if rollbacks[done] > 1 else "an attempt")  # fmt: skip
         if config.trainer.compile:
             compile_in_place(model)
         _fit(trainer, module, data, find_checkpoint(checkpoints.folder) if resume else None)

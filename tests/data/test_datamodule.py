@@ -99,8 +99,9 @@ def test_an_item_depends_on_its_key_alone(digits):
 
 
 def test_global_random_states_are_left_alone(digits, monkeypatch):
-    # a run-time type checker, where one is on, picks at random which key of the list it checks
-    monkeypatch.setattr(SeededSet, "__getitems__", inspect.unwrap(SeededSet.__getitems__))
+    # a run-time type checker, where one is on, picks at random which entry of a list it checks
+    for owner, name in ((SeededSet, "__getitems__"), (EpochSampler, "__init__"), (DataModule, "_sampler")):
+        monkeypatch.setattr(owner, name, inspect.unwrap(getattr(owner, name)))
     module = ready(dataclasses.replace(digits, augment=AUGMENT))
 
     def draw():
@@ -118,11 +119,32 @@ def test_global_random_states_are_left_alone(digits, monkeypatch):
 
 
 def test_sampler_covers_every_index():
-    sampler = EpochSampler(50, seed=0, epoch=2)
+    sampler = EpochSampler(50, 10, seed=0, epoch=2)
     assert len(sampler) == 50
     assert sorted(sampler) == [(2, index) for index in range(50)]
     # seed + epoch would make these two the same
-    assert [i for _, i in EpochSampler(50, seed=1)] != [i for _, i in EpochSampler(50, seed=0, epoch=1)]
+    assert [i for _, i in EpochSampler(50, 10, seed=1)] != [i for _, i in EpochSampler(50, 10, seed=0, epoch=1)]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_processes_share_every_batch(world_size):
+    whole = EpochSampler(50, 12, seed=0)
+    shares = [EpochSampler(50, 12, 0, rank, world_size) for rank in range(world_size)]
+    assert [len(share) for share in shares] == [48 // world_size] * world_size
+    own = 12 // world_size
+    for batch in range(4):
+        together = [key for share in shares for key in list(share)[batch * own : (batch + 1) * own]]
+        assert sorted(together) == sorted(list(whole)[batch * 12 : (batch + 1) * 12])
+
+
+def test_sampler_goes_on_within_an_epoch():
+    whole = EpochSampler(50, 10, seed=0, epoch=1)
+    rest = EpochSampler(50, 10, seed=0, epoch=1, batches_done=3)
+    assert list(rest) == list(whole)[30:]
+    assert len(rest) == 50
+    rest.set_epoch(2)
+    whole.set_epoch(2)
+    assert list(rest) == list(whole)
 
 
 class Recorder(pl.LightningModule):

@@ -108,7 +108,9 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(small_disk, tmp_path):
     assert updates > 0
     (small_disk / "filler").unlink()
     shutil.move(small_disk / "run", tmp_path / "moved")
-    done = subprocess.run([*command[:-1], f"run_dir={tmp_path / 'moved'}"], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(
+        [*command[:-1], f"run_dir={tmp_path / 'moved'}"], cwd=tmp_path, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
 
 

@@ -1,0 +1,91 @@
+"""A loss or a gradient that is not finite, or a loss that explodes: caught before the update, with a record."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import Callback
+from torch.nn.utils import get_total_norm
+
+from sequencer.data import DataModule
+from sequencer.training import distributed
+from sequencer.training.checkpoints import keep
+from sequencer.training.files import write_atomically
+from sequencer.training.module import Classifier
+
+RECORD = "divergence.json"
+BEFORE = "before_divergence.ckpt"  # what the record is replayed from
+
+
+class Diverged(RuntimeError):
+    """Training has diverged; the update was not applied. `record` is what stands in the run's divergence.json."""
+
+    def __init__(self, record: dict[str, Any], run_dir: Path) -> None:
+        self.record = record
+        super().__init__(
+            f"epoch {record['epoch'] + 1}, batch {record['batches'][-1]['batch'] + 1}: {record['reason']}; the update "
+            f"was not applied and {run_dir / RECORD} tells more\n"
+            f"repeat it with: python scripts/replay.py {run_dir}"
+        )
+
+
+class DivergenceGuard(Callback):
+    """Looks at the losses of every update and at its gradient before it is applied.
+
+    A float16 gradient may overflow, which its scaler is there for; only the loss is looked at then.
+    """
+
+    def __init__(self, run_dir: Path, max_loss: float) -> None:
+        self.run_dir, self.max_loss = run_dir, max_loss
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: Classifier, optimizer: torch.optim.Optimizer
+    ) -> None:
+        losses = torch.stack(pl_module.window_losses).tolist()
+        pl_module.window_losses.clear()
+        norm = float(get_total_norm([p.grad for p in pl_module.parameters() if p.grad is not None]))
+        reason = self._reason(losses, norm, str(trainer.precision))
+        reasons = [found for found in distributed.gather(reason) if found]
+        if reasons:
+            raise Diverged(self._record(trainer, pl_module, reasons[0], losses, norm), self.run_dir)
+
+    def _reason(self, losses: list[float], norm: float, precision: str) -> str | None:
+        for loss in losses:
+            if not math.isfinite(loss):
+                return f"the training loss is {loss}"
+            if loss > self.max_loss:
+                return f"the training loss is {loss:.4g}, above trainer.max_loss={self.max_loss:g}"
+        if not math.isfinite(norm) and precision != "16-mixed":
+            return f"the norm of the gradient is {norm}"
+        return None
+
+    def _record(
+        self, trainer: pl.Trainer, pl_module: Classifier, reason: str, losses: list[float], norm: float
+    ) -> dict[str, Any]:
+        data: DataModule = trainer.datamodule  # type: ignore[attr-defined]
+        last = trainer.fit_loop.batch_idx
+        record = {
+            "reason": reason,
+            "epoch": trainer.current_epoch,
+            "update": trainer.global_step + 1,
+            "reshuffles": data.state_dict()["reshuffles"],
+            "batches": [
+                {"batch": batch, "loss": loss, "images": data.images_of(trainer.current_epoch, batch)}
+                for batch, loss in enumerate(losses, start=last + 1 - len(losses))
+            ],
+            "gradient_norm": norm,
+            "weight_norm": float(get_total_norm([p.detach() for p in pl_module.parameters()])),
+            "lr": [group["lr"] for group in trainer.optimizers[0].param_groups],
+            "seed": pl_module.config.seed,
+            "command": f"python scripts/replay.py {self.run_dir}",
+        }
+        if distributed.is_first():
+            folder = self.run_dir / "checkpoints"
+            (folder / BEFORE).unlink(missing_ok=True)
+            keep(folder / "last.ckpt", folder / BEFORE)
+            text = json.dumps(record, indent=2) + "\n"
+            write_atomically(self.run_dir / RECORD, lambda path: path.write_text(text))
+        return record
