@@ -36,8 +36,16 @@ from sequencer.training.result import finish, print_summary
 
 log = logging.getLogger("sequencer")
 
-OWN_KEYS = ("compile", "best_metric", "slot", "early_stopping_patience", "enable_progress_bar", "checkpoint_interval", "max_loss",
-            "on_divergence")  # fmt: skip
+OWN_KEYS = (
+    "compile",
+    "best_metric",
+    "slot",
+    "early_stopping_patience",
+    "enable_progress_bar",
+    "checkpoint_interval",
+    "max_loss",
+    "on_divergence",
+)
 MOST_ROLLBACKS = 3  # to one checkpoint
 
 

@@ -4,6 +4,7 @@ import csv
 import importlib
 import json
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -16,7 +17,9 @@ from omegaconf import OmegaConf
 from conf.errors import RequestError
 from sequencer.models import load_model, read_checkpoint
 from sequencer.training import run
+from sequencer.training.divergence import DivergenceGuard
 from sequencer.training.ema import WeightEma
+from sequencer.training.module import Classifier
 from sequencer.training.random_state import get_random_state, set_random_state
 
 EMA = ["optim.ema_decay=0.9", "trainer.slot=ema", "trainer.best_metric=val_ema/top1"]
@@ -70,6 +73,39 @@ def test_training_loss_is_the_mean_over_images(config, tmp_path, monkeypatch):
     run(config("trainer.max_epochs=1"))
     expected = sum(n * loss for n, loss in seen) / sum(n for n, _ in seen)
     assert float(rows(tmp_path / "run")[0]["train/loss"]) == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_short_last_window_of_accumulation_weighs_as_a_whole_one(config, monkeypatch):
+    """Of five batches accumulated in twos the last stands alone: its update is by its own gradient, not by half."""
+    gradients, own = [], []
+    step, look = Classifier.training_step, DivergenceGuard.on_before_optimizer_step
+
+    def training_step(self, batch, batch_idx):
+        loss = step(self, batch, batch_idx)
+        weight = self.model.get_classifier().weight
+        images, labels = batch
+        own.append(torch.autograd.grad(torch.nn.functional.cross_entropy(self(images), labels), weight)[0])
+        return loss
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        gradients.append(pl_module.model.get_classifier().weight.grad.clone())
+        look(self, trainer, pl_module, optimizer)
+
+    monkeypatch.setattr(Classifier, "training_step", training_step)
+    monkeypatch.setattr(DivergenceGuard, "on_before_optimizer_step", on_before_optimizer_step)
+    options = ["trainer.limit_train_batches=5", "trainer.accumulate_grad_batches=2", "data.augment.mixup=0"]
+    run(config(*options, "trainer.max_epochs=1", "model.drop_path_rate=0", "optim.lr=0.01"))
+    assert len(gradients) == 3
+    for found, expected in zip(gradients, [own[0] / 2 + own[1] / 2, own[2] / 2 + own[3] / 2, own[4]], strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-7)
+
+
+def test_what_an_update_sees_is_said_at_the_start(config, tmp_path):
+    run(config("trainer.accumulate_grad_batches=2", "optim.lr=0.01", "optim.layer_decay=0.5", "trainer.max_epochs=1"))
+    log = (tmp_path / "run" / "train.log").read_text()
+    assert "batch 64: 32 on each of 1 device, 2 passes an update; learning rate 0.01, not scaled" in log
+    rates = {float(rate) for rate in re.findall(r"parameter group \d+: .*, lr ([0-9.e-]+),", log)}
+    assert rates == {0.01, 0.005, 0.0025}  # head, block, stem: decay is in each group's own rate
 
 
 def test_the_same_seed_gives_the_same_run(config, tmp_path):
