@@ -138,3 +138,54 @@ def test_batches_are_shared_evenly_or_refused(tmp_path):
     assert done.returncode == 2
     assert "data.batch_size=64 cannot be shared evenly by 3 devices" in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_two_machines(config, tmp_path):
+    options = [*CALM, *EMA, *LONG]
+    whole = run(config(*options, run_dir="whole"))
+    agents = []
+    for node in range(2):
+        command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", f"--node-rank={node}"]
+        command += ["--nproc-per-node=1", "--master-addr=127.0.0.1", "--master-port=29517", str(TRAIN)]
+        command += [*SMALL, SMALL_MODEL, *options, "run_dir=two"]
+        agents.append(
+            subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        )
+    for agent in agents:
+        finish(agent)
+    assert_close(tmp_path / "whole", tmp_path / "two")
+    assert json.loads((tmp_path / "two" / "summary.json").read_text())["test/top1"] == whole["test/top1"]
+
+
+@pytest.mark.slow
+def test_slurm_stops_requeues_and_goes_on(config, tmp_path):
+    """The batch script with stand-ins for SLURM's commands: SIGTERM saves and requeues, the next job finishes."""
+    stubs = tmp_path / "bin"
+    stubs.mkdir()
+    (stubs / "scontrol").write_text(
+        f'#!/bin/bash\n[ "$1" = show ] && echo 127.0.0.1 || echo "$@" >> {tmp_path / "requeued"}\n'
+    )
+    (stubs / "srun").write_text('#!/bin/bash\nshift\nexec "$@"\n')
+    (stubs / "torchrun").write_text(f'#!/bin/bash\nexec {sys.executable} -m torch.distributed.run "$@"\n')
+    for stub in stubs.iterdir():
+        stub.chmod(0o755)
+    job = {"SLURM_JOB_NODELIST": "here", "SLURM_JOB_NUM_NODES": "1", "SLURM_GPUS_ON_NODE": "2", "SLURM_JOB_ID": "7"}
+    environment = {**os.environ, **job, "PATH": f"{stubs}:{os.environ['PATH']}"}
+    options = [*SMALL, SMALL_MODEL, *CALM, *EMA, *LONG, "trainer.precision='32'", "trainer.checkpoint_interval=0"]
+    command = ["bash", str(TRAIN.parent / "scripts" / "slurm.sh"), str(tmp_path / "run"), *options]
+
+    def submit() -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            command, cwd=TRAIN.parent, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+
+    first = submit()
+    wait_for(tmp_path / "run" / "train.log", "epoch 1/4")
+    os.kill(first.pid, signal.SIGTERM)
+    first.communicate(timeout=60)
+    assert (tmp_path / "requeued").read_text() == "requeue 7\n"
+    assert len(rows(tmp_path / "run")) < 4
+    finish(submit())
+    run(config(*CALM, *EMA, *LONG, run_dir="whole"))
+    assert_close(tmp_path / "whole", tmp_path / "run")
