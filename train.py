@@ -10,7 +10,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from conf.errors import RequestError
+from conf.errors import RequestError, say
 from conf.request import Request, check_overrides, check_restarts, compose, request, resume_request
 from conf.schema import check_environment
 
@@ -49,8 +49,7 @@ def exit_code(error: Exception) -> int:
     if os.environ.get("HYDRA_FULL_ERROR") == "1":
         traceback.print_exception(error)
     elif os.environ.get("RANK", "0") == "0":  # one voice is enough
-        message = "\n".join(str(error).strip().splitlines()[:2]) or type(error).__name__
-        print(f"train.py: {message}", file=sys.stderr)
+        print(f"train.py: {say(error)}", file=sys.stderr)
     return 2 if isinstance(error, RequestError) else 1
 
 

@@ -1,4 +1,4 @@
-"""The one exception that means: the request was wrong, not the work."""
+"""The one exception that means: the request was wrong, not the work; and how errors are said."""
 
 
 class RequestError(ValueError):
@@ -6,3 +6,12 @@ class RequestError(ValueError):
 
     The message is one or two lines that say what is wrong, where, and what to do.
     """
+
+
+def say(error: BaseException) -> str:
+    """An error in one or two lines."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    if lines[0].startswith("Caught "):  # a loader process hands on its whole traceback, whose last line is the error
+        name, _, reason = lines[-1].partition(": ")
+        return reason or name
+    return "\n".join(lines[:2])

@@ -90,6 +90,10 @@ class DataConfig:
         high=0.9,
     )
     batch_size: int = knob(128, "images per forward pass, over all devices", low=1)
+    check: bool = knob(False, "decode every image file before training starts")
+    max_bad_share: float = knob(
+        0.01, "share of a part's images that may be unreadable before the run stops", low=0.0, high=1.0
+    )
     eval_batch_size: int = knob(256, "images per device in evaluation", low=1)
     num_workers: int = knob(2, "loader processes per device; 0 loads in the training process", low=0)
     augment: AugmentConfig = field(default_factory=AugmentConfig)

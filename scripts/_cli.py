@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NoReturn
 
-from conf.errors import RequestError
+from conf.errors import RequestError, say
 from conf.schema import check_environment
 
 if TYPE_CHECKING:
@@ -58,10 +58,7 @@ def _explain(error: BaseException) -> tuple[int, str]:
         return 130, "interrupted"
     if isinstance(error, RequestError):
         return 2, f"error: {error}"
-    lines = str(error).strip().splitlines() or [""]
-    # a loader process hands on its whole traceback, whose last line is the error itself
-    reason = lines[-1] if lines[0].startswith("Caught ") else f"{type(error).__name__}: {lines[0]}"
-    return 1, f"error: {reason}\nadd --debug for the traceback"
+    return 1, f"error: {say(error)}\nadd --debug for the traceback"
 
 
 def pick_device(name: str) -> "torch.device":

@@ -57,6 +57,7 @@ def parse(argv: list[str] | None) -> Namespace:
 def work(args: Namespace) -> None:
     from torch.utils.data import DataLoader
 
+    from sequencer.data import Quarantine, ReadableSet, collate_readable
     from sequencer.evaluation import evaluate
     from sequencer.models import CheckpointError, load_model
 
@@ -69,9 +70,18 @@ def work(args: Namespace) -> None:
     split, images = open_part(data, args.split)
     check_classes(loaded, images)
     output = make_output(args)
-    loader = DataLoader(images, data.eval_batch_size, num_workers=data.num_workers, pin_memory=device.type == "cuda")
+    (output / "bad_samples.csv").unlink(missing_ok=True)
+    images.quarantine = Quarantine(output / "bad_samples.csv", split, len(images), data.max_bad_share)
+    loader = DataLoader(
+        ReadableSet(images),
+        data.eval_batch_size,
+        num_workers=data.num_workers,
+        pin_memory=device.type == "cuda",
+        collate_fn=collate_readable,
+    )
     metrics = evaluate(loaded.model.to(device), loader, len(images.class_names), device)
     values = {name: value.item() for name, value in metrics.compute().items()}
+    values["unreadable"] = len(images) - values["total"]
     about = {"model": args.model, "arch": loaded.arch, "slot": loaded.slot, "data": data.name, "split": split}
     per_class = metrics.per_class(images.class_names)
     write(output, about | values, per_class)
@@ -169,6 +179,8 @@ def show(result: dict[str, Any], per_class: list["ClassResult"], output: Path) -
 
     console = Console(highlight=False, markup=False)
     console.print("{arch} ({slot} weights) on {data}, {split} part, {total:,} images".format(**result))
+    if result["unreadable"]:
+        console.print(f"{result['unreadable']:,} more could not be read: {output / 'bad_samples.csv'}", soft_wrap=True)
     console.print("top-1 {top1:.2%}   top-5 {top5:.2%}   loss {loss:.4f}".format(**result), style="bold")
     shown = per_class
     if len(per_class) > MOST_CLASSES_PRINTED:

@@ -2,7 +2,21 @@
 
 from sequencer.data.mixing import build_mixup
 from sequencer.data.module import DataModule
+from sequencer.data.quarantine import Quarantine, TooManyBadImages
+from sequencer.data.readable import ReadableSet, check_images, collate_readable
 from sequencer.data.sets import ImageSet, open_dataset
 from sequencer.data.transforms import eval_transform, train_transform
 
-__all__ = ["DataModule", "ImageSet", "build_mixup", "eval_transform", "open_dataset", "train_transform"]
+__all__ = [
+    "DataModule",
+    "ImageSet",
+    "Quarantine",
+    "ReadableSet",
+    "TooManyBadImages",
+    "build_mixup",
+    "check_images",
+    "collate_readable",
+    "eval_transform",
+    "open_dataset",
+    "train_transform",
+]

@@ -1,5 +1,6 @@
 """The one DataModule: opens the parts of a set and serves them in batches."""
 
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
@@ -8,6 +9,8 @@ from torch.utils.data import DataLoader
 
 from conf.errors import RequestError
 from conf.schema import DataConfig
+from sequencer.data.quarantine import Quarantine
+from sequencer.data.readable import ReadableSet, collate_readable
 from sequencer.data.seeding import EpochSampler, SeededSet
 from sequencer.data.sets import ImageSet, has_test_part, open_dataset
 from sequencer.data.transforms import eval_transform, train_transform
@@ -24,13 +27,18 @@ class DataModule(pl.LightningDataModule):
     test_set: ImageSet | None
     class_names: list[str]
 
-    def __init__(self, config: DataConfig, seed: int, reshuffles: int = 0) -> None:
-        """`reshuffles`: how often the rest of the epoch that training starts in is to be drawn anew."""
+    def __init__(self, config: DataConfig, seed: int, reshuffles: int = 0, bad_samples: Path | None = None) -> None:
+        """
+        Args:
+            reshuffles: how often the rest of the epoch that training starts in is to be drawn anew.
+            bad_samples: the file that unreadable images are listed in.
+        """
         super().__init__()
         self.config = config
         self.seed = seed
         self._is_set_up = False
         self._reshuffles = reshuffles
+        self._bad_samples = bad_samples
         self._position: dict[str, Any] = {"epoch": 0, "batches": 0, "reshuffles": [0] * reshuffles}
 
     def state_dict(self) -> dict[str, Any]:
@@ -68,7 +76,16 @@ class DataModule(pl.LightningDataModule):
         self.val_set = open_dataset(self.config, "val", for_eval)
         self.test_set = open_dataset(self.config, "test", for_eval) if has_test_part(self.config) else None
         self.class_names = self.train_set.class_names
+        for part, images in self.parts.items():
+            if self._bad_samples is not None:
+                images.quarantine = Quarantine(self._bad_samples, part, len(images), self.config.max_bad_share)
         self._is_set_up = True
+
+    @property
+    def parts(self) -> dict[str, ImageSet]:
+        """The parts by their names, those that there are."""
+        parts = {"train": self.train_set, "val": self.val_set, "test": self.test_set}
+        return {name: images for name, images in parts.items() if images is not None}
 
     @property
     def num_classes(self) -> int:
@@ -80,18 +97,22 @@ class DataModule(pl.LightningDataModule):
         return self._loader(SeededSet(self.train_set, self.seed), share, self._sampler())
 
     def val_dataloader(self) -> DataLoader[Any]:
-        """Every validation image once, in order; with several processes, this one's share."""
-        return self._loader(self.val_set, self.config.eval_batch_size, self._shard(self.val_set))
+        """Every readable validation image once, in order; with several processes, this one's share."""
+        return self._eval_loader(self.val_set)
 
     def test_dataloader(self) -> DataLoader[Any]:
-        """Every test image once, in order; with several processes, this one's share.
+        """Every readable test image once, in order; with several processes, this one's share.
 
         Raises:
             RequestError: the set has no test part.
         """
         if self.test_set is None:
             raise RequestError(f"data={self.config.name}: there is no folder test/ in data.root={self.config.root}")
-        return self._loader(self.test_set, self.config.eval_batch_size, self._shard(self.test_set))
+        return self._eval_loader(self.test_set)
+
+    def _eval_loader(self, images: ImageSet) -> DataLoader[Any]:
+        shard = self._shard(images)
+        return self._loader(ReadableSet(images), self.config.eval_batch_size, shard, collate_fn=collate_readable)
 
     def _sampler(self) -> EpochSampler:
         return EpochSampler(
@@ -113,7 +134,7 @@ class DataModule(pl.LightningDataModule):
         rank, world_size = self._share()
         return range(rank, len(dataset), world_size)
 
-    def _loader(self, dataset: Any, batch_size: int, sampler: Any) -> DataLoader[Any]:
+    def _loader(self, dataset: Any, batch_size: int, sampler: Any, **kwargs: Any) -> DataLoader[Any]:
         return DataLoader(
             dataset,
             batch_size=batch_size,
@@ -123,4 +144,5 @@ class DataModule(pl.LightningDataModule):
             pin_memory=torch.cuda.is_available(),
             # a generator of its own: by default every new iterator draws from torch's global state
             generator=torch.Generator(),
+            **kwargs,
         )

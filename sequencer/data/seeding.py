@@ -15,6 +15,8 @@ from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
+from sequencer.data.images import UnreadableImage
+
 Key = tuple[int, int]  # epoch, index
 
 
@@ -105,4 +107,8 @@ class SeededSet(Dataset[Any]):
         random.seed(f"{self.seed} {epoch} {index}")
         np.random.seed(random.getrandbits(32))
         torch.default_generator.manual_seed(random.getrandbits(63))  # torch.manual_seed would reseed CUDA too
-        return self.dataset[index]
+        while True:
+            try:
+                return self.dataset[index]
+            except UnreadableImage:  # another one in its place, so that batches keep their size
+                index = random.randrange(len(self.dataset))

@@ -18,6 +18,8 @@ from torchvision.datasets.folder import find_classes
 
 from conf.errors import RequestError
 from conf.schema import DataConfig
+from sequencer.data.images import UnreadableImage, read_image
+from sequencer.data.quarantine import Quarantine
 
 Split = Literal["train", "val", "test"]
 
@@ -40,6 +42,8 @@ class ImageSet(Dataset[tuple[Any, int]]):
     label an index into `class_names`.
     """
 
+    quarantine: Quarantine | None = None
+
     def __init__(self, source: Any, indices: np.ndarray, transform: Callable[[Any], Any]) -> None:
         """`indices` are those of this part in `source`, which has torchvision's `classes` and `targets`."""
         self.source = source
@@ -51,8 +55,21 @@ class ImageSet(Dataset[tuple[Any, int]]):
         return len(self.indices)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        image, label = self.source[int(self.indices[index])]
+        """
+        Raises:
+            UnreadableImage: having been put into the quarantine, if there is one.
+        """
+        image, label = self.decode(index)
         return self.transform(image), label
+
+    def decode(self, index: int) -> tuple[Any, int]:
+        """The item before its transform."""
+        try:
+            return self.source[int(self.indices[index])]
+        except UnreadableImage as found:
+            if self.quarantine is not None:
+                self.quarantine.report(found)
+            raise
 
     @property
     def labels(self) -> np.ndarray:
@@ -166,7 +183,7 @@ def _open_folder(config: DataConfig, split: Split) -> datasets.ImageFolder:
     if not (root / split).is_dir():
         raise RequestError(f"data={config.name}: no folder {root / split}\n{layout}")
     try:
-        source = datasets.ImageFolder(str(root / split))
+        source = datasets.ImageFolder(str(root / split), loader=read_image)
     except FileNotFoundError as error:  # no class folder, or one without images; the message says which
         raise RequestError(f"data={config.name}: {root / split}: {error}\n{layout}") from error
     if (root / "train").is_dir():

@@ -32,6 +32,7 @@ def evaluate(
     metrics = ClassificationMetrics(num_classes, sync_on_compute=False).to(device)
     console = Console(stderr=True)
     for images, labels in track(loader, "evaluating", console=console, transient=True, disable=not sys.stderr.isatty()):
-        metrics.update(model(images.to(device, non_blocking=True)), labels.to(device, non_blocking=True))
+        if len(labels):  # none of the batch may have been readable
+            metrics.update(model(images.to(device, non_blocking=True)), labels.to(device, non_blocking=True))
     metrics.sync()
     return metrics

@@ -46,6 +46,8 @@ class WeightEma(Callback):
         self, trainer: pl.Trainer, pl_module: Classifier, outputs: Any, batch: Sequence[Tensor], *args: Any
     ) -> None:
         images, labels = batch
+        if not len(labels):
+            return
         with trainer.precision_plugin.forward_context():
             self.metrics.update(self.average.module(images), labels)
 

@@ -56,7 +56,8 @@ class Classifier(pl.LightningModule):
 
     def validation_step(self, batch: Sequence[Tensor], batch_idx: int) -> None:
         images, labels = batch
-        self.val_metrics.update(self(images), labels)
+        if len(labels):  # none of the batch may have been readable
+            self.val_metrics.update(self(images), labels)
 
     def configure_optimizers(self) -> dict[str, Any]:
         optimizer = build_optimizer(self.model, self.config.optim)

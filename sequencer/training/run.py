@@ -19,7 +19,7 @@ from torch import nn
 
 from conf.errors import RequestError
 from conf.schema import Config
-from sequencer.data import DataModule
+from sequencer.data import DataModule, check_images
 from sequencer.layers import RNN
 from sequencer.models import CheckpointError, create_model, load_weights, read_weights
 from sequencer.ops import configure, explain
@@ -89,7 +89,7 @@ def _train(config: Config, resume: bool, rollbacks: Counter[int]) -> dict[str, A
     run_dir = Path(config.run_dir)
     pl.seed_everything(config.seed, verbose=False)
     done = updates_done(run_dir / "checkpoints")
-    data = DataModule(config.data, config.seed, rollbacks[done])
+    data = DataModule(config.data, config.seed, rollbacks[done], run_dir / "bad_samples.csv")
     distributed.one_by_one(data.setup)
     configure(config.model.backend, config.model.recompute)
     model = distributed.one_by_one(lambda: _build_model(config, data.num_classes))
@@ -114,6 +114,9 @@ def _train(config: Config, resume: bool, rollbacks: Counter[int]) -> dict[str, A
                  len(data.val_set), data.num_classes)  # fmt: skip
         for line in [_describe_batch(config), *groups, *_describe_backends(model, trainer)]:
             log.info(line)
+        if config.data.check and distributed.is_first():
+            readable = check_images(config.data.name, data.parts, config.data.num_workers, sys.stdout.isatty())
+            log.info("checked: %d of %d images can be read", readable, sum(map(len, data.parts.values())))
         trainer.loggers = build_loggers(config, run_dir) if distributed.is_first() else []
         if rollbacks[done]:
             log.warning("back at update %d after %s diverged; the images that follow come in another order", done,
