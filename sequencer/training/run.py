@@ -25,7 +25,7 @@ from sequencer.ops import configure, explain
 from sequencer.training.checkpoints import RunCheckpoints
 from sequencer.training.ema import WeightEma
 from sequencer.training.files import write_atomically
-from sequencer.training.loggers import build_loggers, close_log, start_log
+from sequencer.training.loggers import build_loggers, close_log, close_loggers, start_log
 from sequencer.training.module import Classifier, compile_in_place, parameters_of
 from sequencer.training.optim import build_optimizer, describe_groups
 from sequencer.training.report import EpochReport
@@ -82,6 +82,7 @@ def run(config: Config, resume: bool = False) -> dict[str, Any]:
         print_summary(summary, run_dir)
         return summary
     finally:
+        close_loggers(trainer.loggers)
         close_log()
 
 
