@@ -97,12 +97,14 @@ class WandbGuard(Logger):
         problem: Exception | None = None
         for mode in dict.fromkeys((self._mode, "offline")):
             try:
-                return self._tell(mode, problem)
+                self._tell(mode, problem)
             except Exception as error:  # whatever it is, the training goes on
                 problem = error
+            else:
+                return
             if self._closed:
                 return
-        log.warning("W&B is given up (%s); metrics.csv has every row", _reason(problem))
+        log.warning("W&B is given up (%s); metrics.csv has every row", problem)
 
     def _tell(self, mode: str, problem: Exception | None) -> None:
         """
@@ -113,7 +115,7 @@ class WandbGuard(Logger):
             Exception: W&B failed before the end.
         """
         process, worker = _start_worker()
-        with process:
+        with process, worker:
             try:
                 worker.send(({"init": INIT_LIMIT, "finish": FINISH_LIMIT}, {**self._arguments, "mode": mode}))
                 self._folder = _answer(worker, INIT_LIMIT)
@@ -131,7 +133,7 @@ class WandbGuard(Logger):
         if self._closed:
             return
         if problem:
-            log.warning("W&B failed (%s): it logs %s%s", _reason(problem), mode, self._sync)
+            log.warning("W&B failed (%s): it logs %s%s", problem, mode, self._sync)
         else:
             log.info("W&B logs %s%s", mode, self._sync if mode == "offline" else "")
 
@@ -151,7 +153,6 @@ class WandbGuard(Logger):
 def _start_worker() -> tuple[subprocess.Popen[bytes], Connection]:
     ours, theirs = Pipe()
     settings = {
-        "WANDB_SILENT": "true",
         "WANDB_CONSOLE": "off",
         "WANDB_FINISH_TIMEOUT": str(SEND_LIMIT),
         "WANDB_FINISH_TIMEOUT_RAISES": "true",
@@ -183,11 +184,10 @@ def _send(worker: Connection, message: Message) -> None:
 def _answer(worker: Connection, limit: float) -> Any:
     if not worker.poll(limit):
         raise RuntimeError(f"no answer within {limit:g} s")
-    answer = worker.recv()
+    try:
+        answer = worker.recv()
+    except (EOFError, ConnectionResetError):
+        raise RuntimeError("its process died") from None
     if isinstance(answer, Exception):
         raise answer
     return answer
-
-
-def _reason(problem: Exception | None) -> str:
-    return str(problem) or "its process died"

@@ -6,6 +6,7 @@ a guard that dies without a word ends the run as failed.
 
 import os
 import sys
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from threading import Timer
@@ -64,5 +65,6 @@ if __name__ == "__main__":
     try:
         main(guard)
     except BaseException as error:
-        guard.send(RuntimeError((str(error).strip().splitlines() or [type(error).__name__])[0]))
+        with suppress(OSError):  # the guard may be gone
+            guard.send(RuntimeError((str(error).strip().splitlines() or [type(error).__name__])[0]))
     os._exit(0)  # wandb's own exit hook would wait for its service, as long as that takes
