@@ -8,7 +8,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Event, Thread, Timer
 
 import pytest
 from pytorch_lightning.utilities import rank_zero_only
@@ -322,6 +324,50 @@ def test_a_full_disk(train_log, tmp_path):
         assert waited < 30
     finally:
         subprocess.run(["umount", "--lazy", str(tmp_path / "wandb")], check=True)
+
+
+class Stalling(BaseHTTPRequestHandler):
+    """As much of W&B's server as a run needs to start; two seconds later it answers no more."""
+
+    stalls = Event()
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        if b"UpsertBucket" in body:
+            Timer(2, self.stalls.set).start()
+        if self.stalls.is_set():
+            time.sleep(60)
+        bucket = {"id": "1", "name": "abcd1234", "displayName": "n", "config": "{}", "historyLineCount": 0}
+        bucket["project"] = {"id": "1", "name": "p", "entity": {"name": "me"}}
+        viewer = {"id": "1", "entity": "me", "username": "me", "flags": "{}", "teams": {"edges": []}}
+        data = {"viewer": viewer, "model": {"bucket": None}, "upsertBucket": {"bucket": bucket, "inserted": True}}
+        answer = json.dumps({"data": data}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(answer)))
+        self.end_headers()
+        self.wfile.write(answer)
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+@pytest.mark.slow
+def test_a_server_that_goes_down_in_the_middle(train_log, tmp_path, monkeypatch):
+    """The real wandb: what was not sent stands, whole, in the folder that the log names."""
+    monkeypatch.setattr(wandb_guard, "SEND_LIMIT", 5.0)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Stalling) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.server_port}")
+        monkeypatch.setenv("WANDB_API_KEY", KEY)
+        guard = start(tmp_path)
+        assert Stalling.stalls.wait(30)
+        waited = told(guard, rows=5)
+        server.shutdown()
+    assert 4 < waited < wandb_guard.FINISH_LIMIT
+    (warning,) = warnings(train_log)
+    folder = Path(warning.removeprefix("W&B did not take everything within 5 s; send what it lacks with: wandb sync "))
+    (data,) = folder.glob("*.wandb")
+    assert data.read_bytes().count(b"trainer/global_step") >= 5
 
 
 def train(tmp_path: Path, server: str, *arguments: str) -> subprocess.Popen[str]:
