@@ -172,12 +172,13 @@ def test_what_fails_online_is_kept_offline(fake, train_log, tmp_path, monkeypatc
 
 
 def test_a_break_in_the_middle_is_noticed_at_once(fake, train_log, tmp_path):
-    fake.fails("online log dies")
+    fake.fails("online log raises")
     guard = start(tmp_path)
     for step in range(2):  # the row after the one that broke it
         guard.log_metrics({"x": step / 2}, step)
         time.sleep(1)
     fake.wait_for("offline", "log")
+    assert "W&B failed ([Errno 28] No space left on device): it logs offline" in warnings(train_log)[0]
     told(guard, rows=0)
     assert fake.calls("offline", "log") == logged(2)
 
@@ -252,12 +253,16 @@ def test_a_training_process_that_is_killed_leaves_a_failed_run(fake, tmp_path):
     assert fake.calls("online", "finish") == [[1]]
 
 
-def test_a_worker_does_not_outlive_its_limits(fake, tmp_path):
-    fake.fails("online init hangs")
+@pytest.mark.parametrize("name", ["init", "finish"])
+def test_a_worker_left_alone_does_not_outlive_its_limits(fake, tmp_path, name):
+    fake.fails(f"online {name} hangs")
     process, guard = _start_worker()
     with guard:
-        guard.send(({"init": 1.0, "finish": 1.0}, {"mode": "online", "dir": str(tmp_path)}))
+        guard.send(({"init": 3.0, "finish": 1.0}, {"mode": "online", "dir": str(tmp_path)}))
+        if name == "finish":
+            guard.recv()
     assert process.wait(timeout=20) == 1
+    assert fake.calls("online", name)
 
 
 def test_other_ranks_log_nothing(fake, tmp_path, monkeypatch):
