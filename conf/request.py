@@ -6,6 +6,7 @@ and hydra only.
 
 import dataclasses
 import difflib
+import importlib.util
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,7 +93,8 @@ def to_config(composed: DictConfig) -> Config:
     """The typed configuration, resolved and with every bound checked.
 
     Raises:
-        RequestError: a missing, ill-typed or illegal value, or values that contradict each other.
+        RequestError: a missing, ill-typed or illegal value, values that contradict each other, or a logger that is
+            not installed.
     """
     try:
         config = OmegaConf.to_object(composed)
@@ -101,6 +103,7 @@ def to_config(composed: DictConfig) -> Config:
     assert isinstance(config, Config)
     _check_bounds(config)
     _check_together(config)
+    _check_installed(config)
     return config
 
 
@@ -278,6 +281,13 @@ def _check_together(config: Config) -> None:
         raise RequestError(f"model.in_chans={config.model.in_chans}, but data.in_chans={data.in_chans}")
     if config.model.img_size != data.img_size:
         raise RequestError(f"model.img_size={config.model.img_size}, but data.img_size={data.img_size}")
+
+
+def _check_installed(config: Config) -> None:
+    if config.logger.wandb:
+        spec = importlib.util.find_spec("wandb")
+        if spec is None or spec.origin is None:  # a folder named wandb, which offline runs leave behind, has no origin
+            raise RequestError("logger.wandb=true, but wandb is not installed: python -m pip install wandb")
 
 
 def _flatten(config: DictConfig) -> dict[str, Any]:

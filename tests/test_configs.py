@@ -1,8 +1,10 @@
 """Every file of conf/ composes, and the request checks hold."""
 
 import dataclasses
+import importlib.util
 import time
 from collections.abc import Iterator
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import pytest
@@ -169,3 +171,11 @@ def test_starting_into_a_run_dir_in_use(run_dir, tmp_path):
 
 def test_keys_are_complete():
     assert {"seed", "optim.lr", "data.augment.mixup", "logger.wandb"} <= set(KEYS)
+
+
+@pytest.mark.parametrize("spec", [None, ModuleSpec("wandb", None)], ids=["nowhere", "a folder of that name"])
+def test_a_logger_that_is_not_installed(monkeypatch, spec):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
+    with pytest.raises(RequestError, match=r"^logger\.wandb=true, but wandb is not installed"):
+        to_config(compose(["logger=wandb"]))
+    assert not to_config(compose([])).logger.wandb

@@ -159,10 +159,10 @@ def test_classes_with_other_names_are_noted(script, run_of_30_classes, folder_of
     assert "note: 1 classes have other names" in capsys.readouterr().err
 
 
-def test_an_unreadable_image_ends_the_work(script, run_of_30_classes, folder_of_30_classes, capsys):
+def test_too_many_unreadable_images_end_the_work(script, run_of_30_classes, folder_of_30_classes, capsys):
     (folder_of_30_classes / "val" / "[class] 00" / "0.png").write_bytes(b"no image")
     assert script.main([str(run_of_30_classes)]) == 1
-    assert check_error(capsys).startswith("error: UnidentifiedImageError: cannot identify image file")
+    assert "1 of 60 val images cannot be read, more than data.max_bad_share=0.01 allows" in check_error(capsys)
     assert not list((run_of_30_classes / "evaluation").iterdir())
 
 

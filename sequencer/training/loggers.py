@@ -2,13 +2,15 @@
 
 import logging
 import os
+from dataclasses import asdict
 from netrc import NetrcParseError, netrc
 from pathlib import Path
 
-from pytorch_lightning.loggers import Logger, TensorBoardLogger, WandbLogger
+from pytorch_lightning.loggers import Logger, TensorBoardLogger
 from rich.logging import RichHandler
 
 from conf.schema import Config
+from sequencer.training.wandb_guard import WandbGuard
 
 log = logging.getLogger("sequencer")
 
@@ -35,21 +37,26 @@ def build_loggers(config: Config, run_dir: Path) -> list[Logger]:
     if config.logger.tensorboard:
         loggers.append(TensorBoardLogger(run_dir, name="tensorboard", version=""))
     if config.logger.wandb:
-        mode = os.environ.get("WANDB_MODE") or ("online" if _has_wandb_key() else "offline")
-        os.environ.setdefault("WANDB_SILENT", "true")
-        loggers.append(
-            WandbLogger(
-                project=config.logger.project,
-                entity=config.logger.entity,
-                name=config.name,
-                save_dir=run_dir,
-                id=_wandb_id(run_dir),
-                mode=mode,
-                resume="allow",
-            )
+        guard = WandbGuard(
+            mode=os.environ.get("WANDB_MODE") or ("online" if _has_wandb_key() else "offline"),
+            project=config.logger.project,
+            entity=config.logger.entity,
+            name=config.name,
+            dir=str(run_dir),
+            id=_wandb_id(run_dir),
+            resume="allow",
+            config=asdict(config),
         )
-        log.info("W&B logs %s%s", mode, "" if mode == "online" else f"; send it with: wandb sync {run_dir}/wandb/*")
+        guard.start()
+        loggers.append(guard)
     return loggers
+
+
+def close_loggers(loggers: list[Logger]) -> None:
+    """Waits, for a limited time, for what works in the background."""
+    for logger in loggers:
+        if isinstance(logger, WandbGuard):
+            logger.close()
 
 
 def _has_wandb_key() -> bool:

@@ -28,7 +28,7 @@ from sequencer.training.checkpoints import RunCheckpoints, SafeCheckpointIO, fin
 from sequencer.training.divergence import Diverged, DivergenceGuard
 from sequencer.training.ema import WeightEma
 from sequencer.training.files import write_atomically
-from sequencer.training.loggers import build_loggers, close_log, start_log
+from sequencer.training.loggers import build_loggers, close_log, close_loggers, start_log
 from sequencer.training.module import Classifier, compile_in_place, parameters_of
 from sequencer.training.optim import build_optimizer, describe_groups
 from sequencer.training.report import EpochReport
@@ -129,6 +129,7 @@ def _train(config: Config, resume: bool, rollbacks: Counter[int]) -> dict[str, A
             print_summary(summary, run_dir)
         return summary
     finally:
+        close_loggers(trainer.loggers)
         close_log()
 
 

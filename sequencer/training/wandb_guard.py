@@ -1,0 +1,193 @@
+"""Weights & Biases behind a guard: training neither waits for it nor dies of it."""
+
+import logging
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from pathlib import Path
+from queue import SimpleQueue
+from threading import Thread
+from typing import Any
+
+from pytorch_lightning.loggers import Logger
+from pytorch_lightning.utilities import rank_zero_only
+
+log = logging.getLogger("sequencer")
+
+INIT_LIMIT = 20.0  # s until an offline run takes the place of one that does not start
+SEND_LIMIT = 20.0  # s that wandb is given to send what is left; then it closes its file, which can be sent later
+FINISH_LIMIT = 30.0  # s from the end of training until the run ends without W&B
+INTERRUPT_LIMIT = 5.0  # s likewise where training failed or was interrupted: schedulers kill soon after SIGTERM
+
+Message = tuple[dict[str, Any], int | None] | int  # a row and its step, or, last, the exit code
+
+
+class WandbGuard(Logger):
+    """Logs to W&B through a queue, a daemon thread and a process of wandb's own.
+
+    A process, because wandb cannot be given up from within: its service holds on to the run's id after a failed
+    `init`, so that no offline run can take it, and is waited for when Python exits. What fails before the end is told
+    again, from the first row, to an offline run of the same id.
+    """
+
+    def __init__(self, mode: str, **arguments: Any) -> None:
+        """`mode` and `arguments` are those of `wandb.init`."""
+        super().__init__()
+        self._mode, self._arguments = mode, arguments
+        self._queue: SimpleQueue[Message] = SimpleQueue()
+        self._told: list[Message] = []
+        self._folder: str | None = None
+        self._deadline: float | None = None
+        self._closed = False
+        self._thread = Thread(target=self._serve, name="wandb", daemon=True)
+
+    @property
+    def name(self) -> str:
+        return self._arguments["project"]
+
+    @property
+    def version(self) -> str:
+        return self._arguments["id"]
+
+    @rank_zero_only
+    def start(self) -> None:
+        self._thread.start()
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        self._queue.put((dict(metrics), step))
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        """Does nothing: the whole configuration is among the arguments of `wandb.init`."""
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        """Ends the W&B run, which goes on in the background until `close`."""
+        if self._deadline is None:
+            succeeded = status == "success"
+            self._deadline = time.monotonic() + (FINISH_LIMIT if succeeded else INTERRUPT_LIMIT)
+            self._queue.put(0 if succeeded else 1)
+
+    @rank_zero_only
+    def close(self) -> None:
+        """Waits for W&B, within the limit that `finalize` set; a run that was not finalized has failed."""
+        self.finalize("failed")
+        assert self._deadline is not None
+        with suppress(KeyboardInterrupt):  # the run has ended: its exit code stands, only the waiting stops
+            self._thread.join(1)
+            if self._thread.is_alive():
+                rest = max(0.0, self._deadline - time.monotonic())
+                log.info("waiting for W&B, at most %.0f s", rest)
+                self._thread.join(rest)
+        self._closed = True
+        if self._thread.is_alive():
+            log.warning("W&B has not finished in time%s", self._sync if self._folder else "")
+
+    @property
+    def _sync(self) -> str:
+        return f"; send what it lacks with: wandb sync {shlex.quote(str(self._folder))}"
+
+    def _serve(self) -> None:
+        problem: Exception | None = None
+        for mode in dict.fromkeys((self._mode, "offline")):
+            try:
+                self._tell(mode, problem)
+            except Exception as error:  # whatever it is, the training goes on
+                problem = error
+            else:
+                return
+            if self._closed:
+                return
+        log.warning("W&B is given up (%s); metrics.csv has every row", problem)
+
+    def _tell(self, mode: str, problem: Exception | None) -> None:
+        """
+        Args:
+            problem: why an offline run takes the place of another one.
+
+        Raises:
+            Exception: W&B failed before the end.
+        """
+        process, worker = _start_worker()
+        with process, worker:
+            try:
+                worker.send(({"init": INIT_LIMIT, "finish": FINISH_LIMIT}, {**self._arguments, "mode": mode}))
+                self._folder = _answer(worker, INIT_LIMIT)
+                self._announce(mode, problem)
+                for message in self._messages():
+                    _send(worker, message)
+                complete = _answer(worker, FINISH_LIMIT)
+            except BaseException:
+                process.kill()
+                raise
+        if not (complete or self._closed):
+            log.warning("W&B did not take everything within %d s%s", SEND_LIMIT, self._sync)
+
+    def _announce(self, mode: str, problem: Exception | None) -> None:
+        if self._closed:
+            return
+        if problem:
+            log.warning("W&B failed (%s): it logs %s%s", problem, mode, self._sync)
+        else:
+            log.info("W&B logs %s%s", mode, self._sync if mode == "offline" else "")
+
+    def _messages(self) -> Iterator[Message]:
+        """What was told before, then what comes, up to the exit code."""
+        position = 0
+        while True:
+            if position == len(self._told):
+                self._told.append(self._queue.get())
+            message = self._told[position]
+            yield message
+            if isinstance(message, int):
+                return
+            position += 1
+
+
+def _start_worker() -> tuple[subprocess.Popen[bytes], Connection]:
+    ours, theirs = Pipe()
+    settings = {
+        "WANDB_CONSOLE": "off",
+        "WANDB_FINISH_TIMEOUT": str(SEND_LIMIT),
+        "WANDB_FINISH_TIMEOUT_RAISES": "true",
+        "WANDB_PROGRAM": sys.argv[0],
+        "WANDB_X_STATS_PID": str(os.getpid()),  # system metrics are to show the training
+    }
+    with theirs:
+        script = Path(__file__).with_name("wandb_worker.py")
+        process = subprocess.Popen(
+            [sys.executable, "-P", str(script), str(theirs.fileno()), *sys.argv[1:]],
+            env=os.environ | settings,
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,  # wandb's service must not hold a pipe open that someone reads to its end
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,  # Ctrl-C is for the training
+        )
+    return process, ours
+
+
+def _send(worker: Connection, message: Message) -> None:
+    try:
+        worker.send(message)
+    except OSError:
+        _answer(worker, 0)  # says why it is gone
+        raise
+
+
+def _answer(worker: Connection, limit: float) -> Any:
+    if not worker.poll(limit):
+        raise RuntimeError(f"no answer within {limit:g} s")
+    try:
+        answer = worker.recv()
+    except (EOFError, ConnectionResetError):
+        raise RuntimeError("its process died") from None
+    if isinstance(answer, Exception):
+        raise answer
+    return answer
