@@ -82,6 +82,7 @@ def test_run(script, run_folder, capsys):
         "split": "test",
         "top1": hits.mean(),
         "total": len(images),
+        "unreadable": 0,
     }
     table = read_csv(run_folder / "evaluation" / "per_class.csv")
     assert [row["class"] for row in table] == list("0123456789")
