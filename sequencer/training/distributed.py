@@ -44,9 +44,14 @@ def launch(config: Config) -> None:
 
 
 def _devices(config: Config) -> int:
-    if config.trainer.devices not in ("auto", "-1", -1):
-        return int(config.trainer.devices)
-    return torch.cuda.device_count() if uses_gpu(config) else 1
+    devices = str(config.trainer.devices)
+    if devices in ("auto", "-1"):
+        return torch.cuda.device_count() if uses_gpu(config) else 1
+    if not devices.isdecimal() or int(devices) == 0:
+        raise RequestError(
+            f"trainer.devices={devices}: it is a number or auto; CUDA_VISIBLE_DEVICES chooses among GPUs"
+        )
+    return int(devices)
 
 
 def uses_gpu(config: Config) -> bool:
