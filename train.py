@@ -10,7 +10,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from conf.errors import RequestError, say
+from conf.errors import RequestError, SharedError, say
 from conf.request import Request, check_overrides, check_restarts, compose, request, resume_request
 from conf.schema import check_environment
 
@@ -48,8 +48,10 @@ def exit_code(error: Exception) -> int:
     """Says what went wrong: 2 where the request was at fault, 1 where the work was."""
     if os.environ.get("HYDRA_FULL_ERROR") == "1":
         traceback.print_exception(error)
-    elif os.environ.get("RANK", "0") == "0":  # one voice is enough
+    elif (rank := os.environ.get("RANK", "0")) == "0":
         print(f"train.py: {say(error)}", file=sys.stderr)
+    elif not isinstance(error, SharedError):
+        print(f"train.py, process {rank}: {say(error)}", file=sys.stderr)
     return 2 if isinstance(error, RequestError) else 1
 
 

@@ -1,7 +1,11 @@
 """The one exception that means: the request was wrong, not the work; and how errors are said."""
 
 
-class RequestError(ValueError):
+class SharedError(Exception):
+    """Raised by every process of a run alike: the first one says it for all."""
+
+
+class RequestError(SharedError, ValueError):
     """A request that cannot be served as written; ends a command with exit code 2.
 
     The message is one or two lines that say what is wrong, where, and what to do.

@@ -125,10 +125,8 @@ def kill(overrides: list[str], run_dir: Path, delay: float, within_save: bool) -
 
 
 def updates(run_dir: Path) -> int:
-    from sequencer.training.checkpoints import find_checkpoint
-
-    path = find_checkpoint(run_dir / "checkpoints")
-    return read(path)["global_step"] if path else 0
+    path = run_dir / "checkpoints" / "last.ckpt"
+    return read(path)["global_step"] if path.exists() else 0
 
 
 def compare(whole: Path, broken: Path) -> Iterator[tuple[str, bool]]:

@@ -27,19 +27,15 @@ class DataModule(pl.LightningDataModule):
     test_set: ImageSet | None
     class_names: list[str]
 
-    def __init__(self, config: DataConfig, seed: int, reshuffles: int = 0, bad_samples: Path | None = None) -> None:
-        """
-        Args:
-            reshuffles: how often the rest of the epoch that training starts in is to be drawn anew.
-            bad_samples: the file that unreadable images are listed in.
-        """
+    def __init__(self, config: DataConfig, seed: int, bad_samples: Path | None = None) -> None:
+        """`bad_samples` is the file that unreadable images are listed in."""
         super().__init__()
         self.config = config
         self.seed = seed
         self._is_set_up = False
-        self._reshuffles = reshuffles
         self._bad_samples = bad_samples
-        self._position: dict[str, Any] = {"epoch": 0, "batches": 0, "reshuffles": [0] * reshuffles}
+        self._position: dict[str, Any] = {"epoch": 0, "batches": 0, "reshuffles": []}
+        self._reshuffles = 0
 
     def state_dict(self) -> dict[str, Any]:
         """Part of every checkpoint: the epoch, how many of its batches have been trained on, and their order."""
@@ -53,6 +49,11 @@ class DataModule(pl.LightningDataModule):
             "batches": 0 if ended else loop.epoch_loop.batch_progress.current.ready,
             "reshuffles": self._position["reshuffles"] if same else [],
         }
+
+    def reshuffle(self, times: int) -> None:
+        """To be called before training starts: draws the rest of the epoch that it starts in anew, so many times."""
+        self._reshuffles = times
+        self.load_state_dict(self._position)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         # Lightning starts the first epoch's workers before it calls set_epoch: a resumed run would repeat epoch 0

@@ -81,12 +81,6 @@ def find_checkpoint(folder: Path) -> Path | None:
     return None
 
 
-def updates_done(folder: Path) -> int:
-    """Updates in the newest checkpoint that can be read; 0 where there is none."""
-    path = find_checkpoint(folder)
-    return read_checkpoint(path)["global_step"] if path else 0
-
-
 class RunCheckpoints(Checkpoint):
     """Saves after every epoch, within an epoch every `interval` seconds, and when the run is told to stop.
 

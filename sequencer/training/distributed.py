@@ -1,5 +1,6 @@
 """Several processes, one a device, as torchrun starts them: one request, one folder, one result."""
 
+import atexit
 import os
 import sys
 from typing import Any, TypeVar
@@ -7,6 +8,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from pytorch_lightning.strategies import DDPStrategy
+from torch.distributed.rendezvous import rendezvous
 
 from conf.errors import RequestError
 from conf.schema import Config
@@ -73,8 +75,14 @@ def join(config: Config) -> None:
     gpu = uses_gpu(config)
     if gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    store, *_ = next(rendezvous("env://"))
+    # torchrun keeps one store for all its restarts: without a name of its own for each, the processes of one would look
+    # for those of the one before
+    own = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     # objects travel through the CPU's backend, gradients through that of their device
-    dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo")
+    backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"
+    dist.init_process_group(backend, store=own, rank=rank(), world_size=world_size())
+    atexit.register(dist.destroy_process_group)
 
 
 class Ddp(DDPStrategy):
@@ -92,11 +100,6 @@ def trainer_settings(config: Config) -> dict[str, Any]:
     local = int(os.environ["LOCAL_WORLD_SIZE"])
     strategy = Ddp() if config.trainer.strategy in ("auto", "ddp") else config.trainer.strategy
     return {"devices": local, "num_nodes": world_size() // local, "strategy": strategy}
-
-
-def leave() -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def from_first(value: T) -> T:

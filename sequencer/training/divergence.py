@@ -10,6 +10,7 @@ import torch
 from pytorch_lightning.callbacks import Callback
 from torch.nn.utils import get_total_norm
 
+from conf.errors import SharedError
 from sequencer.data import DataModule
 from sequencer.training import distributed
 from sequencer.training.checkpoints import keep
@@ -20,7 +21,7 @@ RECORD = "divergence.json"
 BEFORE = "before_divergence.ckpt"  # what the record is replayed from
 
 
-class Diverged(RuntimeError):
+class Diverged(SharedError):
     """Training has diverged; the update was not applied. `record` is what stands in the run's divergence.json."""
 
     def __init__(self, record: dict[str, Any], run_dir: Path) -> None:

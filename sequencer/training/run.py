@@ -21,10 +21,10 @@ from conf.errors import RequestError
 from conf.schema import Config
 from sequencer.data import DataModule, check_images
 from sequencer.layers import RNN
-from sequencer.models import CheckpointError, create_model, load_weights, read_weights
+from sequencer.models import CheckpointError, create_model, load_weights, read_checkpoint, read_weights
 from sequencer.ops import configure, explain
 from sequencer.training import distributed
-from sequencer.training.checkpoints import RunCheckpoints, SafeCheckpointIO, find_checkpoint, updates_done
+from sequencer.training.checkpoints import RunCheckpoints, SafeCheckpointIO, find_checkpoint
 from sequencer.training.divergence import Diverged, DivergenceGuard
 from sequencer.training.ema import WeightEma
 from sequencer.training.files import write_atomically
@@ -61,9 +61,7 @@ def run(config: Config, resume: bool = False) -> dict[str, Any]:
     """
     distributed.launch(config)
     distributed.join(config)
-    summary = _run(*distributed.from_first((config, resume)))
-    distributed.leave()
-    return summary
+    return _run(*distributed.from_first((config, resume)))
 
 
 def _run(config: Config, resume: bool) -> dict[str, Any]:
@@ -73,23 +71,25 @@ def _run(config: Config, resume: bool) -> dict[str, Any]:
             print_summary(summary, run_dir)
         return summary
     _quieten()
+    diverged: Diverged | None = None
     rollbacks: Counter[int] = Counter()  # by the update that was gone back to
     while True:
         try:
-            return _train(config, resume, rollbacks)
-        except Diverged:
-            done = updates_done(run_dir / "checkpoints")
-            if config.trainer.on_divergence == "stop" or rollbacks[done] == MOST_ROLLBACKS:
+            return _train(config, resume, diverged, rollbacks)
+        except Diverged as error:
+            if config.trainer.on_divergence == "stop" or error is diverged:
                 raise
-            rollbacks[done] += 1
-            resume = True
+            diverged, resume = error, True
 
 
-def _train(config: Config, resume: bool, rollbacks: Counter[int]) -> dict[str, Any]:
+def _train(config: Config, resume: bool, diverged: Diverged | None, rollbacks: Counter[int]) -> dict[str, Any]:
+    """
+    Raises:
+        Diverged: `diverged` itself, where one checkpoint has been gone back to often enough.
+    """
     run_dir = Path(config.run_dir)
     pl.seed_everything(config.seed, verbose=False)
-    done = updates_done(run_dir / "checkpoints")
-    data = DataModule(config.data, config.seed, rollbacks[done], run_dir / "bad_samples.csv")
+    data = DataModule(config.data, config.seed, run_dir / "bad_samples.csv")
     distributed.one_by_one(data.setup)
     configure(config.model.backend, config.model.recompute)
     model = distributed.one_by_one(lambda: _build_model(config, data.num_classes))
@@ -118,12 +118,12 @@ def _train(config: Config, resume: bool, rollbacks: Counter[int]) -> dict[str, A
             readable = check_images(config.data.name, data.parts, config.data.num_workers, sys.stdout.isatty())
             log.info("checked: %d of %d images can be read", readable, sum(map(len, data.parts.values())))
         trainer.loggers = build_loggers(config, run_dir) if distributed.is_first() else []
-        if rollbacks[done]:
-            log.warning("back at update %d after %s diverged; the images that follow come in another order", done,
-                        f"{rollbacks[done]} attempts" if rollbacks[done] > 1 else "an attempt")  # fmt: skip
         if config.trainer.compile:
             compile_in_place(model)
-        _fit(trainer, module, data, find_checkpoint(checkpoints.folder) if resume else None)
+        checkpoint = find_checkpoint(checkpoints.folder) if resume else None
+        if diverged:
+            _go_back(diverged, rollbacks, checkpoint, data)
+        _fit(trainer, module, data, checkpoint)
         summary = finish(config, model, data, trainer.strategy.root_device, checkpoints, report)
         if distributed.is_first():
             print_summary(summary, run_dir)
@@ -131,6 +131,21 @@ def _train(config: Config, resume: bool, rollbacks: Counter[int]) -> dict[str, A
     finally:
         close_loggers(trainer.loggers)
         close_log()
+
+
+def _go_back(diverged: Diverged, rollbacks: Counter[int], checkpoint: Path | None, data: DataModule) -> None:
+    updates = read_checkpoint(checkpoint)["global_step"] if checkpoint else 0
+    if rollbacks[updates] == MOST_ROLLBACKS:
+        raise diverged
+    rollbacks[updates] += 1
+    data.reshuffle(rollbacks[updates])
+    log.warning(
+        "%s; back at update %d, attempt %d of %d: the images that follow come in another order",
+        str(diverged).split(";")[0],
+        updates,
+        rollbacks[updates],
+        MOST_ROLLBACKS,
+    )
 
 
 def _finished(run_dir: Path, config: Config) -> dict[str, Any] | None:

@@ -263,6 +263,18 @@ def test_a_run_with_too_many_stops(root, tmp_path, option):
     assert line.endswith("cannot be read, more than data.max_bad_share=0.01 allows: run/bad_samples.csv lists them")
 
 
+def test_one_of_two_processes_says_that_it_stops(root, tmp_path):
+    """The other one learns no more than that it is gone."""
+    for path in (root / "train" / "ants" / "text.png", root / "train" / "bees" / "zero.jpg"):
+        path.unlink()
+    text(root / "train" / "ants")
+    done = subprocess.run(
+        command(root, "trainer.devices=2", "data.num_workers=0"), cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert sum("cannot be read, more than data.max_bad_share=0.01 allows" in line for line in done.stderr.splitlines())
+
+
 def test_a_folder_without_images_is_refused_before_anything_is_written(tmp_path):
     for part in ("train", "val"):
         for name in CLASSES:

@@ -35,9 +35,22 @@ def torchrun(tmp_path):
     def start(processes: int, run_dir: str, *overrides: str, restarts: int = 0) -> subprocess.Popen[str]:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
         command += [f"--max-restarts={restarts}", str(TRAIN), *SMALL, SMALL_MODEL, *overrides, f"run_dir={run_dir}"]
-        return subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        return subprocess.Popen(
+            command,
+            cwd=tmp_path,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            process_group=0,
+            preexec_fn=heed_ctrl_c,
+        )
 
     return start
+
+
+def heed_ctrl_c() -> None:
+    """Whoever runs the tests in the background has it ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def finish(process: subprocess.Popen[str], code: int = 0) -> str:
@@ -85,6 +98,23 @@ def test_several_processes_make_the_run_of_one(config, torchrun, tmp_path, proce
     assert output.count("epoch 1/4") == 1  # one process speaks
 
 
+def test_gradients_are_those_of_one_process(config, torchrun, tmp_path):
+    """One update of plain gradient descent at rate 1 from the same weights: they differ by the gradients."""
+    plain = ["optim.opt=momentum", "optim.momentum=0", "optim.lr=1", "optim.sched=constant", "optim.weight_decay=0"]
+    plain += ["trainer.gradient_clip_val=null", "trainer.max_epochs=1", "trainer.limit_train_batches=2", *CALM]
+    plain += ["trainer.accumulate_grad_batches=2", "data.batch_size=36", "data.augment.smoothing=0.1"]
+    process = torchrun(2, "two", *plain)
+    run(config(*plain, run_dir="one"))
+    run(config(*plain, "optim.lr=0", run_dir="start"))
+    finish(process)
+    start, one, two = (
+        read_checkpoint(tmp_path / name / "checkpoints" / "last.ckpt")["state_dict"] for name in ("start", "one", "two")
+    )
+    for name, weights in start.items():
+        torch.testing.assert_close(two[name] - weights, one[name] - weights, rtol=1e-4, atol=3e-7)
+    assert max(float((one[name] - weights).abs().max()) for name, weights in start.items()) > 0.01
+
+
 def test_stopped_killed_or_shared_otherwise_it_is_the_same_run(torchrun, tmp_path):
     options = [*RANDOM, *EMA, *LONG, "trainer.checkpoint_interval=0"]
     finish(torchrun(2, "whole", *options))
@@ -107,12 +137,12 @@ def test_stopped_killed_or_shared_otherwise_it_is_the_same_run(torchrun, tmp_pat
 def test_a_run_goes_on_with_another_number_of_processes(config, torchrun, tmp_path):
     options = [*CALM, *EMA, *LONG]
     whole = run(config(*options, run_dir="whole"))
-    process = torchrun(2, "moved", *options, "trainer.checkpoint_interval=0")
+    process = torchrun(2, "moved", *options)
     wait_for(tmp_path / "moved" / "train.log", "epoch 1/4")
-    os.kill(process.pid, signal.SIGTERM)
+    os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C does
     process.communicate(timeout=60)
     assert len(rows(tmp_path / "moved")) < 4
-    moved = run(config(*options, "trainer.checkpoint_interval=0", run_dir="moved"), resume=True)
+    moved = run(config(*options, run_dir="moved"), resume=True)
     assert_close(tmp_path / "whole", tmp_path / "moved")
     assert moved["test/top1"] == whole["test/top1"]
 
