@@ -8,7 +8,7 @@ CHECKS = (
     ["ruff", "check", "."],
     ["mypy"],
     ["lint-imports"],
-    [sys.executable, "-m", "pytest"],
+    [sys.executable, "-m", "pytest", "--numprocesses=auto", "--maxprocesses=4", "--dist=worksteal"],
 )
 
 for check in CHECKS:
