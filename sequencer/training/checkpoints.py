@@ -166,7 +166,9 @@ class RunCheckpoints(Checkpoint):
         self._saved_at = time.monotonic()
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: Classifier, checkpoint: dict[str, Any]) -> None:
-        own = {"random": get_random_state(), "totals": pl_module.train_totals.tolist()}
+        # what was loaded holds until the next training batch, and so over a validation that is done again
+        random = self._random_state or get_random_state()
+        own = {"random": random, "totals": pl_module.train_totals.tolist()}
         checkpoint[RANKS_KEY] = distributed.gather(own)
         if trainer.validating:  # a resumed run does the validation over from its first batch
             progress = checkpoint["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]

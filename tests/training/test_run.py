@@ -151,13 +151,16 @@ def terminate() -> None:
 
 
 def assert_same_run(whole: Path, broken: Path) -> None:
-    """Weights, averages, optimizer states and rows, bit for bit."""
+    """Weights, averages, optimizer states, random states and rows, bit for bit."""
     for name in ("last.ckpt", "best.ckpt"):
         a, b = (read_checkpoint(folder / "checkpoints" / name) for folder in (whole, broken))
         assert same(a["state_dict"], b["state_dict"])
         assert same(a["state_dict_ema"], b["state_dict_ema"])
         for x, y in zip(*(c["optimizer_states"][0]["state"].values() for c in (a, b)), strict=True):
             assert same(x, y)
+        for x, y in zip(a["ranks"], b["ranks"], strict=True):
+            assert torch.equal(x["random"].pop("torch"), y["random"].pop("torch"))
+            assert x == y
     untimed = [
         [{key: value for key, value in row.items() if not key.startswith("time/")} for row in rows(folder)]
         for folder in (whole, broken)
