@@ -90,10 +90,11 @@ def work(args: Namespace) -> None:
 
 def data_config(args: Namespace, loaded: "LoadedModel") -> DataConfig:
     """The data section that the model was trained with, or one for `--data` with the model's preprocessing."""
-    if loaded.data is not None and args.data in (None, loaded.data["name"]):
-        # a run of another version may know other keys; how training images were augmented plays no part here
-        known = {field.name for field in fields(DataConfig)} - {"augment"}
-        config = DataConfig(**{key: value for key, value in loaded.data.items() if key in known})
+    from sequencer.evaluation import data_section, preprocessing
+
+    own = data_section(loaded)
+    if own is not None and args.data in (None, own.name):
+        config = own
     elif args.data is not None:
         config = replace(default_data(args.data), **preprocessing(loaded))
     else:
@@ -106,22 +107,6 @@ def default_data(name: str) -> DataConfig:
     from conf.request import compose, to_config
 
     return to_config(compose([f"data={name}"])).data
-
-
-def preprocessing(loaded: "LoadedModel") -> dict[str, Any]:
-    """The keys of DataConfig for what timm's configuration of the model says."""
-    from timm.data import resolve_data_config
-
-    entries = resolve_data_config(pretrained_cfg=loaded.pretrained_cfg)
-    in_chans, img_size, _ = entries["input_size"]
-    return {
-        "in_chans": in_chans,
-        "img_size": img_size,
-        "mean": list(entries["mean"]),
-        "std": list(entries["std"]),
-        "crop_pct": entries["crop_pct"],
-        "interpolation": entries["interpolation"],
-    }
 
 
 def open_part(data: DataConfig, split: Literal["val", "test"] | None) -> tuple[str, "ImageSet"]:

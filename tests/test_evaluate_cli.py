@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from conf.schema import DataConfig
 from sequencer.data import eval_transform, open_dataset
 from sequencer.export import save_model_folder
-from sequencer.models import create_model, load_model, preprocessing
+from sequencer.models import LoadedModel, create_model, load_model, preprocessing
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 ARGS = {"layers": [1], "patch_sizes": [2], "embed_dims": [16], "hidden_sizes": [4]}
@@ -42,14 +42,10 @@ def save_run(folder: Path, data: DataConfig, class_names: list[str], **entries) 
     size = {"in_chans": data.in_chans, "img_size": data.img_size}
     model = create_model("sequencer2d_t_8", num_classes=len(class_names), **size, **ARGS)
     torch.nn.init.normal_(model.get_classifier().weight)
-    save_model_folder(
-        model,
-        folder / "model",
-        preprocessing=preprocessing(asdict(data)),
-        model_args=size | ARGS,
-        class_names=class_names,
-        extra={"slot": "raw", "config": {"data": asdict(data) | entries}},
-    )
+    about = {"config": {"data": asdict(data) | entries}}
+    cfg = preprocessing(asdict(data))
+    loaded = LoadedModel(model, "sequencer2d_t_8", "raw", tuple(class_names), cfg, size | ARGS, about)
+    save_model_folder(loaded, folder / "model")
     (folder / "config.yaml").touch()
     return folder
 

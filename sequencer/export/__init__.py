@@ -1,5 +1,18 @@
 """Models in forms that leave this project."""
 
-from sequencer.export.folder import save_model_folder
+from sequencer.export.export import GRAPHS, WEIGHTS, export_graph, export_weights
+from sequencer.export.folder import push, save_model_folder
+from sequencer.export.provenance import commit, versions
+from sequencer.export.verify import Mismatch
 
-__all__ = ["save_model_folder"]
+__all__ = [
+    "GRAPHS",
+    "WEIGHTS",
+    "Mismatch",
+    "commit",
+    "export_graph",
+    "export_weights",
+    "push",
+    "save_model_folder",
+    "versions",
+]

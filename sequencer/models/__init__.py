@@ -2,21 +2,27 @@
 
 from sequencer.models import variants  # importing registers
 from sequencer.models.checkpoint import CheckpointError, load_weights, read_checkpoint, select_weights
-from sequencer.models.load import LoadedModel, create_model, load_model, preprocessing, read_weights
+from sequencer.models.exported import Exported, load_exported
+from sequencer.models.layouts import to_paper_layout
+from sequencer.models.load import PREPROCESSING, LoadedModel, create_model, load_model, preprocessing, read_weights
 from sequencer.models.sequencer import Sequencer, Sequencer2d, VSequencer
 
 __all__ = [
+    "PREPROCESSING",
     "CheckpointError",
+    "Exported",
     "LoadedModel",
     "Sequencer",
     "Sequencer2d",
     "VSequencer",
     "create_model",
+    "load_exported",
     "load_model",
     "load_weights",
     "preprocessing",
     "read_checkpoint",
     "read_weights",
     "select_weights",
+    "to_paper_layout",
     "variants",
 ]

@@ -38,3 +38,21 @@ def _to_timm_name(name: str) -> str:
         return f"stages.{int(match[1]) + 1}.downsample.down.{match[2]}"
     name = re.sub(r"^blocks\.(\d+)\.(\d+)\.", r"stages.\1.blocks.\2.", name)
     return re.sub(r"^head\.(weight|bias)$", r"head.fc.\1", name)
+
+
+def to_paper_layout(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of `to_timm_layout`: our tensors under the paper repository's keys."""
+    lengths: dict[int, int] = {}
+    for name in state_dict:
+        if match := re.match(r"stages\.(\d+)\.blocks\.(\d+)\.", name):
+            stage, block = int(match[1]), int(match[2])
+            lengths[stage] = max(lengths.get(stage, 0), block + 1)
+
+    def rename(name: str) -> str:
+        if match := re.fullmatch(r"stages\.(\d+)\.downsample\.down\.(.+)", name):
+            before = int(match[1]) - 1
+            return f"blocks.{before}.{lengths[before]}.down.{match[2]}"
+        name = re.sub(r"^stages\.(\d+)\.blocks\.(\d+)\.", r"blocks.\1.\2.", name)
+        return re.sub(r"^head\.fc\.", "head.", name)
+
+    return {rename(name): tensor for name, tensor in state_dict.items()}

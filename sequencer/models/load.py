@@ -1,9 +1,9 @@
-"""The one reading of MODEL: a run folder, a model folder, a checkpoint file or a timm name."""
+"""The one reading of MODEL: a run folder, a model folder, a checkpoint file, an export or a timm name."""
 
 import difflib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,11 @@ from sequencer.models.checkpoint import (
     read_checkpoint,
     select_weights,
 )
+from sequencer.models.exported import SUFFIXES, load_exported
 from sequencer.models.variants import VARIANTS
+
+PREPROCESSING = ("input_size", "mean", "std", "crop_pct", "interpolation")  # what timm's configuration says of it
+ABOUT = ("config", "metrics", "commit", "versions")  # entries of ours on the top level of a model folder's config.json
 
 
 @dataclass(frozen=True)
@@ -30,8 +34,14 @@ class LoadedModel:
     arch: str
     slot: str  # raw or ema: which weights these are
     class_names: tuple[str, ...] | None
-    data: dict[str, Any] | None  # the data section of the run's configuration
     pretrained_cfg: dict[str, Any]  # timm's: input_size, mean, std, crop_pct, interpolation
+    model_args: dict[str, Any] = field(default_factory=dict)  # beyond classes, channels and size
+    about: dict[str, Any] = field(default_factory=dict)  # where it comes from: config, metrics, versions, ...
+
+    @property
+    def data(self) -> dict[str, Any] | None:
+        """The data section of the run's configuration."""
+        return self.about.get("config", {}).get("data")
 
 
 def load_model(source: str | Path, arch: str | None = None, slot: str | None = None) -> LoadedModel:
@@ -39,7 +49,8 @@ def load_model(source: str | Path, arch: str | None = None, slot: str | None = N
 
     Args:
         source: a run folder (its `model/`, or, while the run lasts, its checkpoint), a model folder, a `.ckpt` of a
-            run, a `.safetensors` or `.pth` file of any layout, or a timm name, whose published weights are taken.
+            run, a `.safetensors` or `.pth` file of any layout, an export (`.onnx`, `.pt2`), or a timm name, whose
+            published weights are taken.
         arch: registered name of the architecture, for files that do not say.
         slot: `raw` or `ema`, for files that hold both; by default what the run was set to, or raw.
 
@@ -49,6 +60,8 @@ def load_model(source: str | Path, arch: str | None = None, slot: str | None = N
     path = Path(source)
     if path.is_dir():
         return _load_folder(path, slot)
+    if path.is_file() and path.suffix in SUFFIXES:
+        return _load_exported(path)
     if path.is_file():
         checkpoint = read_checkpoint(path)
         return (
@@ -83,9 +96,10 @@ def _load_model_folder(folder: Path) -> LoadedModel:
         raise CheckpointError(f"{folder / 'config.json'} is damaged or not a timm model configuration") from error
     model = create_model(arch, **args)
     load_weights(model, read_checkpoint(folder / "model.safetensors"), source=str(folder))
-    names = config.get("label_names")
-    data = config.get("config", {}).get("data")
-    return LoadedModel(model.eval(), arch, config.get("slot", "raw"), tuple(names) if names else None, data, cfg)
+    about = {key: config[key] for key in ABOUT if key in config}
+    return LoadedModel(
+        model.eval(), arch, config.get("slot", "raw"), _names(config), cfg, config.get("model_args", {}), about
+    )
 
 
 def _load_run_checkpoint(checkpoint: dict[str, Any], path: Path, slot: str | None) -> LoadedModel:
@@ -100,7 +114,8 @@ def _load_run_checkpoint(checkpoint: dict[str, Any], path: Path, slot: str | Non
         **section["kwargs"],
     )
     load_weights(model, select_weights(checkpoint, slot), source=str(path))
-    return LoadedModel(model.eval(), section["name"], slot, tuple(names), config["data"], preprocessing(config["data"]))
+    cfg = preprocessing(config["data"])
+    return LoadedModel(model.eval(), section["name"], slot, tuple(names), cfg, section["kwargs"], {"config": config})
 
 
 def _load_file(checkpoint: dict[str, Any], path: Path, arch: str | None, slot: str | None) -> LoadedModel:
@@ -112,7 +127,7 @@ def _load_file(checkpoint: dict[str, Any], path: Path, arch: str | None, slot: s
     if classes is not None and classes != model.num_classes:
         model = create_model(arch, num_classes=classes)
     load_weights(model, weights, source=str(path))
-    return LoadedModel(model.eval(), arch, slot or "raw", None, None, pretrained_cfg(model))
+    return LoadedModel(model.eval(), arch, slot or "raw", None, pretrained_cfg(model))
 
 
 def _load_published(name: str) -> LoadedModel:
@@ -121,8 +136,27 @@ def _load_published(name: str) -> LoadedModel:
     if not timm.is_model_pretrained(name):
         raise CheckpointError(f"{name} has no published weights; give a checkpoint file and --arch {name}")
     model = create_model(name, pretrained=True)
-    names = pretrained_cfg(model).get("label_names")
-    return LoadedModel(model.eval(), name, "raw", tuple(names) if names else None, None, pretrained_cfg(model))
+    cfg = pretrained_cfg(model)
+    return LoadedModel(model.eval(), name, "raw", _names(cfg), cfg)
+
+
+def _load_exported(path: Path) -> LoadedModel:
+    model = load_exported(path)
+    said = model.description
+    return LoadedModel(
+        model.eval(),
+        said["arch"],
+        said["slot"],
+        _names(said),
+        said["pretrained_cfg"],
+        said["model_args"],
+        said["about"],
+    )
+
+
+def _names(config: dict[str, Any]) -> tuple[str, ...] | None:
+    names = config.get("label_names")
+    return tuple(names) if names else None
 
 
 def preprocessing(data: dict[str, Any]) -> dict[str, Any]:

@@ -16,8 +16,8 @@ from conf.schema import Config
 from sequencer.analysis.plots import plot_confusion, plot_curves
 from sequencer.data import DataModule
 from sequencer.evaluation import evaluate
-from sequencer.export import save_model_folder
-from sequencer.models import load_weights, preprocessing, read_checkpoint, select_weights
+from sequencer.export import commit, save_model_folder, versions
+from sequencer.models import LoadedModel, load_weights, preprocessing, read_checkpoint, select_weights
 from sequencer.training.checkpoints import RunCheckpoints
 from sequencer.training.distributed import is_first
 from sequencer.training.files import write_atomically
@@ -64,14 +64,16 @@ def finish(
     }
     if not is_first():
         return summary
-    save_model_folder(
+    result = LoadedModel(
         model,
-        run_dir / "model",
-        preprocessing=preprocessing(asdict(config.data)),
-        model_args=config.model.kwargs,
-        class_names=data.class_names,
-        extra={"slot": config.trainer.slot, "metrics": summary, "config": asdict(config)},
+        config.model.name,
+        config.trainer.slot,
+        tuple(data.class_names),
+        preprocessing(asdict(config.data)),
+        config.model.kwargs,
+        {"metrics": summary, "config": asdict(config), "commit": commit(), "versions": versions()},
     )
+    save_model_folder(result, run_dir / "model")
     plot_curves(run_dir / "metrics.csv", run_dir / "curves.png")
     title = f"{config.name}: {split} part"
     plot_confusion(metrics.confusion.cpu(), data.class_names, run_dir / "confusion.png", title)

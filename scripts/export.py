@@ -1,0 +1,126 @@
+"""A trained model in a form that others run without this project, checked against the original before it is kept.
+
+    python scripts/export.py outputs/digits/2026-01-31_12-00-00 --format onnx --output digits_onnx
+    python scripts/export.py RUN --format hub --output FOLDER --push-to ORG/NAME
+
+Formats: `onnx` (model.onnx, for onnxruntime and others), `torch_export` (model.pt2, for torch.export.load), `hub` (a
+folder that timm loads, with a model card), `timm` (model.safetensors) and `paper` (model.pth, the keys of the paper's
+repository). Graphs take any batch of images of one size. Beside each stands certificate.json: how far the outputs are
+from the model's on real images, in batches of 1, 3 and 8.
+"""
+
+import json
+import os
+from argparse import Namespace, RawDescriptionHelpFormatter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from _cli import Parser, integer, run
+
+from conf.errors import RequestError
+
+if TYPE_CHECKING:
+    from sequencer.models import LoadedModel
+
+GRAPHS = ("onnx", "torch_export")
+WEIGHTS = ("hub", "timm", "paper")
+
+
+def main(argv: list[str] | None = None) -> int:
+    return run(work, parse(argv))
+
+
+def parse(argv: list[str] | None) -> Namespace:
+    parser = Parser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="run folder, model folder, checkpoint file or timm name")
+    add("--format", choices=(*GRAPHS, *WEIGHTS), required=True)
+    add("--output", metavar="DIR", type=Path, required=True, help="folder for the export and its certificate")
+    add("--img-size", metavar="N", type=integer(1), help="height and width of a graph's images; default: the model's")
+    add("--dtype", choices=("fp32", "fp16"), default="fp32", help="of a graph's weights; its ends are float32")
+    add("--with-preprocessing", action="store_true", help="graph: uint8 B H W C images in, probabilities out")
+    add("--arch", metavar="NAME", help="architecture of a .pth or .safetensors file")
+    add("--slot", choices=("raw", "ema"), help="weights of a run; default: what trainer.slot was")
+    add("--push-to", metavar="ORG/NAME", help="hub: upload it there, with the token of `hf auth login` or HF_TOKEN")
+    add("--debug", action="store_true", help="show the traceback of an error")
+    args = parser.parse_args(argv)
+    if args.format not in GRAPHS and (args.img_size or args.dtype != "fp32" or args.with_preprocessing):
+        parser.error("--img-size, --dtype and --with-preprocessing are for --format onnx and torch_export")
+    if args.push_to and args.format != "hub":
+        parser.error("--push-to is for --format hub")
+    return args
+
+
+def work(args: Namespace) -> None:
+    from sequencer.export import export_graph, export_weights, push
+    from sequencer.models import CheckpointError, load_model
+
+    try:
+        loaded = load_model(args.model, args.arch, args.slot)
+    except CheckpointError as error:
+        raise RequestError(str(error)) from error
+    img_size = args.img_size or loaded.pretrained_cfg["input_size"][-1]
+    check(loaded, img_size, args)
+    with prepared(args.output) as folder:
+        if args.format in GRAPHS:
+            result = export_graph(loaded, folder, args.format, img_size, args.dtype, args.with_preprocessing)
+        else:
+            result = export_weights(loaded, folder, args.format)
+        certificate = {"model": args.model, "format": args.format} | result
+        (folder / "certificate.json").write_text(json.dumps(certificate, indent=2) + "\n")
+    show(certificate, args.output)
+    if args.push_to:
+        print(f"pushed to {push(loaded, args.push_to)}")
+
+
+def check(loaded: "LoadedModel", img_size: int, args: Namespace) -> None:
+    import torch
+
+    from sequencer.models import Exported, Sequencer
+
+    if isinstance(loaded.model, Exported):
+        raise RequestError(f"{args.model} is an export already: name the model that it was made from")
+    if args.format == "paper" and not isinstance(loaded.model, Sequencer):
+        raise RequestError(f"{loaded.arch} has no counterpart in the paper's repository; use --format timm")
+    try:
+        with torch.inference_mode():
+            loaded.model(torch.zeros(1, loaded.pretrained_cfg["input_size"][0], img_size, img_size))
+    except (ValueError, AssertionError, RuntimeError) as error:  # timm's models refuse sizes in each of these ways
+        raise RequestError(f"{loaded.arch} takes no images of {img_size} px: {error}") from error
+
+
+@contextmanager
+def prepared(output: Path) -> Iterator[Path]:
+    """A folder to write into, whose files go to `output` if all goes well; otherwise nothing is left."""
+    existed = output.is_dir()
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        partial = TemporaryDirectory(prefix=".", dir=output)
+    except OSError as error:
+        raise RequestError(f"{output} cannot be written: {error.strerror}; name another folder") from error
+    kept = False
+    try:
+        with partial as folder:
+            yield Path(folder)
+            (output / "certificate.json").unlink(missing_ok=True)  # that of an older export does not hold for this one
+            for path in sorted(Path(folder).iterdir(), key=lambda path: path.name == "certificate.json"):
+                os.replace(path, output / path.name)
+            kept = True
+    finally:
+        if not kept and not existed:
+            output.rmdir()
+
+
+def show(certificate: dict[str, Any], output: Path) -> None:
+    print(f"{output / certificate['file']}: {certificate['bytes'] / 2**20:.1f} MiB")
+    print(
+        "{outputs} differ by {max_error:.1e} at most where the largest is {largest_output:.3g}; top-1 classes agree in"
+        " {top1_agreement:.0%} (on {images})".format(**certificate)
+    )
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

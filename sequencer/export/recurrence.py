@@ -1,0 +1,161 @@
+"""Recurrences as other runtimes know them: every cell as an LSTM, a GRU or a plain RNN of ONNX or torch.
+
+An IndyLSTM is an LSTM whose recurrent matrices are diagonal. The LSTM of 1997 is one whose forget gate is held open
+and whose cell holds half the value: with `g(x) = 4 s(x) - 2 = 2 tanh(x / 2)` and `h(c) = 2 s(c) - 1 = tanh(c / 2)`,
+`c / 2` grows by `i tanh(x / 2)` and the output is `o tanh(c / 2)`. Both hold exactly, but for rounding.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from sequencer.layers import RNN, RNN1d, RNN2d
+from sequencer.ops import Weights
+
+OPEN = 30.0  # the sigmoid of this is 1 in float32 and in float16
+
+
+def as_lstm(w: Weights, cell: str) -> Weights:
+    """Weights of an LSTM (i, f, g, o) that does what those of an `indylstm` or `lstm1997` do."""
+    if cell == "indylstm":
+        recurrent = torch.cat([row.diag() for row in w.weight_hh.chunk(4)])
+        return Weights(w.weight_ih, recurrent, w.bias_ih, torch.zeros_like(w.bias_ih))
+
+    def gates(weight: Tensor, forget: float) -> Tensor:
+        i, g, o = weight.chunk(3)
+        return torch.cat([i, torch.full_like(i, forget), g / 2, o])
+
+    bias = gates(w.bias_ih, OPEN)
+    return Weights(gates(w.weight_ih, 0), gates(w.weight_hh, 0), bias, torch.zeros_like(bias))
+
+
+@torch.no_grad()
+def use_lstms(model: nn.Module) -> None:
+    """Replaces, in place, the recurrences whose cell other runtimes do not know by equal LSTMs."""
+    for mixer in [module for module in model.modules() if isinstance(module, RNN1d | RNN2d)]:
+        for child, rnn in list(mixer.named_children()):
+            if not isinstance(rnn, RNN) or rnn.cell not in ("indylstm", "lstm1997"):
+                continue
+            weights = {
+                name + suffix: tensor
+                for suffixes, directions in zip(rnn.suffixes, rnn.weights(), strict=True)
+                for suffix, w in zip(suffixes, directions, strict=True)
+                for name, tensor in as_lstm(w, rnn.cell)._asdict().items()
+                if tensor is not None
+            }
+            inputs = weights["weight_ih_l0"].shape[1]
+            equal = RNN(inputs, rnn.hidden_size, "lstm", len(rnn.suffixes), len(rnn.suffixes[0]) == 2)
+            equal.load_state_dict(weights)
+            setattr(mixer, child, equal)
+            if isinstance(mixer, RNN2d):
+                mixer.cell = "lstm"
+
+
+@dataclass(frozen=True)
+class Node:
+    """An ONNX operator that is a cell: its gates, as positions among ours, and its attributes."""
+
+    operator: str
+    gates: tuple[int, ...]
+    activation: str | None = None
+
+
+NODES = {
+    "lstm": Node("LSTM", (0, 3, 1, 2)),  # i, o, f, c
+    "peephole_lstm": Node("LSTM", (0, 3, 1, 2)),
+    "gru": Node("GRU", (1, 0, 2)),  # z, r, h
+    "rnn": Node("RNN", (0,), "Tanh"),
+    "rnn_relu": Node("RNN", (0,), "Relu"),
+}
+
+
+class OnnxRNN(nn.Module):
+    """One layer of an `RNN` as an ONNX node; its weights are the node's, so that the graph need not cut them up."""
+
+    W: Tensor
+    R: Tensor
+    B: Tensor
+    P: Tensor | None
+
+    def __init__(self, directions: tuple[Weights, ...], cell: str, hidden_size: int) -> None:
+        super().__init__()
+        self.node, self.hidden_size, self.directions = NODES[cell], hidden_size, len(directions)
+
+        def stack(name: str) -> Tensor:
+            return torch.stack([self._reorder(getattr(w, name)) for w in directions])
+
+        self.register_buffer("W", stack("weight_ih"))
+        self.register_buffer("R", stack("weight_hh"))
+        self.register_buffer("B", torch.cat([stack("bias_ih"), stack("bias_hh")], dim=1))
+        peepholes = [w.weight_ch.detach() for w in directions if w.weight_ch is not None]
+        self.register_buffer("P", None)
+        if peepholes:  # i, f, o here; i, o, f there
+            self.P = torch.stack([torch.cat([p.chunk(3)[k] for k in (0, 2, 1)]) for p in peepholes])
+
+    def _reorder(self, weight: Tensor) -> Tensor:
+        gates = weight.detach().chunk(len(self.node.gates))
+        return torch.cat([gates[k] for k in self.node.gates])
+
+    def forward(self, x: Float[Tensor, "T N C"]) -> Float[Tensor, "T directions N D"]:
+        attributes: dict[str, Any] = {"hidden_size": self.hidden_size}
+        attributes["direction"] = "bidirectional" if self.directions == 2 else "forward"
+        inputs: list[Tensor | None] = [x, self.W, self.R, self.B]
+        if self.node.operator == "GRU":
+            attributes["linear_before_reset"] = 1  # as torch's
+        elif self.node.activation:
+            attributes["activations"] = [self.node.activation] * self.directions
+        elif self.P is not None:
+            inputs += [None, None, None, self.P]  # lengths and first states
+        shape = (x.shape[0], self.directions, x.shape[1], self.hidden_size)
+        return torch.onnx.ops.symbolic(f"::{self.node.operator}", inputs, attributes, dtype=x.dtype, shape=shape)
+
+
+class OnnxSweep(nn.Module):
+    """The layers of an `RNN` down every column or along every row of a token map."""
+
+    def __init__(self, rnn: RNN, vertical: bool) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(OnnxRNN(directions, rnn.cell, rnn.hidden_size) for directions in rnn.weights())
+        self.vertical = vertical
+
+    def forward(self, x: Float[Tensor, "B H W C"]) -> Float[Tensor, "B H W K"]:
+        """Steps come first, as the nodes want it; their sequences are the columns or rows of all images."""
+        x = x.permute(1, 0, 2, 3) if self.vertical else x.permute(2, 0, 1, 3)
+        T, B, outer, _ = x.shape
+        y = self.layers[0](x.reshape(T, B * outer, -1))
+        for layer in self.layers[1:]:
+            y = layer(y.transpose(1, 2).reshape(T, B * outer, -1))
+        y = y.reshape(T, y.shape[1], B, outer, -1)
+        y = y.permute(2, 0, 3, 1, 4) if self.vertical else y.permute(2, 3, 0, 1, 4)
+        return y.flatten(3)
+
+
+class OnnxMixer(nn.Module):
+    """An `RNN1d` or `RNN2d` of ONNX nodes."""
+
+    def __init__(self, mixer: RNN1d | RNN2d) -> None:
+        super().__init__()
+        sweeps = (mixer.rnn_v, mixer.rnn_h) if isinstance(mixer, RNN2d) else (None, mixer.rnn)
+        self.sweeps = nn.ModuleList(
+            OnnxSweep(rnn, vertical) for rnn, vertical in zip(sweeps, (True, False), strict=True) if rnn is not None
+        )
+        self.adds = isinstance(mixer, RNN2d) and mixer.union == "add"
+        self.fc = mixer.fc if isinstance(mixer, RNN2d) else nn.Identity()
+        self.flat = isinstance(mixer, RNN1d)
+
+    def forward(self, x: Float[Tensor, "B H W C"]) -> Float[Tensor, "B H W C"]:
+        tokens = x.flatten(1, 2).unsqueeze(1) if self.flat else x
+        outputs = [sweep(tokens) for sweep in self.sweeps]
+        joined = sum(outputs) if self.adds else torch.cat(outputs, dim=-1) if len(outputs) > 1 else outputs[0]
+        return self.fc(joined).reshape(x.shape)
+
+
+def use_nodes(model: nn.Module) -> None:
+    """Replaces, in place, every token mixer by one of ONNX nodes."""
+    use_lstms(model)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, RNN1d | RNN2d):
+            model.set_submodule(name, OnnxMixer(module))
