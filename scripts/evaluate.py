@@ -2,28 +2,34 @@
 
     python scripts/evaluate.py outputs/digits/2026-01-31_12-00-00
     python scripts/evaluate.py sequencer2d_s --data imagenet --data-root /data/imagenet --split val
+    torchrun --nproc-per-node 8 scripts/evaluate.py MODEL        # the same figures from eight devices
 
-MODEL is a run folder, a model folder, a checkpoint or a timm name. A run, its model folder and its checkpoints know
-their data set and preprocessing; anything else needs --data, and takes the preprocessing that the model was made for.
+MODEL is a run folder, a model folder, a checkpoint, an export (.onnx, .pt2) or a timm name. A run, its model folder,
+its checkpoints and its exports know their data set and preprocessing; anything else needs --data, and takes the
+preprocessing that the model was made for. Writes evaluation.json, per_class.csv, and predictions.csv: for every image
+the predicted class, its probability, and at which place the image's own class comes.
 """
 
 import csv
 import json
 import math
-from argparse import Namespace, RawDescriptionHelpFormatter
+import time
+from argparse import ArgumentTypeError, Namespace, RawDescriptionHelpFormatter
+from collections.abc import Iterable, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any, Literal
 
-from _cli import Parser, integer, pick_device, run
+from _cli import Parser, integer, load, make_folder, pick_device, run
 
 from conf.errors import RequestError
 from conf.schema import DataConfig
 
 if TYPE_CHECKING:
+    import torch
+
     from sequencer.data import ImageSet
-    from sequencer.evaluation import ClassResult
+    from sequencer.evaluation import ClassResult, Outcome
     from sequencer.models import LoadedModel
 
 MOST_CLASSES_PRINTED = 20
@@ -43,6 +49,10 @@ def parse(argv: list[str] | None) -> Namespace:
     add("--data-root", metavar="DIR", help="folder that holds the set")
     add("--split", choices=("val", "test"), help="default: test where the set has one, otherwise val")
     add("--arch", metavar="NAME", help="architecture of a .pth or .safetensors file")
+    add("--slot", choices=("raw", "ema"), help="weights of a run; default: what trainer.slot was")
+    add("--img-size", metavar="N", type=integer(1), help="height and width of the images; default: the model's")
+    add("--crop-pct", metavar="SHARE", type=share, help="of the shorter side that the centre crop keeps")
+    add("--flip", action="store_true", help="average the probabilities of each image and its mirror image")
     add("--batch-size", metavar="N", type=integer(1), help="images per forward pass")
     add("--num-workers", metavar="N", type=integer(0), help="loader processes; 0 loads in this one")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto, a GPU where there is one")
@@ -54,38 +64,81 @@ def parse(argv: list[str] | None) -> Namespace:
     return args
 
 
+def share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value <= 1:
+        raise ArgumentTypeError(f"{text} is not a number above 0 and up to 1")
+    return value
+
+
 def work(args: Namespace) -> None:
+    from sequencer import distributed
+    from sequencer.evaluation import FlipAveraged, check_img_size, evaluate
+
+    device = pick_device(args.device)
+    distributed.join(device.type == "cuda")
+    loaded = distributed.one_by_one(lambda: load(args.model, args.arch, args.slot))
+    data = data_config(args, loaded)
+    split, images = distributed.one_by_one(lambda: open_part(data, args.split))
+    check_classes(loaded, images)
+    if args.img_size:
+        check_img_size(loaded, args.img_size)
+    model = Path(args.model)
+    output = args.output or (model if (model / "config.yaml").is_file() else Path()) / "evaluation"
+    distributed.one_by_one(lambda: start_folder(output))
+    loader = open_loader(images, data, split, output / "bad_samples.csv", device)
+    network = (FlipAveraged(loaded.model) if args.flip else loaded.model).to(device)
+    outcomes: list[Outcome] = []
+    start = time.perf_counter()
+    metrics = evaluate(network, loader, len(images.class_names), device, outcomes)
+    seconds = time.perf_counter() - start
+    if not distributed.is_first():
+        return
+    about = {"model": args.model, "arch": loaded.arch, "slot": loaded.slot, "data": data.name, "split": split}
+    about |= {"img_size": data.img_size, "crop_pct": data.crop_pct, "flip": args.flip}
+    values = summarise(metrics.compute(), len(images), seconds)
+    per_class = metrics.per_class(images.class_names)
+    write(output, about | values, per_class, outcomes, images)
+    show(about | values, per_class, output)
+
+
+def start_folder(output: Path) -> None:
+    from sequencer.distributed import is_first
+
+    make_folder(output)
+    if is_first():  # before the others may add to it
+        (output / "bad_samples.csv").unlink(missing_ok=True)
+
+
+def open_loader(images: "ImageSet", data: DataConfig, split: str, bad_samples: Path, device: "torch.device") -> Any:
+    """This process's share of the images, in batches."""
     from torch.utils.data import DataLoader
 
     from sequencer.data import Quarantine, ReadableSet, collate_readable
-    from sequencer.evaluation import evaluate
-    from sequencer.models import CheckpointError, load_model
+    from sequencer.distributed import rank, world_size
 
-    device = pick_device(args.device)
-    try:
-        loaded = load_model(args.model, args.arch)
-    except CheckpointError as error:
-        raise RequestError(str(error)) from error
-    data = data_config(args, loaded)
-    split, images = open_part(data, args.split)
-    check_classes(loaded, images)
-    output = make_output(args)
-    (output / "bad_samples.csv").unlink(missing_ok=True)
-    images.quarantine = Quarantine(output / "bad_samples.csv", split, len(images), data.max_bad_share)
-    loader = DataLoader(
+    images.quarantine = Quarantine(bad_samples, split, len(images), data.max_bad_share)
+    return DataLoader(
         ReadableSet(images),
         data.eval_batch_size,
+        sampler=range(rank(), len(images), world_size()),
         num_workers=data.num_workers,
         pin_memory=device.type == "cuda",
         collate_fn=collate_readable,
     )
-    metrics = evaluate(loaded.model.to(device), loader, len(images.class_names), device)
-    values = {name: value.item() for name, value in metrics.compute().items()}
-    values["unreadable"] = len(images) - values["total"]
-    about = {"model": args.model, "arch": loaded.arch, "slot": loaded.slot, "data": data.name, "split": split}
-    per_class = metrics.per_class(images.class_names)
-    write(output, about | values, per_class)
-    show(about | values, per_class, output)
+
+
+def summarise(metrics: "dict[str, torch.Tensor]", images: int, seconds: float) -> dict[str, Any]:
+    from sequencer.evaluation import wilson_interval
+
+    values = {name: value.item() for name, value in metrics.items()}
+    for name in ("top1", "top5"):
+        values[f"{name}_low"], values[f"{name}_high"] = wilson_interval(values[name], values["total"])
+    values["unreadable"] = images - values["total"]
+    return values | {"time/evaluation_s": seconds, "time/images_per_s": values["total"] / seconds}
 
 
 def data_config(args: Namespace, loaded: "LoadedModel") -> DataConfig:
@@ -100,6 +153,7 @@ def data_config(args: Namespace, loaded: "LoadedModel") -> DataConfig:
     else:
         raise RequestError(f"{args.model} does not know its data set: add --data NAME")
     given = {"root": args.data_root, "eval_batch_size": args.batch_size, "num_workers": args.num_workers}
+    given |= {"img_size": args.img_size, "crop_pct": args.crop_pct}
     return replace(config, **{key: value for key, value in given.items() if value is not None})
 
 
@@ -133,28 +187,37 @@ def check_classes(loaded: "LoadedModel", images: "ImageSet") -> None:
         )
 
 
-def make_output(args: Namespace) -> Path:
-    """Makes the folder before the work, so that a wrong one is found out at once."""
-    model = Path(args.model)
-    output = args.output or (model if (model / "config.yaml").is_file() else Path()) / "evaluation"
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        TemporaryFile(dir=output).close()
-    except OSError as error:
-        raise RequestError(
-            f"{output} cannot be written: {error.strerror}; name another folder with --output"
-        ) from error
-    return output
+def write(
+    output: Path,
+    result: dict[str, Any],
+    per_class: "list[ClassResult]",
+    outcomes: "list[Outcome]",
+    images: "ImageSet",
+) -> None:
+    from sequencer.files import write_atomically
 
-
-def write(output: Path, result: dict[str, Any], per_class: list["ClassResult"]) -> None:
+    names, ids = images.class_names, images.ids
+    rows = []
+    for image, label, predicted, probability, rank in outcomes:
+        said = ("", "", "") if predicted is None else (names[predicted], f"{probability:.6f}", rank)
+        rows.append((ids[image], names[label], *said))
+    write_csv(output / "predictions.csv", ("id", "class", "predicted", "probability", "rank"), rows)
+    write_csv(output / "per_class.csv", ("class", "support", "precision", "recall"), per_class)
     # JSON has no NaN
     plain = {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in result.items()}
-    (output / "evaluation.json").write_text(json.dumps(plain, indent=2) + "\n")
-    with open(output / "per_class.csv", "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["class", "support", "precision", "recall"])
-        writer.writerows(per_class)
+    write_atomically(output / "evaluation.json", lambda path: path.write_text(json.dumps(plain, indent=2) + "\n"))
+
+
+def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    from sequencer.files import write_atomically
+
+    def to_file(path: Path) -> None:
+        with open(path, "w", encoding="utf-8", errors="surrogateescape", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(header)
+            writer.writerows(rows)
+
+    write_atomically(path, to_file)
 
 
 def show(result: dict[str, Any], per_class: list["ClassResult"], output: Path) -> None:
@@ -167,6 +230,8 @@ def show(result: dict[str, Any], per_class: list["ClassResult"], output: Path) -
     if result["unreadable"]:
         console.print(f"{result['unreadable']:,} more could not be read: {output / 'bad_samples.csv'}", soft_wrap=True)
     console.print("top-1 {top1:.2%}   top-5 {top5:.2%}   loss {loss:.4f}".format(**result), style="bold")
+    console.print("95% confidence: top-1 {top1_low:.2%} to {top1_high:.2%}".format(**result))
+    console.print("{time/images_per_s:,.0f} images a second, loading included".format(**result))
     shown = per_class
     if len(per_class) > MOST_CLASSES_PRINTED:
         by_recall = sorted((row.recall, i) for i, row in enumerate(per_class) if row.recall is not None)
@@ -179,7 +244,7 @@ def show(result: dict[str, Any], per_class: list["ClassResult"], output: Path) -
         ratios = ("" if ratio is None else f"{ratio:.2%}" for ratio in (row.precision, row.recall))
         table.add_row(Text(row.name), f"{row.support:,}", *ratios)
     console.print(table)
-    console.print(f"written: {output / 'evaluation.json'}, {output / 'per_class.csv'}", soft_wrap=True)
+    console.print(f"written: evaluation.json, per_class.csv and predictions.csv in {output}", soft_wrap=True)
 
 
 if __name__ == "__main__":

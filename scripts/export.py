@@ -10,15 +10,11 @@ from the model's on real images, in batches of 1, 3 and 8.
 """
 
 import json
-import os
 from argparse import Namespace, RawDescriptionHelpFormatter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from _cli import Parser, integer, run
+from _cli import Parser, integer, load, prepared, run
 
 from conf.errors import RequestError
 
@@ -56,12 +52,8 @@ def parse(argv: list[str] | None) -> Namespace:
 
 def work(args: Namespace) -> None:
     from sequencer.export import export_graph, export_weights, push
-    from sequencer.models import CheckpointError, load_model
 
-    try:
-        loaded = load_model(args.model, args.arch, args.slot)
-    except CheckpointError as error:
-        raise RequestError(str(error)) from error
+    loaded = load(args.model, args.arch, args.slot)
     img_size = args.img_size or loaded.pretrained_cfg["input_size"][-1]
     check(loaded, img_size, args)
     with prepared(args.output) as folder:
@@ -77,41 +69,14 @@ def work(args: Namespace) -> None:
 
 
 def check(loaded: "LoadedModel", img_size: int, args: Namespace) -> None:
-    import torch
-
+    from sequencer.evaluation import check_img_size
     from sequencer.models import Exported, Sequencer
 
     if isinstance(loaded.model, Exported):
         raise RequestError(f"{args.model} is an export already: name the model that it was made from")
     if args.format == "paper" and not isinstance(loaded.model, Sequencer):
         raise RequestError(f"{loaded.arch} has no counterpart in the paper's repository; use --format timm")
-    try:
-        with torch.inference_mode():
-            loaded.model(torch.zeros(1, loaded.pretrained_cfg["input_size"][0], img_size, img_size))
-    except (ValueError, AssertionError, RuntimeError) as error:  # timm's models refuse sizes in each of these ways
-        raise RequestError(f"{loaded.arch} takes no images of {img_size} px: {error}") from error
-
-
-@contextmanager
-def prepared(output: Path) -> Iterator[Path]:
-    """A folder to write into, whose files go to `output` if all goes well; otherwise nothing is left."""
-    existed = output.is_dir()
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        partial = TemporaryDirectory(prefix=".", dir=output)
-    except OSError as error:
-        raise RequestError(f"{output} cannot be written: {error.strerror}; name another folder") from error
-    kept = False
-    try:
-        with partial as folder:
-            yield Path(folder)
-            (output / "certificate.json").unlink(missing_ok=True)  # that of an older export does not hold for this one
-            for path in sorted(Path(folder).iterdir(), key=lambda path: path.name == "certificate.json"):
-                os.replace(path, output / path.name)
-            kept = True
-    finally:
-        if not kept and not existed:
-            output.rmdir()
+    check_img_size(loaded, img_size)
 
 
 def show(certificate: dict[str, Any], output: Path) -> None:

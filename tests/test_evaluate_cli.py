@@ -69,13 +69,19 @@ def test_run(script, run_folder, capsys):
     assert result.pop("loss") == pytest.approx(
         torch.nn.functional.cross_entropy(logits, torch.from_numpy(images.labels)).item(), rel=1e-5
     )
-    assert result.pop("top5") > result["top1"] > 0
-    assert result == {
+    assert result["top5_low"] < result["top5"] < result["top5_high"]
+    assert result["top1_low"] < result["top1"] < result["top1_high"]
+    assert result["time/images_per_s"] == pytest.approx(len(images) / result["time/evaluation_s"])
+    assert result["top5"] > result["top1"] > 0
+    assert {key: value for key, value in result.items() if not key.startswith(("top5", "top1_", "time/"))} == {
         "model": str(run_folder),
         "arch": "sequencer2d_t_8",
         "slot": "raw",
         "data": "digits",
         "split": "test",
+        "img_size": 8,
+        "crop_pct": 1.0,
+        "flip": False,
         "top1": hits.mean(),
         "total": len(images),
         "unreadable": 0,
@@ -84,6 +90,12 @@ def test_run(script, run_folder, capsys):
     assert [row["class"] for row in table] == list("0123456789")
     assert sum(int(row["support"]) for row in table) == len(images)
     assert float(table[3]["recall"]) == pytest.approx(hits[images.labels == 3].mean())
+    rows = read_csv(run_folder / "evaluation" / "predictions.csv")
+    assert [row["id"] for row in rows] == [str(index) for index in images.indices]
+    assert [row["class"] for row in rows] == [str(label) for label in images.labels]
+    assert [row["predicted"] for row in rows] == [str(label) for label in logits.argmax(1).tolist()]
+    assert [row["rank"] == "1" for row in rows] == hits.tolist()
+    assert [float(row["probability"]) for row in rows] == pytest.approx(logits.softmax(1).amax(1).tolist(), abs=1e-5)
     printed = capsys.readouterr()
     assert f"{hits.mean():.2%}" in printed.out
     assert max(map(len, printed.out.splitlines()[:-1])) <= 80
@@ -97,6 +109,42 @@ def test_arguments(script, run_folder, tmp_path, capsys):
     assert json.loads((output / "evaluation.json").read_text())["split"] == "val"
     assert not (run_folder / "evaluation").exists()
     assert "digits, val part" in capsys.readouterr().out
+
+
+def test_size_crop_and_mirror_images(script, run_folder, tmp_path):
+    config = replace(DIGITS, img_size=12, crop_pct=0.75)
+    images = torch.stack([image for image, _ in open_dataset(config, "test", eval_transform(config))])
+    model = load_model(run_folder).model
+    expected = (model(images).softmax(1) + model(images.flip(3)).softmax(1)).argmax(1)
+    assert script.main([str(run_folder), "--img-size", "12", "--crop-pct", "0.75", "--flip", "--output", "out"]) == 0
+    result = json.loads(Path("out/evaluation.json").read_text())
+    assert (result["img_size"], result["crop_pct"], result["flip"]) == (12, 0.75, True)
+    assert [int(row["predicted"]) for row in read_csv(Path("out/predictions.csv"))] == expected.tolist()
+
+
+def test_any_number_of_processes_counts_the_same(run_of_30_classes, tmp_path):
+    """60 images, of which one cannot be read, in 1, 2 and 3 shares."""
+    (run_of_30_classes.parent / "images" / "val" / "[class] 00" / "0.png").write_bytes(b"no image")
+    config = json.loads((run_of_30_classes / "model" / "config.json").read_text())
+    config["config"]["data"] |= {"max_bad_share": 0.5, "eval_batch_size": 4}
+    (run_of_30_classes / "model" / "config.json").write_text(json.dumps(config))
+    found, losses = [], []
+    for processes in (1, 2, 3):
+        output = tmp_path / str(processes)
+        command = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        command += [str(SCRIPTS / "evaluate.py"), str(run_of_30_classes), "--device", "cpu", "--output", str(output)]
+        done = subprocess.run([sys.executable, *command], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("part, 59 images") == 1
+        result = json.loads((output / "evaluation.json").read_text())
+        rows = [(row["id"], row["predicted"], row["rank"]) for row in read_csv(output / "predictions.csv")]
+        assert len({name for name, *_ in rows}) == 59
+        assert rows[0][0] == "[class] 00/1.png"
+        exact = {key: result[key] for key in ("top1", "top5", "top1_low", "total", "unreadable")}
+        found.append((exact, rows, (output / "per_class.csv").read_text()))
+        losses.append(result["loss"])
+    assert found[0] == found[1] == found[2]
+    assert losses == pytest.approx(losses[:1] * 3, rel=1e-6)
 
 
 def test_a_run_of_another_version(script, tmp_path):
@@ -179,6 +227,9 @@ def check_error(capsys) -> str:
         (["RUN", "--data", "digit"], "invalid choice: 'digit'"),
         (["RUN", "--batch-size", "0"], "--batch-size: 0 is less than 1"),
         (["RUN", "--num-workers", "two"], "--num-workers: two is not an integer"),
+        (["RUN", "--img-size", "9"], "takes no images of 9 px"),
+        (["RUN", "--crop-pct", "87.5"], "--crop-pct: 87.5 is not a number above 0 and up to 1"),
+        (["RUN", "--slot", "ema"], "holds the raw weights alone, not the ema ones"),
         (["RUN", "--splitt", "val"], "unrecognized arguments: --splitt"),
         (["RUN/model/config.json"], "config.json"),
         (["RUN", "--data", "mnist", "--data-root", "nothing"], "data=mnist: no complete set in"),

@@ -1,5 +1,6 @@
 """Data sets, their transforms and the DataModule that serves them."""
 
+from sequencer.data.images import UnreadableImage, read_image
 from sequencer.data.mixing import build_mixup
 from sequencer.data.module import DataModule
 from sequencer.data.quarantine import Quarantine, TooManyBadImages
@@ -13,10 +14,12 @@ __all__ = [
     "Quarantine",
     "ReadableSet",
     "TooManyBadImages",
+    "UnreadableImage",
     "build_mixup",
     "check_images",
     "collate_readable",
     "eval_transform",
     "open_dataset",
+    "read_image",
     "train_transform",
 ]

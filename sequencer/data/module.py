@@ -17,7 +17,7 @@ from sequencer.data.transforms import eval_transform, train_transform
 
 
 class DataModule(pl.LightningDataModule):
-    """Batches `(images, labels)`: float32 `B C H W`, normalised, and int64 `B`.
+    """Batches `(images, labels)`: float32 `B C H W`, normalised, and int64 `B`; in evaluation with the images' indices.
 
     After `setup`: `train_set`, `val_set`, `test_set` (None for an image folder without `test/`) and `class_names`.
     """

@@ -13,7 +13,8 @@ from sequencer.data.sets import FOLDER_SETS, ImageSet
 
 
 class ReadableSet(Dataset[Any]):
-    """A set whose unreadable images are left out of their batches; served with `collate_readable`."""
+    """A set as items `(image, label, index)`, whose unreadable images are left out of their batches; served with
+    `collate_readable`."""
 
     def __init__(self, images: ImageSet) -> None:
         self.images = images
@@ -27,14 +28,15 @@ class ReadableSet(Dataset[Any]):
 
     def _item(self, index: int) -> Any:
         try:
-            return self.images[index]
+            return *self.images[index], index
         except UnreadableImage:
             return None
 
 
 def collate_readable(items: list[Any]) -> list[Tensor]:
-    """Images `B C H W` and labels `B`; both of no elements where nothing could be read."""
-    return default_collate(items) if items else [torch.empty(0), torch.empty(0, dtype=torch.int64)]
+    """Images `B C H W`, labels `B` and indices `B`; of no elements where nothing could be read."""
+    none = torch.empty(0, dtype=torch.int64)
+    return default_collate(items) if items else [torch.empty(0), none, none]
 
 
 class _Decoding(ReadableSet):

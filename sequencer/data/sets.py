@@ -4,6 +4,7 @@ Every set is opened through `open_dataset` and looks the same afterwards: an `Im
 class names. Anything missing ends in a `RequestError` that says what was looked for, where, and how to get it.
 """
 
+import os
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
@@ -75,6 +76,13 @@ class ImageSet(Dataset[tuple[Any, int]]):
     def labels(self) -> np.ndarray:
         """Labels of all items in order, int64, without loading an image."""
         return np.asarray(self.source.targets, dtype=np.int64)[self.indices]
+
+    @property
+    def ids(self) -> list[str]:
+        """What tells the items apart: an image folder's paths below the part's folder, others' places in the source."""
+        if isinstance(self.source, datasets.ImageFolder):
+            return [os.path.relpath(self.source.samples[index][0], self.source.root) for index in self.indices]
+        return [str(index) for index in self.indices]
 
 
 class Digits:

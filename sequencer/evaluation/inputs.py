@@ -3,8 +3,10 @@
 from dataclasses import fields
 from typing import Any
 
+import torch
 from timm.data import resolve_data_config
 
+from conf.errors import RequestError
 from conf.schema import DataConfig
 from sequencer.models import LoadedModel
 
@@ -16,6 +18,11 @@ def data_section(loaded: LoadedModel) -> DataConfig | None:
     # a run of another version may know other keys; how training images were augmented plays no part here
     known = {field.name for field in fields(DataConfig)} - {"augment"}
     return DataConfig(**{key: value for key, value in loaded.data.items() if key in known})
+
+
+def input_config(loaded: LoadedModel) -> DataConfig:
+    """A data section that says how the model's images are prepared, and, where it is known, which set they are of."""
+    return data_section(loaded) or DataConfig(**preprocessing(loaded))
 
 
 def preprocessing(loaded: LoadedModel) -> dict[str, Any]:
@@ -30,3 +37,15 @@ def preprocessing(loaded: LoadedModel) -> dict[str, Any]:
         "crop_pct": entries["crop_pct"],
         "interpolation": entries["interpolation"],
     }
+
+
+@torch.inference_mode()
+def check_img_size(loaded: LoadedModel, img_size: int) -> None:
+    """
+    Raises:
+        RequestError: the model takes no square images of `img_size` pixels.
+    """
+    try:
+        loaded.model(torch.zeros(1, loaded.pretrained_cfg["input_size"][0], img_size, img_size))
+    except (ValueError, AssertionError, RuntimeError) as error:  # timm's models refuse sizes in each of these ways
+        raise RequestError(f"{loaded.arch} takes no images of {img_size} px: {error}") from error

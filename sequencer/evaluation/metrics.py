@@ -1,5 +1,6 @@
 """Top-1, top-5, cross-entropy and the confusion matrix from exact, summable counts; `K` is the number of classes."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -9,6 +10,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torchmetrics import Metric
 
+NORMAL_QUANTILE = 1.959963984540054  # at 97.5%
+
 
 class ClassResult(NamedTuple):
     """How one class fares; a ratio is None where its denominator is zero."""
@@ -17,6 +20,16 @@ class ClassResult(NamedTuple):
     support: int  # images of this class
     precision: float | None  # share of the images called so that are of this class
     recall: float | None  # share of the images of this class that are called so
+
+
+class Outcome(NamedTuple):
+    """How one image fares; None where its logits are not numbers."""
+
+    image: int  # its index in the set
+    label: int
+    predicted: int | None
+    probability: float | None  # of the predicted class
+    rank: int | None  # of the label: 1 where it is the predicted class
 
 
 class ClassificationMetrics(Metric):
@@ -87,6 +100,24 @@ class ClassificationMetrics(Metric):
             ClassResult(name, s, h / c if c else None, h / s if s else None)
             for name, h, s, c in zip(class_names, hits, support, called, strict=True)
         ]
+
+
+def outcomes(logits: Float[Tensor, "B K"], labels: Int[Tensor, " B"], indices: Int[Tensor, " B"]) -> list[Outcome]:
+    """Each image's, by the rules of `ClassificationMetrics`."""
+    probabilities = logits.double().softmax(dim=1).amax(dim=1)
+    columns = (logits.argmax(dim=1), probabilities, _rank(logits, labels) + 1)
+    rows = zip(*(column.tolist() for column in (indices, labels, ~logits.isnan().any(dim=1), *columns)), strict=True)
+    return [Outcome(i, label, *(said if valid else (None,) * 3)) for i, label, valid, *said in rows]
+
+
+def wilson_interval(share: float, total: int) -> tuple[float, float]:
+    """The 95% confidence interval of a share of `total` images by Wilson's score (1927); NaN of none."""
+    if not total:
+        return math.nan, math.nan
+    z2 = NORMAL_QUANTILE**2 / total
+    centre = (share + z2 / 2) / (1 + z2)
+    half = math.sqrt(share * (1 - share) * z2 + z2**2 / 4) / (1 + z2)
+    return centre - half, centre + half
 
 
 def _rank(logits: Float[Tensor, "B K"], labels: Int[Tensor, " B"]) -> Int[Tensor, " B"]:

@@ -9,8 +9,7 @@ from safetensors.torch import save_file
 from timm.models._hub import generate_readme
 from torch import nn
 
-from conf.schema import DataConfig
-from sequencer.evaluation import data_section, preprocessing
+from sequencer.evaluation import input_config
 from sequencer.export.describe import describe, model_card
 from sequencer.export.folder import write_model_folder
 from sequencer.export.formats import DTYPES, to_onnx, to_program
@@ -66,9 +65,8 @@ def export_weights(loaded: LoadedModel, folder: Path, form: str) -> dict[str, An
 
 
 def certify(exported: nn.Module, loaded: LoadedModel, path: Path, img_size: int, dtype: str) -> dict[str, Any]:
-    own = data_section(loaded)
-    fed = replace(own or DataConfig(**preprocessing(loaded)), img_size=img_size)
-    images, source = real_images(fed, own_set=own is not None)
+    fed = replace(input_config(loaded), img_size=img_size)
+    images, source = real_images(fed, own_set=loaded.data is not None)
     return {
         "file": path.name,
         "sha256": sha256_of_file(path),

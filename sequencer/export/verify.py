@@ -72,7 +72,7 @@ def real_images(config: DataConfig, own_set: bool) -> tuple[Float[Tensor, "N C H
         order = np.linspace(0, len(images) - 1, min(len(images), 4 * number)).astype(int).tolist()
         found = images.__getitems__(order)[:: max(1, len(order) // number)][:number]
         if len(found) == number:
-            return torch.stack([image for image, _ in found]), f"the {split} part of {config.name}"
+            return torch.stack([image for image, *_ in found]), f"the {split} part of {config.name}"
     return torch.stack([transform(piece) for piece in _pieces(number)]), "scikit-learn's photographs"
 
 

@@ -15,9 +15,9 @@ from lightning_fabric.plugins import CheckpointIO
 from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
+from sequencer import distributed
+from sequencer.files import write_atomically
 from sequencer.models import CheckpointError, read_checkpoint
-from sequencer.training import distributed
-from sequencer.training.files import write_atomically
 from sequencer.training.interruption import Interruption
 from sequencer.training.module import Classifier
 from sequencer.training.random_state import get_random_state, seed_rank, set_random_state

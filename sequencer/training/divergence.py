@@ -11,10 +11,10 @@ from pytorch_lightning.callbacks import Callback
 from torch.nn.utils import get_total_norm
 
 from conf.errors import SharedError
+from sequencer import distributed
 from sequencer.data import DataModule
-from sequencer.training import distributed
+from sequencer.files import write_atomically
 from sequencer.training.checkpoints import keep
-from sequencer.training.files import write_atomically
 from sequencer.training.module import Classifier
 
 RECORD = "divergence.json"

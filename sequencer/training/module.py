@@ -55,7 +55,7 @@ class Classifier(pl.LightningModule):
         return window / last if batch_idx >= batches - last else 1.0
 
     def validation_step(self, batch: Sequence[Tensor], batch_idx: int) -> None:
-        images, labels = batch
+        images, labels, _ = batch
         if len(labels):  # none of the batch may have been readable
             self.val_metrics.update(self(images), labels)
 

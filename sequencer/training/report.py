@@ -11,9 +11,9 @@ import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback
 from torch import Tensor
 
-from sequencer.training.distributed import gather
+from sequencer.distributed import gather
+from sequencer.files import write_atomically
 from sequencer.training.ema import WeightEma
-from sequencer.training.files import write_atomically
 from sequencer.training.module import Classifier
 
 log = logging.getLogger("sequencer")

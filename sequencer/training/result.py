@@ -15,12 +15,12 @@ from torch import nn
 from conf.schema import Config
 from sequencer.analysis.plots import plot_confusion, plot_curves
 from sequencer.data import DataModule
+from sequencer.distributed import is_first
 from sequencer.evaluation import evaluate
 from sequencer.export import commit, save_model_folder, versions
+from sequencer.files import write_atomically
 from sequencer.models import LoadedModel, load_weights, preprocessing, read_checkpoint, select_weights
 from sequencer.training.checkpoints import RunCheckpoints
-from sequencer.training.distributed import is_first
-from sequencer.training.files import write_atomically
 from sequencer.training.module import parameters_of
 from sequencer.training.report import EpochReport
 

@@ -19,15 +19,16 @@ from torch import nn
 
 from conf.errors import RequestError
 from conf.schema import Config
+from sequencer import distributed
 from sequencer.data import DataModule, check_images
+from sequencer.files import write_atomically
 from sequencer.layers import RNN
 from sequencer.models import CheckpointError, create_model, load_weights, read_checkpoint, read_weights
 from sequencer.ops import configure, explain
-from sequencer.training import distributed
 from sequencer.training.checkpoints import RunCheckpoints, SafeCheckpointIO, find_checkpoint
 from sequencer.training.divergence import Diverged, DivergenceGuard
 from sequencer.training.ema import WeightEma
-from sequencer.training.files import write_atomically
+from sequencer.training.launch import launch, trainer_settings, uses_gpu
 from sequencer.training.loggers import build_loggers, close_log, close_loggers, start_log
 from sequencer.training.module import Classifier, compile_in_place, parameters_of
 from sequencer.training.optim import build_optimizer, describe_groups
@@ -59,8 +60,8 @@ def run(config: Config, resume: bool = False) -> dict[str, Any]:
         KeyboardInterrupt: interrupted; the run can be resumed.
         SystemExit: with 143, on SIGTERM; the run can be resumed.
     """
-    distributed.launch(config)
-    distributed.join(config)
+    launch(config)
+    distributed.join(uses_gpu(config))
     return _run(*distributed.from_first((config, resume)))
 
 
@@ -240,7 +241,7 @@ def _build_trainer(config: Config, callbacks: list[Callback]) -> pl.Trainer:
         callbacks.append(RichProgressBar(leave=False))
     settings = {name: value for name, value in vars(section).items() if name not in OWN_KEYS}
     if distributed.world_size() > 1:
-        settings |= distributed.trainer_settings(config)
+        settings |= trainer_settings(config)
     try:
         return pl.Trainer(
             **settings,

@@ -159,11 +159,11 @@ def test_training_takes_another_image_and_evaluation_none(root, tmp_path, worker
     epochs = [[images for images, _ in data.train_dataloader()] for _ in range(2)]
     assert [len(batch) for batch in epochs[0]] == [13, 13]
     assert all(torch.equal(a, b) for a, b in zip(*epochs, strict=True))  # a function of seed, epoch and index still
-    assert sum(len(labels) for _, labels in data.val_dataloader()) == 12
+    assert sum(len(labels) for _, labels, _ in data.val_dataloader()) == 12
     bad = [(part, name) for part in ("train", "val") for name in ("text.png", "zero.jpg")]
     assert listed(path) == bad
     module(config(root, workers), path)
-    assert sum(len(labels) for _, labels in data.val_dataloader()) == 12
+    assert sum(len(labels) for _, labels, _ in data.val_dataloader()) == 12
     assert listed(path) == bad  # each once, whoever finds it again
 
 

@@ -49,9 +49,9 @@ def test_digits_are_served(digits):
         torch.int64,
     )
     assert len(module.train_dataloader()) == 12
-    val_labels = torch.cat([labels for _, labels in module.val_dataloader()])
+    val_labels = torch.cat([labels for _, labels, _ in module.val_dataloader()])
     assert np.array_equal(val_labels, module.val_set.labels)
-    assert sum(len(labels) for _, labels in module.test_dataloader()) == 359
+    assert sum(len(labels) for _, labels, _ in module.test_dataloader()) == 359
 
 
 def test_setup_opens_once(digits):

@@ -5,9 +5,10 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from scipy.stats import binomtest
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support, top_k_accuracy_score
 
-from sequencer.evaluation import ClassificationMetrics
+from sequencer.evaluation import ClassificationMetrics, wilson_interval
 
 
 def sample(num_classes: int, count: int = 203) -> tuple[torch.Tensor, torch.Tensor]:
@@ -128,3 +129,13 @@ def test_same_counts_on_a_gpu():
     on_gpu.update(logits.cuda(), labels.cuda())
     assert torch.equal(on_gpu.counts.cpu(), on_cpu.counts)
     assert on_gpu.top5_hits.item() == on_cpu.top5_hits.item()
+
+
+@pytest.mark.parametrize(("hits", "total"), [(0, 7), (7, 7), (1, 1), (350, 359), (37_213, 50_000)])
+def test_wilson_interval_equals_scipy(hits, total):
+    expected = binomtest(hits, total).proportion_ci(method="wilson")
+    assert wilson_interval(hits / total, total) == pytest.approx((expected.low, expected.high), abs=1e-12)
+
+
+def test_no_images_give_no_interval():
+    assert all(map(math.isnan, wilson_interval(math.nan, 0)))

@@ -1,0 +1,162 @@
+"""The classes of images, with their probabilities.
+
+    python scripts/predict.py outputs/digits/2026-01-31_12-00-00 photograph.jpg folder/ 'scans/**/*.png'
+    find archive -name '*.jpg' | python scripts/predict.py sequencer2d_s - --top 3 --output classes.csv
+
+MODEL is a run folder, a model folder, a checkpoint, an export (.onnx, .pt2) or a timm name. PATHS are files, folders
+(searched with all below them), glob patterns, or - for a list on standard input, a path a line. Images that cannot be
+read get a line that says why, and make the exit code 1; the others are done all the same.
+"""
+
+import csv
+import json
+import os
+import sys
+from argparse import Namespace, RawDescriptionHelpFormatter
+from collections.abc import Iterable, Iterator
+from itertools import chain, islice
+from pathlib import Path
+from typing import IO, TYPE_CHECKING
+
+from _cli import Parser, integer, load, make_folder, pick_device, run
+
+from conf.errors import RequestError
+
+if TYPE_CHECKING:
+    from sequencer.evaluation import Prediction
+
+FORMATS = {".csv": "csv", ".jsonl": "jsonl", ".json": "jsonl"}  # by the suffix of --output
+LOOK_AHEAD = 64  # predictions that the widths of a table's columns are taken from
+
+
+def main(argv: list[str] | None = None) -> int:
+    return run(work, parse(argv))
+
+
+def parse(argv: list[str] | None) -> Namespace:
+    parser = Parser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="run folder, model folder, checkpoint, .onnx or .pt2 file, or timm name")
+    add("paths", metavar="PATHS", nargs="+", help="files, folders, glob patterns, or - for a list on standard input")
+    add("--top", metavar="N", type=integer(1), default=1, help="classes an image; default: 1")
+    add("--format", choices=("table", "jsonl", "csv"), help="default: that of the suffix of --output, or a table")
+    add("--output", metavar="FILE", type=Path, help="written when all is done; default: standard output")
+    add("--arch", metavar="NAME", help="architecture of a .pth or .safetensors file")
+    add("--slot", choices=("raw", "ema"), help="weights of a run; default: what trainer.slot was")
+    add("--batch-size", metavar="N", type=integer(1), default=32, help="images per forward pass; default: 32")
+    workers = min(8, os.cpu_count() or 1)
+    add("--num-workers", metavar="N", type=integer(1), default=workers, help="threads that read images")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto, a GPU where there is one")
+    add("--debug", action="store_true", help="show the traceback of an error")
+    args = parser.parse_args(argv)
+    if args.format is None:
+        args.format = FORMATS.get(args.output.suffix.lower(), "table") if args.output else "table"
+    return args
+
+
+def work(args: Namespace) -> int:
+    from sequencer.files import write_atomically
+
+    if args.output and args.output.is_dir():
+        raise RequestError(f"--output {args.output} is a folder; name a file")
+    found = predictions(args)
+    if args.output is None:
+        sys.stdout.reconfigure(errors="surrogateescape")
+        return write(found, sys.stdout, args)
+    make_folder(args.output.parent)
+    code = 0
+
+    def to_file(path: Path) -> None:
+        nonlocal code
+        with open(path, "w", encoding="utf-8", errors="surrogateescape", newline="") as file:
+            code = write(found, file, args)
+
+    write_atomically(args.output, to_file)
+    print(f"written: {args.output}", file=sys.stderr)
+    return code
+
+
+def predictions(args: Namespace) -> "Iterator[Prediction]":
+    from sequencer.data import eval_transform
+    from sequencer.evaluation import find_images, input_config, predict, readable_names
+
+    device = pick_device(args.device)
+    loaded = load(args.model, args.arch, args.slot)
+    names = readable_names(loaded.class_names, loaded.model.num_classes)
+    transform = eval_transform(input_config(loaded))
+    images = find_images(sources(args.paths))
+    model = loaded.model.to(device)
+    return predict(model, transform, images, names, args.top, args.batch_size, args.num_workers, device)
+
+
+def sources(paths: list[str]) -> Iterator[str]:
+    """The arguments, the list on standard input in the place of `-`."""
+    for path in paths:
+        if path == "-":
+            yield from (line.rstrip("\r\n") for line in sys.stdin if line.strip())
+        else:
+            yield path
+
+
+def write(found: "Iterator[Prediction]", file: IO[str], args: Namespace) -> int:
+    """Writes line by line; returns the exit code, 1 where an image could not be read."""
+    total = unreadable = 0
+
+    def counted() -> "Iterator[Prediction]":
+        nonlocal total, unreadable
+        for prediction in progress(found, file, args.paths):
+            total, unreadable = total + 1, unreadable + (prediction.error is not None)
+            yield prediction
+
+    {"table": write_table, "jsonl": write_jsonl, "csv": write_csv}[args.format](counted(), file, args.top)
+    if unreadable:
+        print(f"{unreadable:,} of {total:,} could not be read", file=sys.stderr)
+    return 1 if unreadable else 0
+
+
+def progress(found: "Iterator[Prediction]", file: IO[str], paths: list[str]) -> "Iterable[Prediction]":
+    """Draws a bar on standard error, where that is a terminal on which the predictions do not stand themselves."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TimeRemainingColumn
+
+    from sequencer.evaluation import find_images
+
+    if not sys.stderr.isatty() or file.isatty():
+        yield from found
+        return
+    columns = (BarColumn(), MofNCompleteColumn(), TaskProgressColumn(show_speed=True), TimeRemainingColumn())
+    total = None if "-" in paths else sum(1 for _ in find_images(paths))
+    with Progress(*columns, console=Console(stderr=True), transient=True, redirect_stdout=False) as bar:
+        yield from bar.track(found, total=total)
+
+
+def write_table(found: "Iterator[Prediction]", file: IO[str], top: int) -> None:
+    """Columns as wide as the first predictions need, so that rows can be written as they come."""
+    first = list(islice(found, LOOK_AHEAD))
+    path_width = max((len(prediction.path) for prediction in first), default=0)
+    class_width = max((len(name) for prediction in first for name, _ in prediction.classes), default=0)
+    for prediction in chain(first, found):
+        cells = [f"{name:<{class_width}}  {probability:>7.2%}" for name, probability in prediction.classes]
+        said = "    ".join(cells) or f"cannot be read: {prediction.error}"
+        print(f"{prediction.path:<{path_width}}    {said}", file=file)
+
+
+def write_jsonl(found: "Iterator[Prediction]", file: IO[str], top: int) -> None:
+    for prediction in found:
+        classes = [{"class": name, "probability": probability} for name, probability in prediction.classes]
+        said = {"error": prediction.error} if prediction.error else {"classes": classes}
+        print(json.dumps({"path": prediction.path} | said), file=file)
+
+
+def write_csv(found: "Iterator[Prediction]", file: IO[str], top: int) -> None:
+    writer = csv.writer(file, lineterminator="\n")
+    suffixes = ["" if place == 1 else f"_{place}" for place in range(1, top + 1)]
+    writer.writerow(["path", *(name + suffix for suffix in suffixes for name in ("class", "probability")), "error"])
+    for prediction in found:
+        cells = [cell for pair in prediction.classes for cell in pair]
+        cells += [""] * (2 * top - len(cells))
+        writer.writerow([prediction.path, *cells, prediction.error or ""])
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,222 @@
+"""scripts/predict.py: what it prints and writes, and how it ends."""
+
+import csv
+import importlib
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sequencer.data import eval_transform, read_image
+from sequencer.evaluation import input_config, readable_names
+from sequencer.export import export_graph
+from sequencer.models import load_model
+from tests.test_evaluate_cli import DIGITS, SCRIPTS, save_run
+
+NAMES = [f"class {k}" for k in range(10)]
+
+
+@pytest.fixture
+def script(load_script):
+    return load_script("predict")
+
+
+@pytest.fixture
+def run_folder(tmp_path):
+    return save_run(tmp_path / "run", DIGITS, NAMES)
+
+
+def noise(path: Path, seed: int, size: tuple[int, int] = (11, 9)) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.random.RandomState(seed).randint(256, size=(*size, 3), dtype=np.uint8)).save(path)
+    return path
+
+
+@pytest.fixture
+def images(tmp_path) -> list[Path]:
+    """Seven images of several sizes and kinds, in folders within a folder, beside a file that is none."""
+    names = ["a/1.png", "a/2.JPG", "a/deep/3.bmp", "b/4.png", "b/5.webp", "b/6.jpeg", "b/7.tif"]
+    (tmp_path / "set" / "a").mkdir(parents=True)
+    (tmp_path / "set" / "a" / "notes.txt").write_text("none")
+    return [noise(tmp_path / "set" / name, seed, (8 + seed, 10)) for seed, name in enumerate(names)]
+
+
+def expected(run_folder: Path, images: list[Path]) -> torch.Tensor:
+    """Probabilities, image by image."""
+    loaded = load_model(run_folder)
+    transform = eval_transform(input_config(loaded))
+    with torch.inference_mode():
+        return torch.cat([loaded.model(transform(read_image(path)).unsqueeze(0)) for path in images]).softmax(1)
+
+
+def lines(text: str) -> list[dict]:
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_json_lines(script, run_folder, images, capsys):
+    arguments = [str(run_folder), "set", "--format", "jsonl", "--top", "3", "--batch-size", "2", "--device", "cpu"]
+    assert script.main(arguments) == 0
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    found = lines(printed.out)
+    assert [Path(row["path"]).name for row in found] == [path.name for path in images]  # a folder's files, then deeper
+    for row, probabilities in zip(found, expected(run_folder, images), strict=True):
+        values, classes = probabilities.topk(3)
+        assert [one["class"] for one in row["classes"]] == [NAMES[k] for k in classes]
+        assert [one["probability"] for one in row["classes"]] == pytest.approx(values.tolist(), abs=1e-6)
+
+
+def test_csv(script, run_folder, images, capsys):
+    assert script.main([str(run_folder), str(images[0]), "nothing.png", "--format", "csv", "--top", "2"]) == 1
+    printed = capsys.readouterr()
+    rows = list(csv.DictReader(io.StringIO(printed.out)))
+    assert list(rows[0]) == ["path", "class", "probability", "class_2", "probability_2", "error"]
+    best = expected(run_folder, images[:1])[0]
+    assert rows[0]["class"] == NAMES[best.argmax()]
+    assert float(rows[0]["probability"]) == pytest.approx(best.max().item(), abs=1e-6)
+    assert rows[1] == dict.fromkeys(rows[0], "") | {"path": "nothing.png", "error": "No such file or directory"}
+    assert printed.err == "1 of 2 could not be read\n"
+
+
+def test_table(script, run_folder, images, tmp_path, capsys):
+    (tmp_path / "bad.png").write_text("no image")
+    assert script.main([str(run_folder), str(images[0]), "bad.png", str(images[1])]) == 1
+    best = expected(run_folder, images[:1])[0]
+    printed = capsys.readouterr()
+    table = printed.out.splitlines()
+    assert table[0].split() == [str(images[0]), *NAMES[best.argmax()].split(), f"{best.max():.2%}"]
+    assert table[1].split(maxsplit=1) == ["bad.png", "cannot be read: cannot identify image file 'bad.png'"]
+    assert table[0].index("class") == table[1].index("cannot") == table[2].index("class")
+
+
+def test_paths_patterns_and_a_list(script, run_folder, images, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", io.StringIO("set/b/4.png\n\nset/a/1.png\n"))
+    assert script.main([str(run_folder), "set/**/*.bmp", "-", "set/b", "--format", "jsonl"]) == 0
+    found = [row["path"] for row in lines(capsys.readouterr().out)]
+    assert found == [
+        "set/a/deep/3.bmp",
+        "set/b/4.png",
+        "set/a/1.png",
+        *(str(Path("set/b") / p.name) for p in images[3:]),
+    ]
+
+
+def test_what_leads_to_no_image(script, run_folder, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    assert script.main([str(run_folder), "empty", "no*.png", "--format", "jsonl"]) == 1
+    reasons = {row["path"]: row["error"] for row in lines(capsys.readouterr().out)}
+    assert reasons == {"empty": "a folder without images", "no*.png": "matches no file"}
+
+
+@pytest.mark.parametrize(
+    ("name", "start"), [("out.csv", "path,class,"), ("out.jsonl", '{"path"'), ("out.txt", "set/a/1")]
+)
+def test_output(script, run_folder, images, capsys, name, start):
+    assert script.main([str(run_folder), "set", "--output", f"new/{name}"]) == 0
+    assert Path("new", name).read_text().startswith(start)
+    assert [path.name for path in Path("new").iterdir()] == [name]
+    assert capsys.readouterr() == ("", f"written: new/{name}\n")
+
+
+def test_a_failure_leaves_the_old_output(script, run_folder, images, monkeypatch, capsys):
+    Path("out.csv").write_text("old")
+
+    def fail(*args):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(importlib.import_module("sequencer.evaluation.predict"), "_classify", fail)
+    assert script.main([str(run_folder), "set", "--output", "out.csv"]) == 1
+    assert "error: out of memory" in capsys.readouterr().err
+    assert Path("out.csv").read_text() == "old"
+    assert not list(Path().glob(".out*"))
+
+
+def test_an_export_predicts_as_its_run(script, run_folder, images, tmp_path, capsys):
+    pytest.importorskip("onnxruntime")
+    export_graph(load_model(run_folder), tmp_path, "onnx", 8)
+    found = []
+    for model in (run_folder, run_folder / "model", tmp_path / "model.onnx"):
+        assert script.main([str(model), "set", "--format", "jsonl"]) == 0
+        found.append(lines(capsys.readouterr().out))
+    for row, *others in zip(*found, strict=True):
+        for other in others:
+            assert other["classes"][0]["class"] == row["classes"][0]["class"]
+            assert other["classes"][0]["probability"] == pytest.approx(row["classes"][0]["probability"], abs=1e-5)
+
+
+def test_an_output_that_is_no_number(script, run_folder, images, monkeypatch, capsys):
+    loaded = load_model(run_folder)
+    torch.nn.init.constant_(loaded.model.get_classifier().bias, torch.nan)
+    monkeypatch.setattr(script, "load", lambda *args: loaded)
+    assert script.main([str(run_folder), str(images[0]), "--format", "jsonl"]) == 1
+    assert lines(capsys.readouterr().out)[0]["error"] == "the model's output is not finite"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere", "set"], "nowhere is neither a file or folder nor a timm model name"),
+        (["set", "set"], "set is neither a run nor a model folder"),
+        (["RUN"], "the following arguments are required: PATHS"),
+        (["RUN", "set", "--top", "0"], "--top: 0 is less than 1"),
+        (["RUN", "set", "--output", "set"], "--output set is a folder; name a file"),
+        (["RUN", "set", "--output", "set/a/1.png/out.csv"], "set/a/1.png cannot be written: File exists"),
+        (["RUN/model/config.json", "set"], "config.json"),
+    ],
+)
+def test_wrong_requests(script, run_folder, images, capsys, arguments, message):
+    arguments = [argument.replace("RUN", str(run_folder)) for argument in arguments]
+    try:
+        code = script.main(arguments)
+    except SystemExit as error:  # argparse's
+        code = error.code
+    printed = capsys.readouterr()
+    assert code == 2
+    assert message in printed.err
+    assert len(printed.err.splitlines()) <= 2
+    assert printed.out == ""
+
+
+def test_a_reader_that_has_seen_enough(run_folder, images, tmp_path):
+    command = f"{sys.executable} {SCRIPTS / 'predict.py'} {run_folder} - --batch-size 1 < list.txt | head -n 1"
+    (tmp_path / "list.txt").write_text(f"{images[0]}\n" * 3000)
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.count("\n") == 1
+
+
+def test_names_of_imagenet():
+    assert readable_names(("n01440764", "mine"), 2) == ["tench, Tinca tinca", "mine"]
+    assert readable_names(None, 1000)[281] == "tabby, tabby cat"
+    assert readable_names(None, 3) == ["0", "1", "2"]
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_images(run_folder, images, tmp_path):
+    """100,000 images take no more than 10,000, within 16 MiB; one held for each would be some 60 MiB of pixels."""
+    code = (
+        "import resource, runpy, sys; sys.argv = sys.argv[1:]\n"
+        "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "except SystemExit as end: assert end.code == 0, end.code\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)"
+    )
+    peaks = []
+    for number in (10_000, 100_000):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        for index in range(number):
+            (folder / f"{index}.png").hardlink_to(images[index % 2])
+        command = [sys.executable, "-c", code, str(SCRIPTS / "predict.py"), str(run_folder), str(folder)]
+        command += ["--output", str(tmp_path / "out.csv")]
+        env = {"PYTHONPATH": str(SCRIPTS), "PATH": "", "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, capture_output=True, text=True, env=env)
+        assert done.returncode == 0, done.stderr
+        assert len((tmp_path / "out.csv").read_text().splitlines()) == number + 1
+        peaks.append(int(done.stderr.splitlines()[-1]))
+    assert peaks[1] - peaks[0] < 16 * 1024, peaks
