@@ -50,7 +50,7 @@ def evaluate(
         metrics.update(logits, labels)
         if found is not None:
             own += outcomes(logits, labels, indices)
-    metrics.sync()
+    metrics.merge_processes()
     if found is not None:
         found += sorted(outcome for part in distributed.gather(own) for outcome in part)
     return metrics

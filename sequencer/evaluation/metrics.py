@@ -5,10 +5,13 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 from torchmetrics import Metric
+
+from sequencer import distributed
 
 NORMAL_QUANTILE = 1.959963984540054  # at 97.5%
 
@@ -86,9 +89,15 @@ class ClassificationMetrics(Metric):
             "total": total,
         }
 
+    def merge_processes(self) -> None:
+        """Adds up all processes' images for good, where torchmetrics' own `sync` ends with the next `compute`."""
+        if distributed.world_size() > 1:
+            for state in (self.counts, self.top5_hits, self.loss_sum):
+                dist.all_reduce(state)
+
     @property
     def confusion(self) -> Int[Tensor, "K K"]:
-        """Images by true class (row) and predicted class (column), those of this process."""
+        """Images by true class (row) and predicted class (column), those of this process until they are merged."""
         return self.counts[:, : self.num_classes]
 
     def per_class(self, class_names: Sequence[str]) -> list[ClassResult]:

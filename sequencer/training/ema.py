@@ -45,7 +45,7 @@ class WeightEma(Callback):
     def on_validation_batch_end(
         self, trainer: pl.Trainer, pl_module: Classifier, outputs: Any, batch: Sequence[Tensor], *args: Any
     ) -> None:
-        images, labels = batch
+        images, labels, _ = batch
         if not len(labels):
             return
         with trainer.precision_plugin.forward_context():
