@@ -1,6 +1,7 @@
 """The models, their registration with timm, and the loading of weights."""
 
 from sequencer.models import variants  # importing registers
+from sequencer.models.average import average_models
 from sequencer.models.checkpoint import CheckpointError, load_weights, read_checkpoint, select_weights
 from sequencer.models.exported import Exported, load_exported
 from sequencer.models.layouts import to_paper_layout
@@ -15,6 +16,7 @@ __all__ = [
     "Sequencer",
     "Sequencer2d",
     "VSequencer",
+    "average_models",
     "create_model",
     "load_exported",
     "load_model",

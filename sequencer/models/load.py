@@ -23,7 +23,13 @@ from sequencer.models.exported import SUFFIXES, load_exported
 from sequencer.models.variants import VARIANTS
 
 PREPROCESSING = ("input_size", "mean", "std", "crop_pct", "interpolation")  # what timm's configuration says of it
-ABOUT = ("config", "metrics", "commit", "versions")  # entries of ours on the top level of a model folder's config.json
+ABOUT = (
+    "config",
+    "metrics",
+    "commit",
+    "versions",
+    "averaged",
+)  # entries of ours on the top level of a model folder's config.json
 
 
 @dataclass(frozen=True)
@@ -88,7 +94,7 @@ def _load_folder(folder: Path, slot: str | None) -> LoadedModel:
 def _load_model_folder(folder: Path) -> LoadedModel:
     try:
         config = json.loads((folder / "config.json").read_text())
-        arch, cfg = config["architecture"], config["pretrained_cfg"]
+        arch, cfg = config["architecture"], _with_tuples(config["pretrained_cfg"])
         channels, height, _ = cfg["input_size"]
         sizes = {"num_classes": config["num_classes"], "in_chans": channels, "img_size": height}
         args = sizes | config.get("model_args", {})
@@ -148,10 +154,15 @@ def _load_exported(path: Path) -> LoadedModel:
         said["arch"],
         said["slot"],
         _names(said),
-        said["pretrained_cfg"],
+        _with_tuples(said["pretrained_cfg"]),
         said["model_args"],
         said["about"],
     )
+
+
+def _with_tuples(cfg: dict[str, Any]) -> dict[str, Any]:
+    """What JSON has made lists of, as timm writes it."""
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in cfg.items()}
 
 
 def _names(config: dict[str, Any]) -> tuple[str, ...] | None:

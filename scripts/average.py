@@ -1,0 +1,57 @@
+"""The average of several models' weights (a model soup) as a model folder.
+
+    python scripts/average.py RUN_1 RUN_2 RUN_3 --output soup
+
+For runs that began from the same weights, e.g. fine-tuned with other seeds or settings: their average is often better
+than each, at the cost of one. Weights of runs that began differently do not mix. The result has not been evaluated:
+python scripts/evaluate.py soup does that.
+"""
+
+from argparse import Namespace, RawDescriptionHelpFormatter
+from pathlib import Path
+
+from _cli import Parser, load, prepared, run
+
+from conf.errors import RequestError
+
+
+def main(argv: list[str] | None = None) -> int:
+    return run(work, parse(argv))
+
+
+def parse(argv: list[str] | None) -> Namespace:
+    parser = Parser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("models", metavar="MODEL", nargs="+", help="run folders, model folders, checkpoints or timm names")
+    add("--output", metavar="DIR", type=Path, required=True, help="model folder to write")
+    add("--arch", metavar="NAME", help="architecture of .pth or .safetensors files")
+    add("--slot", choices=("raw", "ema"), help="weights of runs; default: what trainer.slot was")
+    add("--debug", action="store_true", help="show the traceback of an error")
+    args = parser.parse_args(argv)
+    if len(args.models) < 2:
+        parser.error("an average is of two models or more")
+    return args
+
+
+def work(args: Namespace) -> None:
+    from sequencer.export import write_model_folder
+    from sequencer.models import CheckpointError, Exported, average_models
+
+    def models():
+        for source in args.models:
+            loaded = load(source, args.arch, args.slot)
+            if isinstance(loaded.model, Exported):
+                raise RequestError(f"{source} is an export: name the model that it was made from")
+            yield source, loaded
+
+    with prepared(args.output) as folder:
+        try:
+            average = average_models(models())
+        except CheckpointError as error:
+            raise RequestError(str(error)) from error
+        write_model_folder(average, folder)
+    print(f"{args.output}: the average of {len(args.models)} models, {average.arch}, {average.slot} weights")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
