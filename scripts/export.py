@@ -60,7 +60,8 @@ def work(args: Namespace) -> None:
         if args.format in GRAPHS:
             result = export_graph(loaded, folder, args.format, img_size, args.dtype, args.with_preprocessing)
         else:
-            result = export_weights(loaded, folder, args.format)
+            name = f"hf-hub:{args.push_to}" if args.push_to else f"local-dir:{args.output}"
+            result = export_weights(loaded, folder, args.format, name)
         certificate = {"model": args.model, "format": args.format} | result
         (folder / "certificate.json").write_text(json.dumps(certificate, indent=2) + "\n")
     show(certificate, args.output)
@@ -76,7 +77,21 @@ def check(loaded: "LoadedModel", img_size: int, args: Namespace) -> None:
         raise RequestError(f"{args.model} is an export already: name the model that it was made from")
     if args.format == "paper" and not isinstance(loaded.model, Sequencer):
         raise RequestError(f"{loaded.arch} has no counterpart in the paper's repository; use --format timm")
+    if args.push_to:
+        check_hub(args.push_to)
     check_img_size(loaded, img_size)
+
+
+def check_hub(repo_id: str) -> None:
+    from huggingface_hub import get_token
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise RequestError(f"--push-to {repo_id}: {error}") from error
+    if get_token() is None:
+        raise RequestError("--push-to needs a token of the hub: hf auth login, or the variable HF_TOKEN")
 
 
 def show(certificate: dict[str, Any], output: Path) -> None:

@@ -6,6 +6,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import importlib.util
 import random
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -19,6 +21,7 @@ import torch
 beartype_code.getrandbits = random.Random(0).getrandbits
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
+REAL_DATA = Path(__file__).parents[2] / "shared" / "data"
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton's kernels are tested on whatever there is
@@ -37,3 +40,27 @@ def load_script(monkeypatch, tmp_path) -> Callable[[str], ModuleType]:
         return module
 
     return load
+
+
+@pytest.fixture(scope="session")
+def cifar10_root(tmp_path_factory):
+    """The official files of CIFAR-10, all 60,000 images."""
+    parts = sorted((REAL_DATA / "cifar10").glob("cifar10_part*.npz"))
+    if len(parts) != 2:
+        pytest.skip("the packed CIFAR-10 is not here")
+    root = tmp_path_factory.mktemp("cifar10")
+    subprocess.run(
+        [sys.executable, REAL_DATA / "cifarpack.py", "unpack", root, *parts], check=True, stdout=subprocess.DEVNULL
+    )
+    return root
+
+
+@pytest.fixture(scope="session")
+def photographs_root(tmp_path_factory):
+    """Photographs of ants and bees of many sizes: train/ and val/, no test/."""
+    archive = REAL_DATA / "hymenoptera" / "hymenoptera_256.tar"
+    if not archive.is_file():
+        pytest.skip("the photographs are not here")
+    root = tmp_path_factory.mktemp("photographs")
+    subprocess.run(["tar", "xf", archive, "-C", root], check=True)
+    return root

@@ -20,7 +20,7 @@ import sequencer  # registers the architecture; timm itself has sequencer2d_s, _
 
 model = timm.create_model("{name}", pretrained=True).eval()
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
-image = Image.open("photograph.jpg").convert("RGB")
+image = Image.open("photograph.jpg").convert("{mode}")
 with torch.inference_mode():
     probabilities = model(transform(image).unsqueeze(0)).softmax(dim=1)
 ```
@@ -70,6 +70,6 @@ def model_card(loaded: LoadedModel, name: str) -> dict[str, Any]:
         "license": "apache-2.0",
         "description": f"An image classifier of the Sequencer family: `{loaded.arch}`, trained with Sequencer.",
         "details": {key: value for key, value in details.items() if value},
-        "usage": USAGE.format(name=name),
+        "usage": USAGE.format(name=name, mode="L" if loaded.pretrained_cfg["input_size"][0] == 1 else "RGB"),
         "citation": CITATION,
     }

@@ -43,8 +43,9 @@ def export_graph(
     return certify(load_exported(path), loaded, path, img_size, dtype)
 
 
-def export_weights(loaded: LoadedModel, folder: Path, form: str) -> dict[str, Any]:
-    """Writes the weights as `hub`, `timm` or `paper` into `folder`; returns the certificate.
+def export_weights(loaded: LoadedModel, folder: Path, form: str, name: str) -> dict[str, Any]:
+    """Writes the weights as `hub`, `timm` or `paper` into `folder`; returns the certificate. `name` is what the card of
+    a `hub` folder says that `timm.create_model` loads it by.
 
     Raises:
         Mismatch: what was written gives other outputs than the model.
@@ -53,7 +54,7 @@ def export_weights(loaded: LoadedModel, folder: Path, form: str) -> dict[str, An
     channels, img_size, _ = loaded.pretrained_cfg["input_size"]
     if form == "hub":
         write_model_folder(loaded, folder)
-        (folder / "README.md").write_text(generate_readme(model_card(loaded, f"local-dir:{folder}"), loaded.arch))
+        (folder / "README.md").write_text(generate_readme(model_card(loaded, name), loaded.arch))
         again = load_model(folder).model
     else:
         weights = loaded.model.state_dict()

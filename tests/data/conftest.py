@@ -1,9 +1,7 @@
-"""Real images where they are at hand, and small files in the layouts of torchvision's sets."""
+"""Small files in the layouts of torchvision's sets."""
 
 import hashlib
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,36 +10,10 @@ from torchvision import datasets
 
 from conf.schema import DataConfig
 
-REAL_DATA = Path(__file__).parents[3] / "shared" / "data"
-
 
 @pytest.fixture
 def digits() -> DataConfig:
     return DataConfig(name="digits", in_chans=1, img_size=8, mean=[0.0], std=[1.0], batch_size=100, num_workers=0)
-
-
-@pytest.fixture(scope="session")
-def cifar10_root(tmp_path_factory):
-    """The official files of CIFAR-10, all 60,000 images."""
-    parts = sorted((REAL_DATA / "cifar10").glob("cifar10_part*.npz"))
-    if len(parts) != 2:
-        pytest.skip("the packed CIFAR-10 is not here")
-    root = tmp_path_factory.mktemp("cifar10")
-    subprocess.run(
-        [sys.executable, REAL_DATA / "cifarpack.py", "unpack", root, *parts], check=True, stdout=subprocess.DEVNULL
-    )
-    return root
-
-
-@pytest.fixture(scope="session")
-def photographs_root(tmp_path_factory):
-    """Photographs of ants and bees of many sizes: train/ and val/, no test/."""
-    archive = REAL_DATA / "hymenoptera" / "hymenoptera_256.tar"
-    if not archive.is_file():
-        pytest.skip("the photographs are not here")
-    root = tmp_path_factory.mktemp("photographs")
-    subprocess.run(["tar", "xf", archive, "-C", root], check=True)
-    return root
 
 
 @pytest.fixture

@@ -1,0 +1,170 @@
+"""Model folders that timm alone reads, and their way to a hub."""
+
+import base64
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+
+import pytest
+import torch
+
+from sequencer.export import save_model_folder
+from sequencer.models import LoadedModel, create_model, load_model, preprocessing
+from tests.test_evaluate_cli import DIGITS, SCRIPTS, save_run
+
+ALONE = """
+import sys
+sys.modules["sequencer"] = None
+import timm, torch
+case = torch.load("case.pt")
+model = timm.create_model("local-dir:model", pretrained=True).eval()
+assert type(model).__module__ == "timm.models.sequencer"
+with torch.inference_mode():
+    torch.testing.assert_close(model(case["x"]), case["y"], atol=1e-4, rtol=1e-4)
+config = timm.data.resolve_model_data_config(model)
+assert tuple(config["mean"]) == (0.1, 0.2, 0.3) and config["input_size"] == (3, 56, 56), config
+"""
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["sequencer2d_s", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sequencer2d_m", "sequencer2d_l"))],
+)
+def test_timm_alone_loads_the_models_that_it_has(name, tmp_path):
+    torch.manual_seed(0)
+    model = create_model(name, num_classes=7, img_size=56, drop_path_rate=0.1).eval()
+    torch.nn.init.normal_(model.get_classifier().weight)
+    cfg = {"input_size": (3, 56, 56), "mean": (0.1, 0.2, 0.3), "std": (0.5,) * 3, "crop_pct": 0.9}
+    cfg["interpolation"] = "bilinear"
+    args = {"drop_path_rate": 0.1}
+    save_model_folder(LoadedModel(model, name, "raw", tuple("abcdefg"), cfg, args), tmp_path / "model")
+    x = torch.randn(2, 3, 56, 56)
+    with torch.inference_mode():
+        torch.save({"x": x, "y": model(x)}, tmp_path / "case.pt")
+    done = subprocess.run([sys.executable, "-c", ALONE], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_what_a_folder_says(tmp_path):
+    loaded = load_model(save_run(tmp_path, DIGITS, list("0123456789")))
+    about = loaded.about | {"metrics": {"test/top1": 0.5}, "commit": "c0ffee", "versions": {"torch": "2"}}
+    save_model_folder(LoadedModel(**(vars(loaded) | {"about": about, "slot": "ema"})), tmp_path / "folder")
+    config = json.loads((tmp_path / "folder" / "config.json").read_text())
+    assert config["architecture"] == "sequencer2d_t_8"
+    assert config["slot"] == "ema"
+    assert config["label_names"] == list("0123456789")
+    assert config["model_args"]["layers"] == [1]
+    assert {key: config[key] for key in about} == json.loads(json.dumps(about))
+    assert not {"slot", "metrics", "config"} & config["pretrained_cfg"].keys()
+    again = load_model(tmp_path / "folder")
+    assert (again.slot, again.about, again.pretrained_cfg["mean"]) == ("ema", config_of(about), (0.3,))
+    assert preprocessing(again.data)["input_size"] == (1, 8, 8)
+
+
+def config_of(about: dict) -> dict:
+    return json.loads(json.dumps(about))
+
+
+class Hub(BaseHTTPRequestHandler):
+    """As much of a hub as an upload needs; it keeps the files of the commit."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_HEAD(self) -> None:
+        self.answer(404)
+
+    def do_GET(self) -> None:
+        self.answer(404, {"error": "not found"})
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.server.tokens.add(self.headers.get("Authorization"))
+        if self.path == "/api/repos/create":
+            self.answer(200, {"url": f"{self.server.address}/somebody/digits"})
+        elif self.path.endswith("/preupload/main"):
+            paths = [file["path"] for file in json.loads(body)["files"]]
+            modes = [{"path": path, "uploadMode": "regular", "shouldIgnore": False} for path in paths]
+            self.answer(200, {"files": modes})
+        elif self.path.endswith("/commit/main"):
+            for line in map(json.loads, body.decode().splitlines()):
+                if line["key"] == "file":
+                    value = line["value"]
+                    self.server.files[value["path"]] = base64.b64decode(value["content"])
+            url = f"{self.server.address}/somebody/digits/commit/0"
+            self.answer(200, {"success": True, "commitOid": "0" * 40, "commitUrl": url})
+        elif self.path == "/api/validate-yaml":
+            self.answer(200, {"errors": [], "warnings": []})
+        else:
+            self.answer(404, {"error": self.path})
+
+    def answer(self, status: int, content: dict | None = None) -> None:
+        body = json.dumps(content).encode() if content is not None else b""
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        if status == 404:
+            self.send_header("X-Error-Code", "EntryNotFound")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def hub() -> Iterator[ThreadingHTTPServer]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.address = f"http://127.0.0.1:{server.server_port}"
+    server.files, server.tokens = {}, set()
+    Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def test_to_a_hub(hub, tmp_path):
+    run = save_run(tmp_path / "run", DIGITS, list("0123456789"))
+    env = os.environ | {"HF_ENDPOINT": hub.address, "HF_TOKEN": "hf_secret", "HF_HOME": str(tmp_path / "home")}
+    command = [sys.executable, str(SCRIPTS / "export.py"), str(run), "--format", "hub", "--output", "folder"]
+    command += ["--push-to", "somebody/digits"]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert f"pushed to {hub.address}/somebody/digits" in done.stdout
+    assert hub.tokens == {"Bearer hf_secret"}
+    assert {"README.md", "config.json", "model.safetensors"} <= hub.files.keys()
+    pushed = tmp_path / "pushed"
+    pushed.mkdir()
+    for name, content in hub.files.items():
+        (pushed / name).write_bytes(content)
+    x = torch.randn(2, 1, 8, 8)
+    with torch.inference_mode():
+        expected = load_model(run).model(x)
+        assert torch.equal(load_model(pushed).model(x), expected)
+        assert torch.equal(load_model(tmp_path / "folder").model(x), expected)
+    card = hub.files["README.md"].decode()
+    assert 'timm.create_model("hf-hub:somebody/digits", pretrained=True)' in card
+    assert 'convert("L")' in card
+    assert "sequencer2d_t_8" in card
+    assert Path(tmp_path, "folder", "certificate.json").exists()
+
+
+def test_the_card_has_results_and_code_that_runs(tmp_path, monkeypatch):
+    from PIL import Image
+
+    from sequencer.export.describe import model_card
+
+    monkeypatch.chdir(tmp_path)
+    loaded = load_model(save_run(tmp_path / "run", DIGITS, list("0123456789")))
+    about = loaded.about | {"metrics": {"val/top1": 0.25, "test/top1": 0.5, "test/top5": 0.75}}
+    card = model_card(LoadedModel(**(vars(loaded) | {"about": about})), "local-dir:run/model")
+    assert card["details"]["Results"] == {"test top-1": "50.00%", "test top-5": "75.00%", "val top-1": "25.00%"}
+    Image.new("RGB", (20, 20)).save("photograph.jpg")
+    scope: dict = {}
+    exec(card["usage"].strip().removeprefix("```python").removesuffix("```"), scope)
+    assert scope["probabilities"].shape == (1, 10)
+    assert scope["probabilities"].sum().item() == pytest.approx(1)
