@@ -3,6 +3,7 @@
     python scripts/benchmark.py ops                      # the BiLSTM2D layer beside timm's
     python scripts/benchmark.py model --batch 1 8        # sequencer2d_s beside timm's and beside other networks
     python scripts/benchmark.py growth                   # how a layer's cost grows with batch, steps and hidden size
+    python scripts/benchmark.py export                   # our ONNX graph beside timm's, in onnxruntime on the CPU
 
 First the gate: all weights drawn at random, a random gradient from above, outputs and every gradient compared with
 float64. Then all contenders take turns. `of floor` is the least time that the counted operations or bytes allow, at
@@ -13,6 +14,7 @@ import json
 import time
 from argparse import Namespace, RawDescriptionHelpFormatter
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from _cli import Parser, integer, pick_device, run
@@ -36,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
 def parse(argv: list[str] | None) -> Namespace:
     parser = Parser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("what", choices=("ops", "model", "growth"))
+    add("what", choices=("ops", "model", "growth", "export"))
     add("--peer", nargs="+", metavar="NAME", help="ops: timm, packed; model: timm or any timm model")
     add("--backend", nargs="+", metavar="NAME", help="ours; default: the fastest, and torch's kernels")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto, a GPU where there is one")
@@ -57,6 +59,8 @@ def work(args: Namespace) -> None:
 
     from sequencer.analysis import benchmark
 
+    if args.what == "export":
+        check_export(args)
     device, dtype = pick_device(args.device), getattr(torch, args.dtype)
     check(args, device, dtype)
     output = args.output or Path("outputs/benchmark") / f"{args.what}_{time.strftime('%Y-%m-%d_%H-%M-%S')}"
@@ -71,7 +75,9 @@ def work(args: Namespace) -> None:
     about["ceilings"] = {"flops_per_s": rates[0], "bytes_per_s": rates[1]}
     rule = ", ".join(f"{name} {value}" for name, value in about["machine"].items())
     print(f"{rule}\n{rates[0] / 1e9:.0f} GFLOP/s in products, {rates[1] / 1e9:.1f} GB/s in copies\n")
-    about["results"] = {"ops": ops, "model": model, "growth": growth}[args.what](args, device, dtype, rates, output)
+    about["results"] = {"ops": ops, "model": model, "growth": growth, "export": export}[args.what](
+        args, device, dtype, rates, output
+    )
     (output / "benchmark.json").write_text(json.dumps(about, indent=2) + "\n")
     print(f"written to {output}")
 
@@ -94,7 +100,7 @@ def check(args: Namespace, device: "torch.device", dtype: "torch.dtype") -> None
             raise RequestError(f"--peer {peer}: for ops there are timm and packed")
         if args.what == "model" and peer != "timm" and not timm.is_model(peer):
             raise RequestError(f"--peer {peer}: timm has no such model")
-    if args.what == "model":
+    if args.what in ("model", "export"):
         if args.model not in TIMM_MODELS:
             raise RequestError(f"--model {args.model}: there are {', '.join(TIMM_MODELS)}")
         try:
@@ -102,6 +108,17 @@ def check(args: Namespace, device: "torch.device", dtype: "torch.dtype") -> None
                 timm.create_model(args.model, img_size=args.img_size)
         except ValueError as error:
             raise RequestError(f"--img-size {args.img_size}: {error}") from error
+
+
+def check_export(args: Namespace) -> None:
+    """onnxruntime is measured on the CPU, and in inference alone."""
+    if args.device == "cuda" or args.dtype != "float32" or args.mode == ["train"] or args.compile or args.peer:
+        raise RequestError("export is measured on the CPU in float32 and in inference, beside timm's model and export")
+    args.device, args.mode = "cpu", ["inference"]
+    try:
+        import onnxruntime  # noqa: F401
+    except ImportError:
+        raise RequestError("export needs onnxruntime: python -m pip install 'sequencer-vision[export]'") from None
 
 
 def backends(args: Namespace, device: "torch.device", dtype: "torch.dtype") -> list[str]:
@@ -143,6 +160,44 @@ def model(args: Namespace, device: Any, dtype: Any, rates: tuple[float, float], 
         heading = f"{args.model}, {args.img_size} px; batch {B}, {args.dtype}"
         records += compare(args, heading, {"batch": B}, contenders, case, dict.fromkeys(args.mode, 0), rates)
     return records
+
+
+def export(args: Namespace, device: Any, dtype: Any, rates: tuple[float, float], output: Path) -> list[dict[str, Any]]:
+    """timm's model, ours, and both as ONNX graphs: ours as export.py writes it, timm's as torch's exporter does."""
+    from collections import Counter
+
+    import onnx
+    import torch
+
+    from sequencer.analysis import benchmark
+    from sequencer.export import describe, to_onnx
+    from sequencer.models import LoadedModel, load_exported, pretrained_cfg
+
+    contenders = benchmark.model_contenders(
+        args.model, args.img_size, backends(args, device, dtype), ["timm"], False, device
+    )
+    timm_model, ours = contenders[0].module, contenders[1].module
+    description = describe(LoadedModel(ours, args.model, "raw", None, pretrained_cfg(ours)), args.img_size, False)
+    nodes = {}
+    with TemporaryDirectory() as folder:
+        for name, module, arguments in (
+            ("ONNX", ours, {}),
+            ("timm, ONNX", timm_model, {"replace": lambda model: None}),
+        ):
+            path = Path(folder, f"{len(nodes)}.onnx")
+            to_onnx(module, path, description, dtype, **arguments)
+            nodes[name] = dict(Counter(node.op_type for node in onnx.load(path).graph.node))
+            listed = ", ".join(f"{number} {operator}" for operator, number in sorted(nodes[name].items()))
+            print(f"{name}: {listed}\n")
+            graph = load_exported(path)
+            contenders.append(benchmark.Contender(name, graph, exact=contenders[0].exact, origin=ours))
+    records = []
+    for B in args.batch:
+        x = torch.randn(B, 3, args.img_size, args.img_size)
+        case = benchmark.Case(x, torch.randn(B, 1000), dtype)
+        heading = f"{args.model}, {args.img_size} px, batch {B}, {args.dtype}"
+        records += compare(args, heading, {"batch": B}, contenders, case, {"inference": 0}, rates)
+    return [record | {"nodes": nodes.get(record["contender"])} for record in records]
 
 
 def compare(

@@ -57,6 +57,20 @@ def test_growth(script, tmp_path):
     assert (tmp_path / "found" / "growth.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
+def test_exports(script, tmp_path, capsys):
+    assert script.main(["export", "--rounds", "2", "--img-size", "28", "--batch", "2", "--output", "found"]) == 0
+    printed = capsys.readouterr().out
+    assert "36 LSTM" in printed
+    records = {r["contender"]: r for r in json.loads((tmp_path / "found" / "benchmark.json").read_text())["results"]}
+    assert list(records) == ["timm", "sequencer2d_s, fused", "sequencer2d_s, torch", "ONNX", "timm, ONNX"]
+    assert "Slice" not in records["ONNX"]["nodes"]
+    assert records["timm, ONNX"]["nodes"]["Slice"] > 700
+    assert all(record["relative_error"] < 1e-5 for record in records.values())
+    assert records["ONNX"]["flops"] == records["timm, ONNX"]["flops"] == records["sequencer2d_s, fused"]["flops"]
+    assert [path.name for path in (tmp_path / "found").iterdir()] == ["benchmark.json"]
+
+
 @pytest.mark.parametrize("wrong", ["weight_hh_l0", "bias_ih_l0_reverse"])
 def test_no_speed_without_equal_outputs(script, tmp_path, monkeypatch, capsys, wrong):
     """The gate sees 1e-4 on a single tensor."""
@@ -87,6 +101,7 @@ def test_no_speed_without_equal_outputs(script, tmp_path, monkeypatch, capsys, w
         (["ops", "--backend", "cudnn"], "--backend cudnn: unknown backend 'cudnn'; there are auto, triton, "),
         (["ops", "--backend", "triton", "--device", "cpu"], "--backend triton: the triton backend cannot serve lstm: "),
         (["ops", "--output", "a_file/below"], "--output a_file/below cannot be written"),
+        (["export", "--dtype", "bfloat16"], "export is measured on the CPU in float32 and in inference"),
     ],
 )
 def test_wrong_requests(script, tmp_path, capsys, monkeypatch, arguments, message):

@@ -190,6 +190,7 @@ def test_a_trained_model_leaves_the_project(data, settings, request, tmp_path):
     train = [f"data={'imagefolder' if data == 'photographs' else data}", *settings]
     if data != "digits":
         train += [f"data.root={request.getfixturevalue(f'{data}_root')}", "data.batch_size=16", "trainer.max_epochs=1"]
+        train += ["optim.warmup_epochs=0"]
         train += ["data.eval_batch_size=64", "trainer.limit_train_batches=12", "trainer.limit_val_batches=4"]
     command(TRAIN, "run_dir=run", "trainer.accelerator=cpu", *train, cwd=tmp_path)
     images = request.getfixturevalue("photographs_root") / "val"

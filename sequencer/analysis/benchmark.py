@@ -36,7 +36,8 @@ WARMUP = 3
 
 @dataclass
 class Contender:
-    """A module in one setting; `exact` is what its outputs are checked against."""
+    """A module in one setting; `exact` is what its outputs are checked against. One that was exported from an `origin`
+    has no gradients, and operations that can only be counted there."""
 
     name: str
     module: nn.Module
@@ -44,10 +45,11 @@ class Contender:
     recompute: bool = False
     compiled: bool = False
     exact: nn.Module | None = None
+    origin: nn.Module | None = None
     counted: nn.Module = field(init=False)  # the module as it is, for the counting of operations
 
     def __post_init__(self) -> None:
-        self.counted = self.module
+        self.counted = self.origin or self.module
         if self.compiled:
             self.module = torch.compile(self.module)  # type: ignore[assignment]
 
@@ -205,6 +207,12 @@ def gate(contender: Contender, case: Case) -> float | None:
     """The largest relative RMS error of the outputs and of every gradient; None where nothing is to equal."""
     if contender.exact is None:
         return None
+    if contender.origin is not None:
+        (y,) = case.infer(contender.module)
+        configure("reference")
+        (expected_y,) = Case(case.x.double(), case.upstream, torch.float32).infer(contender.exact)
+        configure()
+        return float((y.double() - expected_y).norm() / expected_y.norm())
     x = case.x.detach().double().requires_grad_(case.x.requires_grad)
     configure("reference")
     exact = Case(x, case.upstream.double(), torch.float32).train(contender.exact)

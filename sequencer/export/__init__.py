@@ -1,7 +1,9 @@
 """Models in forms that leave this project."""
 
+from sequencer.export.describe import describe
 from sequencer.export.export import GRAPHS, WEIGHTS, export_graph, export_weights
 from sequencer.export.folder import push, save_model_folder, write_model_folder
+from sequencer.export.formats import to_onnx
 from sequencer.export.provenance import commit, versions
 from sequencer.export.verify import Mismatch
 
@@ -10,10 +12,12 @@ __all__ = [
     "WEIGHTS",
     "Mismatch",
     "commit",
+    "describe",
     "export_graph",
     "export_weights",
     "push",
     "save_model_folder",
+    "to_onnx",
     "versions",
     "write_model_folder",
 ]

@@ -43,9 +43,16 @@ class Deliverable(nn.Module):
         return logits.softmax(dim=1) if self.preprocessing else logits
 
 
-def to_onnx(model: nn.Module, path: Path, description: dict[str, Any], dtype: torch.dtype) -> None:
-    """Writes `model` as an ONNX graph whose recurrences are the standard's nodes; any batch, one size."""
-    deliverable, example = _prepare(model, description, dtype, use_nodes)
+def to_onnx(
+    model: nn.Module,
+    path: Path,
+    description: dict[str, Any],
+    dtype: torch.dtype,
+    replace: Callable[[nn.Module], None] = use_nodes,
+) -> None:
+    """Writes `model` as an ONNX graph whose recurrences are the standard's nodes; any batch, one size. Another
+    `replace` leaves more or less to the exporter."""
+    deliverable, example = _prepare(model, description, dtype, replace)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the exporter, about itself
         program = torch.onnx.export(

@@ -2,7 +2,13 @@
 
 from sequencer.models import variants  # importing registers
 from sequencer.models.average import average_models
-from sequencer.models.checkpoint import CheckpointError, load_weights, read_checkpoint, select_weights
+from sequencer.models.checkpoint import (
+    CheckpointError,
+    load_weights,
+    pretrained_cfg,
+    read_checkpoint,
+    select_weights,
+)
 from sequencer.models.exported import Exported, load_exported
 from sequencer.models.layouts import to_paper_layout
 from sequencer.models.load import PREPROCESSING, LoadedModel, create_model, load_model, preprocessing, read_weights
@@ -22,6 +28,7 @@ __all__ = [
     "load_model",
     "load_weights",
     "preprocessing",
+    "pretrained_cfg",
     "read_checkpoint",
     "read_weights",
     "select_weights",
