@@ -10,6 +10,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory, TemporaryFile
 from typing import TYPE_CHECKING, NoReturn
@@ -96,6 +97,15 @@ def pick_device(name: str) -> "torch.device":
     if name == "cuda" and not torch.cuda.is_available():
         raise RequestError("--device cuda: this machine has no CUDA device that PyTorch can use")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def need_onnx() -> None:
+    """
+    Raises:
+        RequestError: a package that ONNX files are written or read with is not installed.
+    """
+    if missing := [name for name in ("onnx", "onnxruntime", "onnxscript") if find_spec(name) is None]:
+        raise RequestError(f"ONNX needs {', '.join(missing)}: python -m pip install {' '.join(missing)}")
 
 
 def make_folder(output: Path) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from _cli import Parser, integer, pick_device, run
+from _cli import Parser, integer, need_onnx, pick_device, run
 
 from conf.errors import RequestError
 
@@ -115,10 +115,7 @@ def check_export(args: Namespace) -> None:
     if args.device == "cuda" or args.dtype != "float32" or args.mode == ["train"] or args.compile or args.peer:
         raise RequestError("export is measured on the CPU in float32 and in inference, beside timm's model and export")
     args.device, args.mode = "cpu", ["inference"]
-    try:
-        import onnxruntime  # noqa: F401
-    except ImportError:
-        raise RequestError("export needs onnxruntime: python -m pip install 'sequencer-vision[export]'") from None
+    need_onnx()
 
 
 def backends(args: Namespace, device: "torch.device", dtype: "torch.dtype") -> list[str]:

@@ -14,7 +14,7 @@ from argparse import Namespace, RawDescriptionHelpFormatter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from _cli import Parser, integer, load, prepared, run
+from _cli import Parser, integer, load, need_onnx, prepared, run
 
 from conf.errors import RequestError
 
@@ -53,6 +53,8 @@ def parse(argv: list[str] | None) -> Namespace:
 def work(args: Namespace) -> None:
     from sequencer.export import export_graph, export_weights, push
 
+    if args.format == "onnx":
+        need_onnx()
     loaded = load(args.model, args.arch, args.slot)
     img_size = args.img_size or loaded.pretrained_cfg["input_size"][-1]
     check(loaded, img_size, args)

@@ -157,6 +157,13 @@ def test_wrong_requests(script, run_folder, tmp_path, capsys, monkeypatch, argum
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_without_the_packages_for_onnx(script, run_folder, capsys, monkeypatch):
+    monkeypatch.setattr("_cli.find_spec", lambda name: None)
+    assert script.main([str(run_folder), "--format", "onnx", "--output", "out"]) == 2
+    assert "python -m pip install onnx onnxruntime onnxscript" in capsys.readouterr().err
+    assert not Path("out").exists()
+
+
 def test_an_export_of_an_export(script, run_folder, capsys):
     assert script.main([str(run_folder), "--format", "torch_export", "--output", "out"]) == 0
     assert script.main(["out/model.pt2", "--format", "onnx", "--output", "again"]) == 2

@@ -62,9 +62,7 @@ class OnnxModel(Exported):
         try:
             import onnxruntime
         except ImportError:
-            raise CheckpointError(
-                f"{path} needs onnxruntime: python -m pip install 'sequencer-vision[export]'"
-            ) from None
+            raise CheckpointError(f"{path} needs onnxruntime: python -m pip install onnxruntime") from None
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         try:
@@ -89,13 +87,10 @@ class Program(Exported):
         except Exception as error:
             raise CheckpointError(f"{path} is damaged or no torch.export program") from error
         super().__init__(_parse(entries[ENTRY], path))
-        self.program = program.module()
+        self.programs = [program.module()]  # in a list, so that it stays on the CPU when this module is moved
 
     def run(self, x: Tensor) -> Tensor:
-        return self.program(x.cpu()).to(x.device)
-
-    def train(self, mode: bool = True) -> "Program":
-        return self  # a program knows one mode
+        return self.programs[0](x.cpu()).to(x.device)
 
 
 def load_exported(path: Path) -> Exported:
