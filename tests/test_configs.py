@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from conf import schema
+from conf import reference, schema
 from conf.errors import RequestError
 from conf.request import GROUPS, KEYS, compose, request, resume_request, to_config
 from conf.schema import Config
@@ -43,6 +43,10 @@ def test_every_knob_is_explained():
 
     assert len(list(knobs(Config))) > 60
     assert all(field.metadata["help"] for field in knobs(Config))
+
+
+def test_the_page_of_knobs_is_current():
+    assert reference.PAGE.read_text() == reference.page(), "python -m conf.reference writes it anew"
 
 
 def test_the_default_is_digits():

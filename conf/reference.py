@@ -1,0 +1,94 @@
+"""The page of every knob, from the schema: `python -m conf.reference` writes docs/configuration.md."""
+
+import dataclasses
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, get_args
+
+from omegaconf import MISSING
+
+from conf.request import GROUPS
+from conf.schema import Config
+
+PAGE = Path(__file__).parents[1] / "docs" / "configuration.md"
+INTRODUCTION = """# Configuration
+
+Every key of `python train.py key=value`, made from [`conf/schema.py`](../conf/schema.py) by `python -m conf.reference`.
+The defaults are those of the schema; what a group's choice or a recipe sets comes on top, and the command line last.
+`python train.py ... --cfg job` prints what a request comes to.
+"""
+
+
+def main() -> None:
+    PAGE.write_text(page())
+
+
+def page() -> str:
+    sections = [INTRODUCTION, _groups()]
+    sections += [_section(name, node) for name, node in _nodes(Config, "")]
+    return "\n".join(sections)
+
+
+def _groups() -> str:
+    rows = [f"| `{group}=` | {', '.join(choices)} |" for group, choices in GROUPS.items()]
+    return "\n".join(["## Groups", "", "| group | choices |", "| --- | --- |", *rows, ""])
+
+
+def _nodes(node: type, prefix: str) -> Iterator[tuple[str, type]]:
+    """Each dataclass of the schema, by its path, a parent before its parts."""
+    yield prefix, node
+    for field in dataclasses.fields(node):
+        if dataclasses.is_dataclass(field.type):
+            yield from _nodes(field.type, f"{prefix}{field.name}.")  # type: ignore[arg-type]
+
+
+def _section(prefix: str, node: type) -> str:
+    """One table."""
+    rows = [
+        f"| `{prefix}{field.name}` | {_kind(field)} | {_default(field)} | {_cell(field.metadata['help'])} |"
+        for field in dataclasses.fields(node)
+        if not dataclasses.is_dataclass(field.type)
+    ]
+    title = f"## {prefix[:-1]}" if prefix else "## The run"
+    return "\n".join([title, "", _cell(node.__doc__ or ""), "", "| key | values | default | what |",
+                      "| --- | --- | --- | --- |", *rows, ""])  # fmt: skip
+
+
+def _kind(field: "dataclasses.Field[Any]") -> str:
+    """The choices, or the type with its bounds."""
+    if field.metadata["choices"]:
+        return ", ".join(f"`{choice}`" for choice in field.metadata["choices"])
+    low, high = (_number(field.metadata[bound]) for bound in ("low", "high"))
+    bounds = (
+        f", {low} to {high}" if low and high else f", {low} or more" if low else f", {high} at most" if high else ""
+    )
+    return _type(field.type) + bounds
+
+
+def _number(value: float | None) -> str | None:
+    return f"{value:g}" if isinstance(value, float) else None if value is None else str(value)
+
+
+def _type(kind: Any) -> str:
+    if isinstance(kind, types.UnionType):
+        names = [_type(part) for part in get_args(kind) if part is not types.NoneType]
+        return " or ".join(names + ["null"] * (types.NoneType in get_args(kind)))
+    if args := get_args(kind):
+        return f"{kind.__origin__.__name__} of {_type(args[-1])}"
+    return "anything" if kind is Any else kind.__name__
+
+
+def _default(field: "dataclasses.Field[Any]") -> str:
+    value = field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
+    if value == MISSING:
+        return "set by `data=`"
+    return f"`{'null' if value is None else str(value).lower() if isinstance(value, bool) else value}`"
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+if __name__ == "__main__":
+    main()
