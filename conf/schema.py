@@ -69,7 +69,17 @@ class DataConfig:
     name: str = knob(
         MISSING,
         "data set",
-        choices=("digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "imagefolder", "imagenet"),
+        choices=(
+            "digits",
+            "mnist",
+            "fashion_mnist",
+            "cifar10",
+            "cifar100",
+            "flowers102",
+            "stanford_cars",
+            "imagefolder",
+            "imagenet",
+        ),
     )
     root: str = knob("data", "folder that holds the set; an image folder has train/, val/ and optionally test/")
     download: bool = knob(False, "let torchvision fetch the set into data.root where it is missing")

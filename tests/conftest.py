@@ -4,7 +4,9 @@ import os
 # torch is imported, and inherited by the command lines that tests start
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import hashlib
 import importlib.util
+import pickle
 import random
 import subprocess
 import sys
@@ -13,8 +15,10 @@ from pathlib import Path
 from types import ModuleType
 
 import beartype._check.code.codemain as beartype_code
+import numpy as np
 import pytest
 import torch
+from torchvision import datasets
 
 # beartype draws the item of a sequence that it looks at; from the generator that training draws from, a run that is
 # checked would not be the run that users have
@@ -64,3 +68,44 @@ def photographs_root(tmp_path_factory):
     root = tmp_path_factory.mktemp("photographs")
     subprocess.run(["tar", "xf", archive, "-C", root], check=True)
     return root
+
+
+@pytest.fixture
+def made_root(tmp_path, monkeypatch):
+    """MNIST, Fashion-MNIST and CIFAR with few images: every class 10 times in training, once in the test part."""
+    for name in ("MNIST", "FashionMNIST"):
+        folder = tmp_path / name / "raw"
+        folder.mkdir(parents=True)
+        write_idx(folder, "train", np.repeat(np.arange(10), 10))
+        write_idx(folder, "t10k", np.arange(10))
+    for set_class, classes in ((datasets.CIFAR10, 10), (datasets.CIFAR100, 100)):
+        folder = tmp_path / set_class.base_folder
+        folder.mkdir()
+        key, meta = set_class.meta["key"], set_class.meta["filename"]
+        contents = {
+            "train": cifar_batch(np.repeat(np.arange(classes), 10)),
+            "test": cifar_batch(np.arange(classes)),
+            meta: {key: [f"class {i}" for i in range(classes)]},
+        }
+        sums = {}
+        for name, content in contents.items():
+            (folder / name).write_bytes(pickle.dumps(content))
+            sums[name] = hashlib.md5((folder / name).read_bytes()).hexdigest()
+        monkeypatch.setattr(set_class, "train_list", [["train", sums["train"]]])
+        monkeypatch.setattr(set_class, "test_list", [["test", sums["test"]]])
+        monkeypatch.setattr(set_class, "meta", {**set_class.meta, "md5": sums[meta]})
+    return tmp_path
+
+
+def write_idx(folder: Path, part: str, labels: np.ndarray) -> None:
+    """Images whose every pixel is the label times 20, in MNIST's format (big-endian header, then bytes)."""
+    images = np.broadcast_to((labels * 20)[:, None, None], (len(labels), 28, 28)).astype(np.uint8)
+    header = np.array([0x0803, *images.shape], dtype=">i4").tobytes()
+    (folder / f"{part}-images-idx3-ubyte").write_bytes(header + images.tobytes())
+    header = np.array([0x0801, len(labels)], dtype=">i4").tobytes()
+    (folder / f"{part}-labels-idx1-ubyte").write_bytes(header + labels.astype(np.uint8).tobytes())
+
+
+def cifar_batch(labels: np.ndarray) -> dict:
+    """Images whose every value is the label."""
+    return {"data": np.repeat(labels.astype(np.uint8)[:, None], 3072, axis=1), "labels": labels.tolist()}

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from sequencer.data.images import UnreadableImage
-from sequencer.data.sets import FOLDER_SETS, ImageSet
+from sequencer.data.sets import FILE_SETS, ImageSet
 
 
 class ReadableSet(Dataset[Any]):
@@ -54,7 +54,7 @@ def check_images(name: str, parts: dict[str, ImageSet], num_workers: int, show_p
     Raises:
         TooManyBadImages: more cannot be read than the quarantine of a part allows.
     """
-    if name not in FOLDER_SETS:
+    if name not in FILE_SETS:
         return sum(len(images) for images in parts.values())  # in memory since they were opened
     readable = 0
     for part, images in parts.items():

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import datasets
@@ -28,12 +29,17 @@ FOLDER_SETS = ("imagefolder", "imagenet")
 DIGITS_TEST_FRACTION = 0.2
 
 # name: torchvision's class and the folder that it looks for below data.root
-_TORCHVISION_SETS: dict[str, tuple[type, str]] = {
+_TORCHVISION_SETS: dict[str, tuple[type, str]] = {  # decoded images in one file a part
     "mnist": (datasets.MNIST, "MNIST/raw"),
     "fashion_mnist": (datasets.FashionMNIST, "FashionMNIST/raw"),
     "cifar10": (datasets.CIFAR10, "cifar-10-batches-py"),
     "cifar100": (datasets.CIFAR100, "cifar-100-python"),
 }
+_LISTED_SETS: dict[str, tuple[type, str]] = {  # image files and lists of them
+    "flowers102": (datasets.Flowers102, "flowers-102/jpg"),
+    "stanford_cars": (datasets.StanfordCars, "stanford_cars/devkit"),
+}
+FILE_SETS = (*FOLDER_SETS, *_LISTED_SETS)
 
 
 class ImageSet(Dataset[tuple[Any, int]]):
@@ -79,8 +85,8 @@ class ImageSet(Dataset[tuple[Any, int]]):
 
     @property
     def ids(self) -> list[str]:
-        """What tells the items apart: an image folder's paths below the part's folder, others' places in the source."""
-        if isinstance(self.source, datasets.ImageFolder):
+        """What tells the items apart: image files' paths below their folder, others' places in the source."""
+        if isinstance(self.source, datasets.ImageFolder | ImageFiles):
             return [os.path.relpath(self.source.samples[index][0], self.source.root) for index in self.indices]
         return [str(index) for index in self.indices]
 
@@ -106,6 +112,21 @@ class Digits:
         return self.images[index], self.targets[index]
 
 
+class ImageFiles:
+    """Image files with labels, as torchvision's ImageFolder has them; `root` is a folder that holds them all."""
+
+    def __init__(self, samples: list[tuple[str, int]], classes: list[str], root: str) -> None:
+        self.samples, self.classes, self.root = samples, classes, root
+        self.targets = [label for _, label in samples]
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        path, label = self.samples[index]
+        return read_image(path), label
+
+
 def open_dataset(config: DataConfig, split: Split, transform: Callable[[Any], Any]) -> ImageSet:
     """Open one part of a set; `transform` turns its images into what the caller wants.
 
@@ -120,6 +141,8 @@ def open_dataset(config: DataConfig, split: Split, transform: Callable[[Any], An
         source = _open_folder(config, split)
     elif config.name == "digits":
         source = Digits()
+    elif config.name in _LISTED_SETS:
+        source = _open_listed(config, split)
     else:
         source = _open_torchvision(config.name, config.root, split != "test", config.download)
     if config.num_classes not in (None, len(source.classes)):
@@ -157,7 +180,7 @@ def _part(config: DataConfig, split: Split, targets: np.ndarray) -> np.ndarray:
         indices, test = stratified_split(targets, indices, DIGITS_TEST_FRACTION)
         if split == "test":
             return test
-    if config.name in FOLDER_SETS or split == "test":
+    if config.name in (*FOLDER_SETS, "flowers102") or split == "test":
         return indices
     train, val = stratified_split(targets, indices, config.val_fraction)
     if len(val) == 0:
@@ -171,13 +194,37 @@ def _part(config: DataConfig, split: Split, targets: np.ndarray) -> np.ndarray:
 @lru_cache(maxsize=1)  # the training and the validation part share one copy of the images
 def _open_torchvision(name: str, root: str, train: bool, download: bool) -> Any:
     set_class, folder = _TORCHVISION_SETS[name]
+    return _explained(lambda path: set_class(path, train=train, download=download), name, root, folder, download)
+
+
+def _open_listed(config: DataConfig, split: Split) -> ImageFiles:
+    """Flowers-102 has a validation part; the Stanford Cars give some of their training images."""
+    set_class, folder = _LISTED_SETS[config.name]
+    part = "train" if config.name == "stanford_cars" and split == "val" else split
+
+    def listed(path: Path) -> Any:
+        return set_class(path, split=part, download=config.download, loader=str)  # paths for images
+
+    found = _explained(listed, config.name, config.root, folder, config.download)
+    samples = [found[index] for index in range(len(found))]
+    return ImageFiles([(path, int(label)) for path, label in samples], list(found.classes), str(_root(config)))
+
+
+def _explained(open_set: Callable[[Path], Any], name: str, root: str, folder: str, download: bool) -> Any:
+    """What `open_set` makes of the folder `root`.
+
+    Raises:
+        RequestError: it fails.
+    """
     path = Path(root).expanduser()
     try:
-        return set_class(path, train=train, download=download)
+        return open_set(path)
     # torchvision has no error of its own: what is absent, cut short or not downloadable ends in one of these
     except (OSError, EOFError, RuntimeError, ValueError, AssertionError) as error:
         reason = str(error).partition("\n")[0] or type(error).__name__
         remedy = "check the connection" if download else "fetch it with data.download=true"
+        if name == "stanford_cars":
+            remedy = "its original address is gone: fetch it elsewhere"
         raise RequestError(
             f"data={name}: no complete set in {(path / folder).resolve()} ({reason})\n"
             f"{remedy}, or name the folder that holds {folder.partition('/')[0]}/ with data.root=..."
