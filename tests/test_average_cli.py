@@ -9,7 +9,7 @@ import torch
 
 from sequencer.export import export_graph, save_model_folder
 from sequencer.models import create_model, load_model
-from tests.test_evaluate_cli import DIGITS, save_run
+from tests.test_evaluate_cli import DIGITS, exit_code, save_run
 
 
 @pytest.fixture
@@ -95,12 +95,8 @@ def test_wrong_requests(script, runs, tmp_path, capsys):
         ([runs[0], "--output", "soup"], "an average is of two models or more"),
         (runs, "the following arguments are required: --output"),
     ]:
-        try:
-            code = script.main(arguments)
-        except SystemExit as error:
-            code = error.code
+        assert exit_code(script, arguments) == 2
         printed = capsys.readouterr()
-        assert code == 2
         assert message in printed.err
         assert len(printed.err.splitlines()) <= 2
         assert not Path("soup").exists()

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -53,6 +54,14 @@ def save_run(folder: Path, data: DataConfig, class_names: list[str], **entries) 
 @pytest.fixture
 def run_folder(tmp_path):
     return save_run(tmp_path / "run", DIGITS, list("0123456789"))
+
+
+def exit_code(script: ModuleType, arguments: list[str]) -> int:
+    """That of a script, whoever ends it: its work or argparse."""
+    try:
+        return script.main(arguments)
+    except SystemExit as error:
+        return error.code
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
@@ -239,11 +248,7 @@ def check_error(capsys) -> str:
 )
 def test_wrong_requests(script, run_folder, capsys, arguments, message):
     arguments = [argument.replace("RUN", str(run_folder)) for argument in arguments]
-    try:
-        code = script.main(arguments)
-    except SystemExit as error:  # argparse's
-        code = error.code
-    assert code == 2
+    assert exit_code(script, arguments) == 2
     assert message in check_error(capsys)
     assert not Path("evaluation").exists()
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from sequencer.export import recurrence
 from sequencer.models import create_model, load_model, load_weights, read_checkpoint, read_weights
-from tests.test_evaluate_cli import ARGS, DIGITS, SCRIPTS, save_run
+from tests.test_evaluate_cli import ARGS, DIGITS, SCRIPTS, exit_code, save_run
 
 TRAIN = SCRIPTS.parent / "train.py"
 
@@ -145,12 +145,8 @@ def test_wrong_requests(script, run_folder, tmp_path, capsys, monkeypatch, argum
     arguments = [argument.replace("RUN", str(run_folder)) for argument in arguments]
     if "--output" not in arguments:
         arguments += ["--output", "out"]
-    try:
-        code = script.main(arguments)
-    except SystemExit as error:  # argparse's
-        code = error.code
+    assert exit_code(script, arguments) == 2
     printed = capsys.readouterr()
-    assert code == 2
     assert message in printed.err
     assert len(printed.err.splitlines()) <= 2
     assert printed.out == ""

@@ -17,7 +17,7 @@ from sequencer.data import eval_transform, read_image
 from sequencer.evaluation import input_config, readable_names
 from sequencer.export import export_graph
 from sequencer.models import load_model
-from tests.test_evaluate_cli import DIGITS, SCRIPTS, save_run
+from tests.test_evaluate_cli import DIGITS, SCRIPTS, exit_code, save_run
 
 NAMES = [f"class {k}" for k in range(10)]
 
@@ -172,12 +172,8 @@ def test_an_output_that_is_no_number(script, run_folder, images, monkeypatch, ca
 )
 def test_wrong_requests(script, run_folder, images, capsys, arguments, message):
     arguments = [argument.replace("RUN", str(run_folder)) for argument in arguments]
-    try:
-        code = script.main(arguments)
-    except SystemExit as error:  # argparse's
-        code = error.code
+    assert exit_code(script, arguments) == 2
     printed = capsys.readouterr()
-    assert code == 2
     assert message in printed.err
     assert len(printed.err.splitlines()) <= 2
     assert printed.out == ""
