@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader
 
 from conf.errors import RequestError
 from conf.schema import DataConfig
+from sequencer.data.memory import MemorySet, is_held
 from sequencer.data.quarantine import Quarantine
 from sequencer.data.readable import ReadableSet, collate_readable
 from sequencer.data.seeding import EpochSampler, SeededSet
@@ -95,6 +96,9 @@ class DataModule(pl.LightningDataModule):
     def train_dataloader(self) -> DataLoader[Any]:
         """Shuffled and augmented from (seed, epoch); leaves out an incomplete last batch unless it is the only one."""
         share = self.config.batch_size // self._share()[1]
+        if is_held(self.train_set, self.config):
+            held = MemorySet(self.train_set, self.config, self.seed)
+            return self._loader(held, share, self._sampler(), collate_fn=list)
         return self._loader(SeededSet(self.train_set, self.seed), share, self._sampler())
 
     def val_dataloader(self) -> DataLoader[Any]:

@@ -101,7 +101,7 @@ class Digits:
         from sklearn.datasets import load_digits  # here, since the import takes a second that other sets need not pay
 
         bunch = load_digits()
-        self.images = torch.from_numpy(bunch.images).float().div_(16).unsqueeze(1)
+        self.data = torch.from_numpy(bunch.images).float().div_(16).unsqueeze(1)
         self.targets: list[int] = bunch.target.tolist()
         self.classes = [str(name) for name in bunch.target_names]
 
@@ -109,7 +109,7 @@ class Digits:
         return len(self.targets)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.images[index], self.targets[index]
+        return self.data[index], self.targets[index]
 
 
 class ImageFiles:

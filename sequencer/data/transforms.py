@@ -26,7 +26,7 @@ def eval_transform(config: DataConfig) -> Compose:
     Raises:
         RequestError: channels that no image can have, or as many means as no channels.
     """
-    mean, std = _channel_statistics(config)
+    mean, std = channel_statistics(config)
     steps = create_transform(
         config.img_size, interpolation=_fixed_interpolation(config), mean=mean, std=std, crop_pct=config.crop_pct
     )
@@ -81,7 +81,7 @@ def posterize(image: Image.Image, bits_to_keep: int, **kwargs: Any) -> Image.Ima
 def _timm_train_stages(config: DataConfig) -> tuple[list[Any], list[Any], list[Any]]:
     """timm's training steps: [random resized crop, flip], [colour or policy], [to tensor, normalise, erase]."""
     augment = config.augment
-    mean, std = _channel_statistics(config)
+    mean, std = channel_statistics(config)
     scale, ratio = _bounds("scale", augment.scale), _bounds("ratio", augment.ratio)
     try:
         stages = create_transform(
@@ -115,7 +115,7 @@ def _bounds(name: str, values: list[float] | None) -> tuple[float, float] | None
     return values[0], values[1]
 
 
-def _channel_statistics(config: DataConfig) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def channel_statistics(config: DataConfig) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation, one value a channel; a single value holds for all."""
     chans = config.in_chans
     if chans not in (1, 3):
