@@ -175,11 +175,13 @@ def open_part(data: DataConfig, split: Literal["val", "test"] | None) -> tuple[s
 def check_classes(loaded: "LoadedModel", images: "ImageSet") -> None:
     from rich.console import Console
 
+    from sequencer.distributed import is_first
+
     names, expected = images.class_names, loaded.class_names
     if loaded.model.num_classes != len(names):
         raise RequestError(f"the model has {loaded.model.num_classes} classes, the data set {len(names)}")
     if expected is not None and (other := [pair for pair in zip(expected, names, strict=True) if pair[0] != pair[1]]):
-        Console(stderr=True).print(
+        Console(stderr=True, quiet=not is_first()).print(
             f"note: {len(other)} classes have other names in the model than in the data set, e.g. {other[0][0]} and"
             f" {other[0][1]}; they are matched by position",
             markup=False,
