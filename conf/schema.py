@@ -157,6 +157,19 @@ class OptimConfig:
     ema_decay: float | None = knob(
         None, "decay of the moving average of the weights; null turns it off", low=0.0, high=1.0
     )
+    loss: str = knob(
+        "cross_entropy",
+        "training loss: cross-entropy, or binary cross-entropy of every class by itself (soft targets too)",
+        choices=("cross_entropy", "bce"),
+    )
+    bce_target_thresh: float | None = knob(
+        None, "bce: soft targets above it count as 1 and the others as 0; null keeps them soft", low=0.0, high=1.0
+    )
+    distill_from: str | None = knob(
+        None, "teacher: a run, model folder, checkpoint or timm name with the data's classes; null trains without one"
+    )
+    distill_weight: float = knob(0.5, "share of the loss that is the distance from the teacher", low=0.0, high=1.0)
+    distill_temperature: float = knob(1.0, "divides both models' logits in that distance", low=1e-3)
     ema_warmup: bool = knob(True, "raise the decay from 0 in the first updates, so that short runs average too")
 
 

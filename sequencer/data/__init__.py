@@ -6,7 +6,7 @@ from sequencer.data.module import DataModule
 from sequencer.data.quarantine import Quarantine, TooManyBadImages
 from sequencer.data.readable import ReadableSet, check_images, collate_readable
 from sequencer.data.sets import ImageSet, open_dataset
-from sequencer.data.transforms import eval_transform, train_transform
+from sequencer.data.transforms import channel_statistics, eval_transform, train_transform
 
 __all__ = [
     "DataModule",
@@ -16,6 +16,7 @@ __all__ = [
     "TooManyBadImages",
     "UnreadableImage",
     "build_mixup",
+    "channel_statistics",
     "check_images",
     "collate_readable",
     "eval_transform",

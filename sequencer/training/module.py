@@ -7,12 +7,12 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from conf.schema import Config
 from sequencer.data.mixing import build_mixup
 from sequencer.evaluation import ClassificationMetrics
+from sequencer.training.loss import Teacher, build_criterion
 from sequencer.training.optim import build_optimizer, build_schedule
 
 
@@ -24,9 +24,12 @@ class Classifier(pl.LightningModule):
     report.
     """
 
-    def __init__(self, model: nn.Module, config: Config, class_names: list[str]) -> None:
+    def __init__(
+        self, model: nn.Module, config: Config, class_names: list[str], teacher: Teacher | None = None
+    ) -> None:
         super().__init__()
-        self.model, self.config, self.class_names = model, config, class_names
+        self.model, self.config, self.class_names, self.teacher = model, config, class_names, teacher
+        self.criterion = build_criterion(config.optim, config.data.augment.smoothing)
         self.mix = build_mixup(config.data.augment, len(class_names))
         self.train_totals = torch.zeros(2, dtype=torch.float64)
         self.window_losses: list[Tensor] = []  # since the last update
@@ -35,13 +38,18 @@ class Classifier(pl.LightningModule):
     def forward(self, images: Tensor) -> Tensor:
         return self.model(images)
 
+    def on_fit_start(self) -> None:
+        if self.teacher is not None:
+            self.teacher.to(self.device)
+
     def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
         images, targets = batch
         if self.mix is not None:
-            images, targets = self.mix(images, targets)
-            loss = F.cross_entropy(self(images), targets)  # soft targets, smoothed by the mixing
-        else:
-            loss = F.cross_entropy(self(images), targets, label_smoothing=self.config.data.augment.smoothing)
+            images, targets = self.mix(images, targets)  # to soft targets, smoothed
+        logits = self(images)
+        loss = self.criterion(logits, targets)
+        if self.teacher is not None:
+            loss = torch.lerp(loss, self.teacher.distance(images, logits), self.config.optim.distill_weight)
         totals = torch.stack([loss.detach() * len(images), torch.tensor(len(images), device=loss.device)])
         self.train_totals = self.train_totals.to(loss.device) + totals
         self.window_losses.append(loss.detach())

@@ -30,6 +30,7 @@ from sequencer.training.divergence import Diverged, DivergenceGuard
 from sequencer.training.ema import WeightEma
 from sequencer.training.launch import launch, trainer_settings, uses_gpu
 from sequencer.training.loggers import build_loggers, close_log, close_loggers, start_log
+from sequencer.training.loss import build_teacher
 from sequencer.training.module import Classifier, compile_in_place, parameters_of
 from sequencer.training.optim import build_optimizer, describe_groups
 from sequencer.training.report import EpochReport
@@ -95,7 +96,8 @@ def _train(config: Config, resume: bool, diverged: Diverged | None, rollbacks: C
     configure(config.model.backend, config.model.recompute)
     model = distributed.one_by_one(lambda: _build_model(config, data.num_classes))
     groups = _describe_groups(config, model)
-    module = Classifier(model, config, data.class_names)
+    teacher = distributed.one_by_one(lambda: build_teacher(config.optim, config.data, data.class_names))
+    module = Classifier(model, config, data.class_names, teacher)
     ema = None
     if config.optim.ema_decay is not None:
         ema = WeightEma(config.optim.ema_decay, config.optim.ema_warmup, data.num_classes)
@@ -113,6 +115,8 @@ def _train(config: Config, resume: bool, diverged: Diverged | None, rollbacks: C
         log.info("%s, %s parameters; %s", config.model.name, f"{parameters_of(model):,}", run_dir)
         log.info("%s: %d images to train, %d to validate, %d classes", config.data.name, len(data.train_set),
                  len(data.val_set), data.num_classes)  # fmt: skip
+        if teacher is not None:
+            log.info("teacher: %s, %g of the loss", config.optim.distill_from, config.optim.distill_weight)
         for line in [_describe_batch(config), *groups, *_describe_backends(model, trainer)]:
             log.info(line)
         if config.data.check and distributed.is_first():

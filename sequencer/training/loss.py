@@ -1,0 +1,88 @@
+"""What a training step minimises: cross-entropy or binary cross-entropy, and the distance from a teacher."""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from timm.loss import BinaryCrossEntropy
+from torch import Tensor, nn
+
+from conf.errors import RequestError
+from conf.schema import DataConfig, OptimConfig
+from sequencer.data import channel_statistics
+from sequencer.models import CheckpointError, LoadedModel, load_model
+
+
+def build_criterion(config: OptimConfig, smoothing: float) -> nn.Module:
+    """Loss of logits `B K` and of labels `B`, which it smooths, or of soft targets `B K`, which it takes as they are
+    but for the threshold of binary cross-entropy."""
+    if config.loss == "bce":
+        return BinaryCrossEntropy(smoothing=smoothing, target_threshold=config.bce_target_thresh)
+    return _CrossEntropy(smoothing)
+
+
+class _CrossEntropy(nn.Module):
+    def __init__(self, smoothing: float) -> None:
+        super().__init__()
+        self.smoothing = smoothing
+
+    def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
+        smoothing = 0.0 if targets.is_floating_point() else self.smoothing
+        return F.cross_entropy(logits, targets, label_smoothing=smoothing)
+
+
+class Teacher:
+    """A fixed model that a student learns from (Hinton et al. 2015, arXiv 1503.02531).
+
+    No module, so that its weights are in no checkpoint and no optimizer. It is shown the student's images, mixed or
+    augmented as they are, at the size and with the mean and deviation of its own preprocessing.
+    """
+
+    def __init__(self, loaded: LoadedModel, student: DataConfig, temperature: float) -> None:
+        self.model, self.temperature = loaded.model.requires_grad_(False), temperature
+        cfg = loaded.pretrained_cfg
+        self.size = list(cfg["input_size"][-2:])
+        mean, std = channel_statistics(student)
+        # z of the student's images is z * scale + shift of the teacher's
+        self.scale = _channels(std) / _channels(cfg["std"])
+        self.shift = (_channels(mean) - _channels(cfg["mean"])) / _channels(cfg["std"])
+
+    def to(self, device: torch.device) -> None:
+        self.model.to(device)
+        self.scale, self.shift = self.scale.to(device), self.shift.to(device)
+
+    def distance(self, images: Float[Tensor, "B C H W"], logits: Float[Tensor, "B K"]) -> Float[Tensor, ""]:
+        """Mean Kullback-Leibler divergence of the student's softened probabilities from the teacher's, times the
+        temperature squared, which makes its gradient independent of the temperature."""
+        with torch.no_grad():
+            seen = images * self.scale + self.shift
+            if list(seen.shape[-2:]) != self.size:
+                seen = F.interpolate(seen, self.size, mode="bicubic", align_corners=False)
+            wanted = F.log_softmax(self.model(seen).float() / self.temperature, dim=-1)
+        found = F.log_softmax(logits.float() / self.temperature, dim=-1)
+        return F.kl_div(found, wanted, reduction="batchmean", log_target=True) * self.temperature**2
+
+
+def build_teacher(config: OptimConfig, data: DataConfig, class_names: list[str]) -> Teacher | None:
+    """
+    Raises:
+        RequestError: the teacher cannot be loaded, or it knows other classes or images of other channels.
+    """
+    if config.distill_from is None:
+        return None
+    where = f"optim.distill_from={config.distill_from}"
+    try:
+        loaded = load_model(config.distill_from)
+    except CheckpointError as error:
+        raise RequestError(f"{where}: {error}") from error
+    if (channels := loaded.pretrained_cfg["input_size"][0]) != data.in_chans:
+        raise RequestError(f"{where}: it takes images of {channels} channels, data.in_chans={data.in_chans}")
+    classes = getattr(loaded.model, "num_classes", len(class_names))
+    if classes != len(class_names):
+        raise RequestError(f"{where}: it knows {classes} classes, data={data.name} has {len(class_names)}")
+    if loaded.about and loaded.class_names and list(loaded.class_names) != class_names:
+        raise RequestError(f"{where}: its classes have other names or another order than those of data={data.name}")
+    return Teacher(loaded, data, config.distill_temperature)
+
+
+def _channels(values: tuple[float, ...] | list[float]) -> Float[Tensor, "C 1 1"]:
+    return torch.tensor(values).view(-1, 1, 1)

@@ -1,0 +1,138 @@
+"""The loss does what its configuration says."""
+
+import math
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+
+import sequencer  # noqa: F401
+from conf.errors import RequestError
+from conf.schema import AugmentConfig, DataConfig, OptimConfig
+from sequencer.data.mixing import build_mixup
+from sequencer.export import save_model_folder
+from sequencer.models import LoadedModel, load_model, read_checkpoint
+from sequencer.training import run
+from sequencer.training.loss import Teacher, build_criterion
+
+LOGITS = torch.tensor([[2.0, -1.0, 0.5], [0.0, 1.0, -3.0]])
+LABELS = torch.tensor([0, 2])
+SOFT = torch.tensor([[0.7, 0.3, 0.0], [0.0, 0.1, 0.9]])
+
+
+def bce(logits, targets):
+    return -(targets * F.logsigmoid(logits) + (1 - targets) * F.logsigmoid(-logits)).mean()
+
+
+def test_cross_entropy_smooths_labels_and_not_targets():
+    criterion = build_criterion(OptimConfig(), smoothing=0.3)
+    logs, smoothed = LOGITS.log_softmax(-1), torch.full((2, 3), 0.1)
+    smoothed[[0, 1], LABELS] = 0.8
+    torch.testing.assert_close(criterion(LOGITS, LABELS), -(smoothed * logs).sum(-1).mean())
+    torch.testing.assert_close(criterion(LOGITS, SOFT), -(SOFT * logs).sum(-1).mean())
+
+
+def test_binary_cross_entropy():
+    criterion = build_criterion(OptimConfig(loss="bce"), smoothing=0.3)
+    smoothed = torch.full((2, 3), 0.1)
+    smoothed[[0, 1], LABELS] = 0.8
+    torch.testing.assert_close(criterion(LOGITS, LABELS), bce(LOGITS, smoothed))
+    torch.testing.assert_close(criterion(LOGITS, SOFT), bce(LOGITS, SOFT))
+
+
+def test_the_threshold_of_binary_cross_entropy():
+    criterion = build_criterion(OptimConfig(loss="bce", bce_target_thresh=0.25), smoothing=0.0)
+    torch.testing.assert_close(criterion(LOGITS, SOFT), bce(LOGITS, torch.tensor([[1.0, 1, 0], [0, 0, 1]])))
+
+
+def network(**kwargs) -> torch.nn.Module:
+    sizes = {"layers": [1], "patch_sizes": [2], "embed_dims": [16], "hidden_sizes": [4], "num_classes": 10}
+    return timm.create_model("sequencer2d_t_8", **(sizes | kwargs)).eval()
+
+
+def cfg(size: int, mean: float, std: float) -> dict:
+    return {"input_size": (1, size, size), "mean": (mean,), "std": (std,)}
+
+
+def digits_config(**kwargs) -> DataConfig:
+    return DataConfig(name="digits", img_size=8, in_chans=1, mean=[0.3], std=[0.4], **kwargs)
+
+
+def test_a_teacher_sees_images_as_its_own_preprocessing_would_show_them():
+    model = network()
+    teacher = Teacher(LoadedModel(model, "sequencer2d_t_8", "raw", None, cfg(8, 0.5, 0.25)), digits_config(), 2.0)
+    pixels = torch.rand(4, 1, 8, 8)
+    logits = torch.randn(4, 10)
+    wanted = (model((pixels - 0.5) / 0.25) / 2).softmax(-1)
+    found = (logits / 2).log_softmax(-1)
+    expected = (wanted * (wanted.log() - found)).sum(-1).mean() * 4
+    torch.testing.assert_close(teacher.distance((pixels - 0.3) / 0.4, logits), expected.detach())
+
+
+def test_a_teacher_of_another_size_sees_resized_images():
+    teacher = Teacher(LoadedModel(network(img_size=16), "", "raw", None, cfg(16, 0.5, 0.25)), digits_config(), 1.0)
+    sizes = []
+    teacher.model.register_forward_pre_hook(lambda module, args: sizes.append(tuple(args[0].shape)))
+    teacher.distance(torch.rand(4, 1, 8, 8), torch.randn(4, 10))
+    assert sizes == [(4, 1, 16, 16)]
+
+
+def test_a_student_that_says_what_its_teacher_says_is_at_no_distance():
+    model = network()
+    teacher = Teacher(LoadedModel(model, "", "raw", None, cfg(8, 0.3, 0.4)), digits_config(), 3.0)
+    images = torch.rand(4, 1, 8, 8)
+    logits = model(images).detach().requires_grad_()
+    distance = teacher.distance(images, logits)
+    distance.backward()
+    assert distance.item() == pytest.approx(0, abs=1e-6)
+    assert logits.grad.abs().max() < 1e-6
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_run_with_a_teacher(config, tmp_path):
+    run(config(run_dir="teacher"))
+    weights = load_model(tmp_path / "teacher").model.state_dict()
+    options = [f"optim.distill_from={tmp_path / 'teacher'}", "data.augment.mixup=0.4"]
+    run(config(*options, "optim.distill_weight=1.0", run_dir="student"))
+    saved = read_checkpoint(tmp_path / "student" / "checkpoints" / "last.ckpt")["state_dict"]
+    assert set(saved) == {f"model.{name}" for name in weights}  # the teacher's are not in it
+    run(config("data.augment.mixup=0.4", run_dir="alone"))
+    alone = read_checkpoint(tmp_path / "alone" / "checkpoints" / "last.ckpt")["state_dict"]
+    assert not torch.equal(saved["model.head.fc.bias"], alone["model.head.fc.bias"])
+    assert "teacher" in (tmp_path / "student" / "train.log").read_text()
+
+
+@pytest.mark.slow
+def test_a_student_comes_to_agree_with_its_teacher(config, tmp_path):
+    """A teacher that names every digit wrongly, one further on, teaches that."""
+    run(config("trainer.max_epochs=12", "trainer.limit_train_batches=null", "optim.lr=1e-2", run_dir="teacher"))
+    teacher = load_model(tmp_path / "teacher")
+    teacher.model.head.fc.weight.data.copy_(teacher.model.head.fc.weight.data.roll(1, 0))
+    teacher.model.head.fc.bias.data.copy_(teacher.model.head.fc.bias.data.roll(1, 0))
+    save_model_folder(teacher, tmp_path / "wrong")
+    long = ["trainer.max_epochs=12", "trainer.limit_train_batches=null", "optim.lr=1e-2"]
+    taught = run(config(*long, f"optim.distill_from={tmp_path / 'wrong'}", "optim.distill_weight=1", run_dir="taught"))
+    assert taught["val/top1"] < 0.1
+    assert taught["val/loss"] > math.log(10)
+
+
+def test_binary_cross_entropy_with_mixing_runs(config, tmp_path):
+    summary = run(config("optim.loss=bce", "optim.bce_target_thresh=0.2", "data.augment.cutmix=1"))
+    assert math.isfinite(summary["val/loss"])
+
+
+def test_a_teacher_that_does_not_fit_is_refused(config, tmp_path):
+    with pytest.raises(RequestError, match=r"optim\.distill_from=nothing: nothing is neither a file"):
+        run(config("optim.distill_from=nothing"))
+    run(config(run_dir="digits"))
+    with pytest.raises(RequestError, match=r"takes images of 1 channels, data\.in_chans=3"):
+        run(config(f"optim.distill_from={tmp_path / 'digits'}", "data.in_chans=3", run_dir="other"))
+    assert not (tmp_path / "other").exists()
+
+
+def test_mixing_gives_the_targets_that_the_criterion_takes():
+    mix = build_mixup(AugmentConfig(mixup=1.0, smoothing=0.1), 3)
+    _, targets = mix(torch.randn(2, 1, 4, 4), LABELS)
+    for loss in ("bce", "cross_entropy"):
+        assert build_criterion(OptimConfig(loss=loss), 0.1)(LOGITS, targets).isfinite()
