@@ -3,6 +3,7 @@
 import os
 import sys
 import traceback
+from pathlib import Path
 
 import hydra
 from hydra._internal.utils import get_args_parser
@@ -13,16 +14,18 @@ from omegaconf import DictConfig
 from conf.errors import RequestError, SharedError, say
 from conf.request import Request, check_overrides, check_restarts, compose, request, resume_request
 from conf.schema import check_environment
+from conf.sweep import is_sweep, prepare_sweep, run_trial
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
-def main(composed: DictConfig) -> None:
+def main(composed: DictConfig) -> float | None:
     if HydraConfig.get().mode == RunMode.MULTIRUN:
-        composed.run_dir = f"{composed.run_dir}/{HydraConfig.get().job.num}"
+        return run_trial(__file__, composed)
     try:
         start(request(composed))
     except Exception as error:  # Hydra would print a traceback and exit with 1 whatever it was
         sys.exit(exit_code(error))
+    return None
 
 
 def start(wanted: Request) -> None:
@@ -31,17 +34,35 @@ def start(wanted: Request) -> None:
     run(wanted.config, resume=wanted.resume)
 
 
-def command(arguments: list[str]) -> None:
+def command(arguments: list[str]) -> object:
     parsed = get_args_parser().parse_args(arguments)
     if not (parsed.help or parsed.hydra_help or parsed.shell_completion or parsed.info):
         check_environment()
         check_restarts(parsed.overrides)
         if wanted := resume_request(parsed.overrides):
             return start(wanted)
-        request(compose(parsed.overrides))
         flags = [argument for argument in arguments if argument not in parsed.overrides]
+        if is_sweep(parsed.overrides, parsed.multirun) and not parsed.cfg:
+            folder, overrides = prepare_sweep(parsed.overrides)
+            sys.argv[1:] = [*flags, *overrides]
+            main()
+            return finish_sweep(folder)
+        request(compose(parsed.overrides))
         sys.argv[1:] = [*flags, *check_overrides(parsed.overrides)]
     return main()
+
+
+def finish_sweep(folder: Path) -> None:
+    """
+    Raises:
+        RuntimeError: trials have failed.
+    """
+    from sequencer.analysis import write_sweep  # imports torch
+
+    write_sweep(folder, folder.name)
+    print(f"sweep folder: {folder}")
+    if failed := sorted(path.stem for path in folder.glob("*.failed")):
+        raise RuntimeError(f"{len(failed)} trials failed, and are tried again by the same command: {'; '.join(failed)}")
 
 
 def exit_code(error: Exception) -> int:

@@ -16,7 +16,7 @@ from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import IntervalSweep, Override
 from hydra.errors import ConfigCompositionException, HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -52,7 +52,7 @@ def check_overrides(overrides: list[str]) -> list[str]:
     Raises:
         RequestError: bad syntax, an unknown key, or an unknown choice.
     """
-    parsed = _parse(overrides)
+    parsed = parse_overrides(overrides)
     for override in parsed:
         _check_key(override)
     keys = {override.key_or_group for override in parsed}
@@ -68,21 +68,22 @@ def check_restarts(overrides: list[str]) -> None:
     Raises:
         RequestError: torchrun is to start a failed run again, which would not find its own folder.
     """
-    named = any(override.key_or_group in ("run_dir", "resume") for override in _parse(overrides))
+    named = any(override.key_or_group in ("run_dir", "resume") for override in parse_overrides(overrides))
     if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0 and not named:
         raise RequestError("torchrun --max-restarts needs a run_dir=... of your choice, where a restart finds the run")
 
 
-def compose(overrides: list[str]) -> DictConfig:
-    """The configuration that the command line `overrides` asks for; a sweep's first trial.
+def compose(overrides: list[str], with_hydra: bool = False) -> DictConfig:
+    """The configuration that the command line `overrides` asks for; a sweep's first trial. `with_hydra` adds the node
+    of Hydra's own settings.
 
     Raises:
         RequestError: as `check_overrides`, or a value of the wrong type.
     """
-    overrides = [_first_trial(override) for override in _parse(check_overrides(overrides))]
+    overrides = [_first_trial(override) for override in parse_overrides(check_overrides(overrides))]
     try:
         with initialize_config_dir(str(ROOT), version_base="1.3"):
-            return hydra_compose("config", overrides=overrides)
+            return hydra_compose("config", overrides=overrides, return_hydra_config=with_hydra)
     except ConfigCompositionException as error:
         raise _from_omegaconf(error.__cause__ or error) from error
     except HydraException as error:
@@ -138,7 +139,7 @@ def resume_request(overrides: list[str]) -> Request | None:
     Raises:
         RequestError: RUN is no run folder, or something is to change that makes it another run.
     """
-    parsed = _parse(overrides)
+    parsed = parse_overrides(overrides)
     chosen = [override for override in parsed if override.key_or_group == "resume"]
     if not chosen:
         return None
@@ -175,7 +176,11 @@ def _may_change(key: str) -> bool:
     return any(key == allowed or key.startswith(f"{allowed}.") for allowed in MAY_CHANGE_ON_RESUME)
 
 
-def _parse(overrides: list[str]) -> list[Override]:
+def parse_overrides(overrides: list[str]) -> list[Override]:
+    """
+    Raises:
+        RequestError: bad syntax.
+    """
     try:
         return OverridesParser.create().parse_overrides(overrides)
     except OverrideParseException as error:
@@ -191,8 +196,9 @@ def _complete(override: Override) -> str:
 def _first_trial(override: Override) -> str:
     if not override.is_sweep_override():
         return override.input_line or ""
-    key = (override.input_line or "").split("=", 1)[0]
-    return f"{key}={next(iter(override.sweep_string_iterator()))}"
+    value = override.value()
+    first = value.start if isinstance(value, IntervalSweep) else next(iter(override.sweep_string_iterator()))
+    return f"{override.get_key_element()}={first}"
 
 
 def _check_key(override: Override) -> None:

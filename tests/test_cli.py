@@ -111,10 +111,3 @@ def test_ctrl_c(tmp_path):
     assert "Traceback" not in errors
     assert (tmp_path / "run" / "checkpoints" / "last.ckpt").exists()
     assert not list(tmp_path.rglob("*.partial"))
-
-
-def test_a_sweep_gives_every_trial_a_folder(tmp_path):
-    result = train("-m", "seed=1,2", "trainer.max_epochs=1", "run_dir=sweep", *QUICK, cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
-    summaries = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("sweep/*/summary.json"))]
-    assert [summary["seed"] for summary in summaries] == [1, 2]

@@ -157,6 +157,43 @@ def plot_growth(records: Sequence[dict[str, Any]], output: Path) -> Figure:
     return figure
 
 
+@rc_context(STYLE)
+def plot_sweep(rows: Sequence[tuple[str, int, Sequence[float]]], title: str, output: Path) -> Figure:
+    """Draws a sweep's rows `(label, parameters, top-1 of every seed)`: the seeds as rings and their mean as a dot, and,
+    where the trials differ in size, the means over the number of parameters."""
+    sizes = {parameters for _, parameters, _ in rows}
+    panels = 2 if len(sizes) > 1 else 1
+    width = 3.6 + CHARACTER_WIDTH * max(len(label) for label, _, _ in rows)
+    size = (width + 4.2 * (panels - 1), 1.2 + max(0.3 * len(rows), 1.4))
+    figure = Figure(figsize=size, layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1))
+    axes = figure.subplots(1, panels, squeeze=False, width_ratios=[width, 4.2][:panels])[0]
+    for number, (_, _, values) in enumerate(rows):
+        axes[0].plot(values, [number] * len(values), "o", color=FAINT, markerfacecolor="none", markersize=5)
+        axes[0].plot(np.mean(values), number, "o", color=BLUE, markersize=7, markeredgecolor="white")
+    axes[0].set_yticks(range(len(rows)), [label for label, _, _ in rows])
+    axes[0].set_ylim(len(rows) - 0.5, -0.5)
+    per_cents = FuncFormatter(lambda value, _: f"{100 * value:g}%")
+    axes[0].xaxis.set_major_locator(MaxNLocator(5))
+    axes[0].xaxis.set_major_formatter(per_cents)
+    axes[0].set_xlabel("top-1")
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
+    if panels > 1:
+        for label, parameters, values in rows:
+            axes[1].plot(parameters, np.mean(values), "o", color=BLUE, markersize=7, markeredgecolor="white")
+            axes[1].annotate(
+                label, (parameters, float(np.mean(values))), (5, 4), textcoords="offset points", fontsize=7
+            )
+        axes[1].set_xscale("log")
+        axes[1].xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+        axes[1].xaxis.set_minor_formatter(NullFormatter())
+        axes[1].xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes[1].margins(x=0.25)
+        axes[1].yaxis.set_major_formatter(per_cents)
+        axes[1].set_xlabel("parameters")
+    figure.savefig(output)
+    return figure
+
+
 def _draw_line(axes: Axes, epochs: Array, values: Array, colour: str, label: str | None = None) -> None:
     finite = np.concatenate([[False], np.isfinite(values), [False]])
     alone = finite[1:-1] & ~finite[:-2] & ~finite[2:]  # no line reaches these

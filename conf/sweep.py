@@ -1,0 +1,132 @@
+"""Sweeps: every trial is `python train.py` with overrides of its own, in a process and a folder of its own.
+
+The process gives back all that a trial took, and a trial can be repeated by hand. The folder is named by what the
+trial varies, so that the same command goes on with a sweep that was broken off: trials that are done say so at once.
+Standard library, omegaconf and hydra only.
+"""
+
+import ctypes
+import hashlib
+import importlib.util
+import json
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.types import IntervalSweep, Override
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+from conf.errors import RequestError
+from conf.request import check_overrides, compose, parse_overrides, to_config
+
+LONGEST_NAME = 150  # characters; file systems allow 255
+INTERRUPTED = (130, 143, -signal.SIGINT, -signal.SIGTERM)
+
+
+def is_sweep(overrides: list[str], multirun: bool) -> bool:
+    """Whether the request is for several runs: by `-m`, or by a recipe that says so."""
+    _check_sweeper(overrides)
+    return multirun or compose(overrides, with_hydra=True).hydra.mode == RunMode.MULTIRUN
+
+
+def prepare_sweep(overrides: list[str]) -> tuple[Path, list[str]]:
+    """The sweep's folder, and the overrides for Hydra, after every value of every key was checked with the first
+    values of the others.
+
+    Raises:
+        RequestError: as `conf.request.compose` and `to_config`.
+    """
+    parsed = parse_overrides(overrides)
+    composed = compose(overrides, with_hydra=True)
+    params = [f"{key}={value}" for key, value in (composed.hydra.sweeper.get("params") or {}).items()]
+    if params and any(override.key_or_group == "experiment" and override.is_sweep_override() for override in parsed):
+        raise RequestError("a recipe that is a sweep stands alone: give one experiment=")
+    folder = Path(to_config(compose([*params, *overrides])).run_dir)
+    for override in parse_overrides(params) + parsed:
+        if override.is_sweep_override():
+            for value in _values(override):
+                to_config(compose([*params, *overrides, f"{override.get_key_element()}={value}"]))
+    constant = ",".join(override.key_or_group for override in parsed if not override.is_sweep_override())
+    fixed = [f"run_dir={_quoted(folder)}", f"hydra.job.config.override_dirname.exclude_keys=[run_dir,{constant}]"]
+    return folder, [*check_overrides(overrides), *fixed]
+
+
+def run_trial(script: str, composed: DictConfig) -> float | None:
+    """Runs the trial that Hydra has composed; returns its best metric, or None where it failed.
+
+    Raises:
+        SystemExit: the trial was interrupted, and so is the sweep.
+    """
+    job = HydraConfig.get()
+    folder = Path(composed.run_dir, _folder_name(job.job.override_dirname))
+    overrides = [override for override in job.overrides.task if not override.startswith("run_dir=")]
+    print(f"\n{folder}", flush=True)
+    command = [sys.executable, script, *overrides, f"run_dir={_quoted(folder)}", "hydra.mode=RUN"]
+    code = _run(command)
+    failed = folder.with_name(f"{folder.name}.failed")
+    failed.unlink(missing_ok=True)
+    if code == 0:
+        return float(json.loads((folder / "summary.json").read_text())[composed.trainer.best_metric])
+    if code in INTERRUPTED:
+        raise SystemExit(code if code > 0 else 128 - code)
+    failed.parent.mkdir(parents=True, exist_ok=True)
+    failed.write_text(f"exit code {code}\n")
+    return None
+
+
+def _run(command: list[str]) -> int:
+    """The exit code; a signal that ends the sweep is passed on, and waited for while the trial saves."""
+    terminate = signal.getsignal(signal.SIGTERM)
+    process = subprocess.Popen(command, preexec_fn=_end_with_parent)
+    signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+    try:
+        while True:
+            try:
+                return process.wait()
+            except KeyboardInterrupt:  # the terminal has told the trial too
+                continue
+    finally:
+        signal.signal(signal.SIGTERM, terminate)
+
+
+def _end_with_parent() -> None:
+    """Has Linux send SIGTERM when the sweep is killed, so that no trial goes on behind the back of the next sweep."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+
+
+def _values(override: Override) -> Iterator[Any]:
+    value = override.value()
+    if isinstance(value, IntervalSweep):
+        return iter((value.start, value.end))
+    return iter(override.sweep_string_iterator())
+
+
+def _folder_name(overrides: str) -> str:
+    name = re.sub(r"[{}\[\]'\"+ ]", "", overrides).replace(":", "=")
+    name = re.sub(r"[^\w.,=-]", "-", name) or "trial"
+    if len(name) > LONGEST_NAME:
+        name = f"{name[: LONGEST_NAME - 9]}-{hashlib.sha256(overrides.encode()).hexdigest()[:8]}"
+    return name
+
+
+def _quoted(path: Path) -> str:
+    """In Hydra's grammar."""
+    return "'" + str(path).replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
+def _check_sweeper(overrides: list[str]) -> None:
+    for override in parse_overrides(overrides):
+        for key, package in (("hydra/sweeper", "hydra_optuna_sweeper"), ("hydra/launcher", "hydra_submitit_launcher")):
+            needed = override.key_or_group == key and override.value() not in ("basic", None)
+            if needed and importlib.util.find_spec(f"hydra_plugins.{package}") is None:
+                raise RequestError(
+                    f"{key}={override.value()} needs {package}: install the extra 'sweep', e.g. "
+                    "python -m pip install -e '.[sweep]'"
+                )

@@ -1,0 +1,127 @@
+"""The table of a sweep: what its trials varied, and what came out."""
+
+import csv
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from omegaconf import OmegaConf
+from rich import get_console
+from rich.table import Table
+
+from sequencer.analysis.plots import plot_sweep
+from sequencer.files import write_atomically
+
+OUTCOMES = ("parameters", "val/top1", "val/loss", "val_ema/top1", "test/top1", "test/loss", "time/train_s")
+
+
+@dataclass(frozen=True)
+class Row:
+    """The trials that differ in nothing but their seed."""
+
+    label: str
+    parameters: int
+    top1: tuple[float, ...]  # one value a seed
+    train_s: float  # mean
+
+
+def write_sweep(folder: Path, title: str) -> list[Row]:
+    """Reads the trials below `folder` and writes `sweep.csv`, a line a trial, `sweep.md`, the means over seeds, and
+    `sweep.png`; prints the means.
+
+    Returns:
+        The means, in the order of the trials; none where no trial is done.
+    """
+    trials = [_read(path) for path in sorted(folder.glob("*/summary.json"))]
+    if not trials:
+        return []
+    flat = [config for _, config, _ in trials]
+    varied = sorted(key for key in set().union(*flat) if len({str(config.get(key)) for config in flat}) > 1)
+    records = [
+        {"trial": name} | {key: config.get(key) for key in varied} | {k: v for k, v in summary.items() if k in OUTCOMES}
+        for name, config, summary in trials
+    ]
+    part = "test" if all("test/top1" in record for record in records) else "val"
+    rows = _rows(records, [key for key in varied if key != "seed"], f"{part}/top1")
+    write_atomically(folder / "sweep.csv", lambda path: _write_csv(path, records))
+    heading = f"{title}: top-1 of the {'test' if part == 'test' else 'validation'} part"
+    write_atomically(folder / "sweep.md", lambda path: path.write_text(_markdown(heading, rows)))
+    plot_sweep([(row.label, row.parameters, row.top1) for row in rows], heading, folder / "sweep.png")
+    _print(heading, rows)
+    return rows
+
+
+def _read(path: Path) -> tuple[str, dict[str, Any], dict[str, Any]]:
+    config = OmegaConf.to_container(OmegaConf.load(path.parent / "config.yaml"))
+    return path.parent.name, _flatten(config), json.loads(path.read_text())
+
+
+def _flatten(node: Any, prefix: str = "") -> dict[str, Any]:
+    """Leaves by their dotted keys, without the names of folders."""
+    if not isinstance(node, dict):
+        return {prefix: node}
+    leaves: dict[str, Any] = {}
+    for name, value in node.items():
+        leaves |= _flatten(value, f"{prefix}.{name}" if prefix else str(name))
+    return {key: value for key, value in leaves.items() if key != "run_dir"}
+
+
+def _rows(records: list[dict[str, Any]], varied: list[str], outcome: str) -> list[Row]:
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for record in records:
+        settings = (f"{key.rsplit('.', 1)[-1]} {record[key]}" for key in varied if record[key] is not None)
+        groups.setdefault(", ".join(settings) or "all alike", []).append(record)
+    return [
+        Row(
+            label,
+            group[0]["parameters"],
+            tuple(record[outcome] for record in group),
+            mean(record["time/train_s"] for record in group),
+        )
+        for label, group in groups.items()
+    ]
+
+
+def spread(values: Sequence[float]) -> float:
+    """Standard deviation of a sample; not a number where there is but one value."""
+    return stdev(values) if len(values) > 1 else math.nan
+
+
+def _cells(row: Row) -> list[str]:
+    deviation = f" ± {100 * spread(row.top1):.2f}" if len(row.top1) > 1 else ""
+    return [
+        row.label,
+        f"{row.parameters:,}",
+        f"{100 * mean(row.top1):.2f}{deviation}",
+        str(len(row.top1)),
+        f"{row.train_s:.0f}",
+    ]
+
+
+COLUMNS = ("trial", "parameters", "top-1, %", "seeds", "training, s")
+
+
+def _markdown(heading: str, rows: list[Row]) -> str:
+    lines = [f"{heading}; mean ± standard deviation over seeds", "", f"| {' | '.join(COLUMNS)} |"]
+    lines.append("| --- |" + " ---: |" * (len(COLUMNS) - 1))
+    return "\n".join(lines + [f"| {' | '.join(_cells(row))} |" for row in rows]) + "\n"
+
+
+def _print(heading: str, rows: list[Row]) -> None:
+    table = Table(title=heading, title_justify="left")
+    for column in COLUMNS:
+        table.add_column(column, justify="left" if column == "trial" else "right")
+    for row in rows:
+        table.add_row(*_cells(row))
+    get_console().print(table)
+
+
+def _write_csv(path: Path, records: list[dict[str, Any]]) -> None:
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, list(dict.fromkeys(key for record in records for key in record)))
+        writer.writeheader()
+        writer.writerows(records)
