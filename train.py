@@ -12,9 +12,19 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from conf.errors import RequestError, SharedError, say
-from conf.request import Request, check_overrides, check_restarts, compose, request, resume_request
+from conf.request import (
+    Request,
+    check_overrides,
+    check_restarts,
+    compose,
+    request,
+    resume_request,
+    take_plan,
+    to_config,
+)
 from conf.schema import check_environment
-from conf.sweep import is_sweep, prepare_sweep, run_trial
+from conf.sources import Sources
+from conf.sweep import first_trial, is_sweep, prepare_sweep, run_trial
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
@@ -38,18 +48,29 @@ def command(arguments: list[str]) -> object:
     parsed = get_args_parser().parse_args(arguments)
     if not (parsed.help or parsed.hydra_help or parsed.shell_completion or parsed.info):
         check_environment()
-        check_restarts(parsed.overrides)
-        if wanted := resume_request(parsed.overrides):
+        planned, overrides = take_plan(parsed.overrides)
+        check_restarts(overrides)
+        if wanted := resume_request(overrides):
             return start(wanted)
+        sweep = is_sweep(overrides, parsed.multirun) and not parsed.cfg
+        if planned:
+            return show_plan(*first_trial(overrides) if sweep else (overrides, 1))
         flags = [argument for argument in arguments if argument not in parsed.overrides]
-        if is_sweep(parsed.overrides, parsed.multirun) and not parsed.cfg:
-            folder, overrides = prepare_sweep(parsed.overrides)
+        if sweep:
+            folder, overrides = prepare_sweep(overrides)
             sys.argv[1:] = [*flags, *overrides]
             main()
             return finish_sweep(folder)
-        request(compose(parsed.overrides))
-        sys.argv[1:] = [*flags, *check_overrides(parsed.overrides)]
+        request(compose(overrides))
+        sys.argv[1:] = [*flags, *check_overrides(overrides)]
     return main()
+
+
+def show_plan(overrides: list[str], trials: int) -> None:
+    config, sources = to_config(compose(overrides)), Sources(overrides)
+    from sequencer.training import plan  # imports torch
+
+    plan(config, sources, trials)
 
 
 def finish_sweep(folder: Path) -> None:

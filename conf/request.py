@@ -63,6 +63,27 @@ def check_overrides(overrides: list[str]) -> list[str]:
     return completed
 
 
+def take_plan(overrides: list[str]) -> tuple[bool, list[str]]:
+    """Whether `plan=true` stands among the overrides, and the others.
+
+    Raises:
+        RequestError: another value, or the plan of a run that is to be resumed.
+    """
+    chosen = [override for override in parse_overrides(overrides) if override.key_or_group == "plan"]
+    others = [
+        line
+        for line, override in zip(overrides, parse_overrides(overrides), strict=True)
+        if override.key_or_group != "plan"
+    ]
+    if not chosen:
+        return False, others
+    if not isinstance(value := chosen[-1].value(), bool):
+        raise RequestError(f"plan={value}: it is true or false")
+    if value and any(override.key_or_group == "resume" for override in parse_overrides(others)):
+        raise RequestError("plan=true is for a run that is to start, not for one that is resumed")
+    return value, others
+
+
 def check_restarts(overrides: list[str]) -> None:
     """
     Raises:

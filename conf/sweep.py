@@ -9,6 +9,7 @@ import ctypes
 import hashlib
 import importlib.util
 import json
+import math
 import re
 import signal
 import subprocess
@@ -42,9 +43,7 @@ def prepare_sweep(overrides: list[str]) -> tuple[Path, list[str]]:
     Raises:
         RequestError: as `conf.request.compose` and `to_config`.
     """
-    parsed = parse_overrides(overrides)
-    composed = compose(overrides, with_hydra=True)
-    params = [f"{key}={value}" for key, value in (composed.hydra.sweeper.get("params") or {}).items()]
+    parsed, params = parse_overrides(overrides), _params(overrides)
     if params and any(override.key_or_group == "experiment" and override.is_sweep_override() for override in parsed):
         raise RequestError("a recipe that is a sweep stands alone: give one experiment=")
     folder = Path(to_config(compose([*params, *overrides])).run_dir)
@@ -55,6 +54,23 @@ def prepare_sweep(overrides: list[str]) -> tuple[Path, list[str]]:
     constant = ",".join(override.key_or_group for override in parsed if not override.is_sweep_override())
     fixed = [f"run_dir={_quoted(folder)}", f"hydra.job.config.override_dirname.exclude_keys=[run_dir,{constant}]"]
     return folder, [*check_overrides(overrides), *fixed]
+
+
+def first_trial(overrides: list[str]) -> tuple[list[str], int]:
+    """The overrides of a sweep's first trial, and how many trials there are."""
+    parsed = parse_overrides([*_params(overrides), *overrides])
+    swept = {override.key_or_group: override for override in parsed if override.is_sweep_override()}
+    if any(isinstance(override.value(), IntervalSweep) for override in swept.values()):
+        trials = compose(overrides, with_hydra=True).hydra.sweeper.get("n_trials", 1)
+    else:
+        trials = math.prod(len(list(_values(override))) for override in swept.values())
+    return [*_params(overrides), *overrides], trials
+
+
+def _params(overrides: list[str]) -> list[str]:
+    """What a recipe that is a sweep varies."""
+    params = compose(overrides, with_hydra=True).hydra.sweeper.get("params") or {}
+    return [f"{key}={value}" for key, value in params.items()]
 
 
 def run_trial(script: str, composed: DictConfig) -> float | None:

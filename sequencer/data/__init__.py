@@ -5,10 +5,11 @@ from sequencer.data.mixing import build_mixup
 from sequencer.data.module import DataModule
 from sequencer.data.quarantine import Quarantine, TooManyBadImages
 from sequencer.data.readable import ReadableSet, check_images, collate_readable
-from sequencer.data.sets import ImageSet, open_dataset
+from sequencer.data.sets import FILE_SETS, ImageSet, open_dataset
 from sequencer.data.transforms import channel_statistics, eval_transform, train_transform
 
 __all__ = [
+    "FILE_SETS",
     "DataModule",
     "ImageSet",
     "Quarantine",

@@ -43,7 +43,7 @@ def finish(
         split, loader, limit = "test", data.test_dataloader(), config.trainer.limit_test_batches
     else:
         split, loader, limit = "val", data.val_dataloader(), config.trainer.limit_val_batches
-    batches = _limit(len(loader), limit)
+    batches = limited(len(loader), limit)
     metrics = evaluate(model.to(device), itertools.islice(loader, batches), data.num_classes, device)
     model.cpu()
     values = metrics.compute()
@@ -81,7 +81,7 @@ def finish(
     return summary
 
 
-def _limit(available: int, limit: int | float | None) -> int:
+def limited(available: int, limit: int | float | None) -> int:
     """Lightning's rule: an integer counts batches, a float is a share of them."""
     if limit is None:
         return available

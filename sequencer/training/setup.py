@@ -1,0 +1,203 @@
+"""The parts of a run, built from its configuration and checked against each other."""
+
+import logging
+import os
+import sys
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import Callback, EarlyStopping, RichProgressBar
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from torch import nn
+
+from conf.errors import RequestError
+from conf.schema import Config
+from sequencer import distributed
+from sequencer.data import DataModule
+from sequencer.layers import RNN
+from sequencer.models import CheckpointError, create_model, load_weights, read_weights
+from sequencer.ops import configure, explain
+from sequencer.training.checkpoints import RunCheckpoints, SafeCheckpointIO
+from sequencer.training.divergence import DivergenceGuard
+from sequencer.training.ema import WeightEma
+from sequencer.training.launch import trainer_settings
+from sequencer.training.loss import build_teacher
+from sequencer.training.module import Classifier, parameters_of
+from sequencer.training.optim import build_optimizer, describe_groups
+from sequencer.training.report import EpochReport
+
+OWN_KEYS = (
+    "compile",
+    "best_metric",
+    "slot",
+    "early_stopping_patience",
+    "enable_progress_bar",
+    "checkpoint_interval",
+    "max_loss",
+    "on_divergence",
+)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A run that can start."""
+
+    data: DataModule
+    model: nn.Module
+    module: Classifier
+    report: EpochReport
+    checkpoints: RunCheckpoints
+    trainer: pl.Trainer
+    description: list[str]
+
+
+def build_parts(config: Config, *callbacks: Callback) -> Parts:
+    """
+    Args:
+        callbacks: further ones for the Trainer.
+
+    Raises:
+        RequestError: what was asked for cannot be had; nothing was written.
+    """
+    run_dir = Path(config.run_dir)
+    quieten()
+    pl.seed_everything(config.seed, verbose=False)
+    data = DataModule(config.data, config.seed, run_dir / "bad_samples.csv")
+    distributed.one_by_one(data.setup)
+    configure(config.model.backend, config.model.recompute)
+    model = distributed.one_by_one(lambda: _build_model(config, data.num_classes))
+    groups = _describe_groups(config, model)
+    teacher = distributed.one_by_one(lambda: build_teacher(config.optim, config.data, data.class_names))
+    module = Classifier(model, config, data.class_names, teacher)
+    ema = None
+    if config.optim.ema_decay is not None:
+        ema = WeightEma(config.optim.ema_decay, config.optim.ema_warmup, data.num_classes)
+    report = EpochReport(run_dir / "metrics.csv", ema, config.trainer.best_metric)
+    checkpoints = RunCheckpoints(
+        run_dir / "checkpoints", config.trainer.best_metric, config.trainer.checkpoint_interval, config.seed
+    )
+    guard = DivergenceGuard(run_dir, config.trainer.max_loss)
+    trainer = _build_trainer(config, [*(part for part in (ema, guard, report, checkpoints) if part), *callbacks])
+    description = [
+        f"{config.model.name}, {parameters_of(model):,} parameters; {run_dir}",
+        f"{config.data.name}: {len(data.train_set)} images to train, {len(data.val_set)} to validate, "
+        f"{data.num_classes} classes",
+        _describe_batch(config),
+        *([f"teacher: {config.optim.distill_from}, {config.optim.distill_weight:g} of the loss"] if teacher else []),
+        *groups,
+        *_describe_backends(model, trainer),
+    ]
+    return Parts(data, model, module, report, checkpoints, trainer, description)
+
+
+def _build_model(config: Config, num_classes: int) -> nn.Module:
+    section = config.model
+    if section.num_classes not in (None, num_classes):
+        raise RequestError(f"model.num_classes={section.num_classes}, but the data has {num_classes} classes")
+    optional = {"drop_rate": section.drop_rate, "drop_path_rate": section.drop_path_rate}
+    try:
+        model = create_model(
+            section.name,
+            img_size=section.img_size,
+            in_chans=section.in_chans,
+            num_classes=num_classes,
+            pretrained=section.pretrained,
+            **{name: rate for name, rate in optional.items() if rate},
+            **section.kwargs,
+        )
+        if section.grad_checkpointing:
+            model.set_grad_checkpointing()  # type: ignore[operator]
+        if config.init_from:
+            load_weights(model, read_weights(config.init_from), source=config.init_from, replace_head=True)
+    except CheckpointError as error:
+        raise RequestError(str(error)) from error
+    return model
+
+
+def _describe_groups(config: Config, model: nn.Module) -> list[str]:
+    try:
+        rows = describe_groups(model, build_optimizer(model, config.optim))
+    except (ValueError, TypeError, AssertionError) as error:
+        raise RequestError(f"optim.opt={config.optim.opt} cannot be built: {error}") from error
+    return [
+        f"parameter group {i}: {row['parameters']:,} in {row['tensors']} tensors from {row['first']}, "
+        f"lr {row['lr']:.3g}, weight decay {row['weight_decay']:.3g}"
+        for i, row in enumerate(rows)
+    ]
+
+
+def _describe_batch(config: Config) -> str:
+    """What an update sees; the learning rate is the one for that, whatever the devices."""
+    size, passes, devices = config.data.batch_size, config.trainer.accumulate_grad_batches, distributed.world_size()
+    parts = f"{size // devices} on each of {devices} device{'s' * (devices > 1)}"
+    return (
+        f"batch {size * passes}: {parts}{f', {passes} passes an update' if passes > 1 else ''}; "
+        f"learning rate {config.optim.lr:g}, not scaled"
+    )
+
+
+def _describe_backends(model: nn.Module, trainer: pl.Trainer) -> list[str]:
+    dtype = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(str(trainer.precision), torch.float32)
+    choices = (
+        (rnn.cell, explain(rnn.cell, rnn.hidden_size, dtype, trainer.strategy.root_device))
+        for rnn in model.modules()
+        if isinstance(rnn, RNN)
+    )
+    return list(dict.fromkeys(f"{cell}: {choice.backend} kernels ({choice.reason})" for cell, choice in choices))
+
+
+def _build_trainer(config: Config, callbacks: list[Callback]) -> pl.Trainer:
+    section = config.trainer
+    if section.early_stopping_patience is not None:
+        mode = "min" if section.best_metric.endswith("loss") else "max"
+        callbacks.append(
+            EarlyStopping(
+                section.best_metric,
+                patience=section.early_stopping_patience,
+                mode=mode,
+                check_on_train_epoch_end=True,
+                check_finite=False,
+            )
+        )
+    bar = section.enable_progress_bar and sys.stdout.isatty()
+    if bar:
+        callbacks.append(RichProgressBar(leave=False))
+    settings = {name: value for name, value in vars(section).items() if name not in OWN_KEYS}
+    if distributed.world_size() > 1:
+        settings |= trainer_settings(config)
+    try:
+        return pl.Trainer(
+            **settings,
+            logger=False,
+            plugins=[SafeCheckpointIO()],
+            use_distributed_sampler=False,  # ours knows its share
+            callbacks=callbacks,
+            enable_progress_bar=bar,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+            default_root_dir=config.run_dir,
+        )
+    except (MisconfigurationException, ValueError) as error:
+        raise RequestError(f"the trainer settings cannot be met: {str(error).splitlines()[0]}") from error
+
+
+def quieten() -> None:
+    """Leaves out what Lightning says about itself, and its advice on settings that are ours to choose."""
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    os.environ.setdefault("PL_DISABLE_TIPS", "1")
+    for message in (
+        r"The '\w+' does not have many workers",
+        r"The number of training batches .* is smaller than the logging interval",
+        r"Checkpoint directory .* exists and is not empty",
+        r"GPU available but not used",
+        r"`isinstance\(treespec, LeafSpec\)` is deprecated",
+        r"You are using a CUDA device .* that has Tensor Cores",
+        r"You're resuming from a checkpoint that ended before the epoch ended",  # the DataModule knows where
+        r"It is recommended to use `self.log\(.*sync_dist=True\)`",  # what is logged has been gathered
+    ):
+        warnings.filterwarnings("ignore", message=f".*{message}")
+    if torch.cuda.is_available():
+        torch.set_float32_matmul_precision("high")
