@@ -56,6 +56,17 @@ def prepare_sweep(overrides: list[str]) -> tuple[Path, list[str]]:
     return folder, [*check_overrides(overrides), *fixed]
 
 
+def make_folder(folder: Path) -> None:
+    """
+    Raises:
+        RequestError: the sweep's folder cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RequestError(f"run_dir={folder} cannot be written: {error.strerror}") from error
+
+
 def first_trial(overrides: list[str]) -> tuple[list[str], int]:
     """The overrides of a sweep's first trial, and how many trials there are."""
     parsed = parse_overrides([*_params(overrides), *overrides])

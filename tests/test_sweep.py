@@ -147,6 +147,7 @@ def test_a_killed_sweep_goes_on_with_each_trial_done_once(tmp_path):
         seen.append(line)
     process.send_signal(signal.SIGKILL)
     process.wait()
+    process.stdout.close()
     trials = [tmp_path / "runs" / f"seed={seed}" for seed in (1, 2, 3)]
     deadline = time.monotonic() + 60  # the trial is told that its sweep is gone, saves, and ends
     while not list(trials[1].glob("checkpoints/last.ckpt")) or _running(trials[1]):
@@ -214,6 +215,7 @@ def test_twenty_trials_take_the_memory_of_one(tmp_path):
         if line.startswith("runs/seed="):  # a trial starts
             status = Path("/proc", str(process.pid), "status").read_text()
             resident.append(int(status.split("VmRSS:")[1].split()[0]))
+    process.stdout.close()
     assert process.wait() == 0
     assert len(resident) == 20
     assert resident[-1] - resident[1] < 1024, resident  # KiB

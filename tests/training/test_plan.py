@@ -55,7 +55,7 @@ def test_a_plan_counts_as_the_run_does(config, tmp_path, capsys):
     rows = (tmp_path / "run" / "metrics.csv").read_text().splitlines()
     last = float(rows[-1].split(",")[2])
     assert found.rates[-1] == pytest.approx(last, rel=1e-6)
-    assert max(found.rates) == pytest.approx(3e-3, rel=0.05)
+    assert max(found.rates) == pytest.approx(3e-3, rel=0.1)
     assert found.rates[0] == 1e-6
     assert found.flops > 0
     assert found.measured.memory > 2**20
