@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 
 from conf.errors import RequestError
 from conf.schema import DataConfig
-from sequencer.data.memory import MemorySet, is_held
+from sequencer.data.memory import CPU, Held, MemoryEvalSet, MemorySet, can_augment, fits, is_held
 from sequencer.data.quarantine import Quarantine
 from sequencer.data.readable import ReadableSet, collate_readable
 from sequencer.data.seeding import EpochSampler, SeededSet
@@ -96,9 +96,9 @@ class DataModule(pl.LightningDataModule):
     def train_dataloader(self) -> DataLoader[Any]:
         """Shuffled and augmented from (seed, epoch); leaves out an incomplete last batch unless it is the only one."""
         share = self.config.batch_size // self._share()[1]
-        if is_held(self.train_set, self.config):
-            held = MemorySet(self.train_set, self.config, self.seed)
-            return self._loader(held, share, self._sampler(), collate_fn=list)
+        if is_held(self.train_set, self.config) and can_augment(self.config):
+            held = self._hold(self.train_set)
+            return self._held_loader(MemorySet(held, self.config, self.seed), share, self._sampler(), held)
         return self._loader(SeededSet(self.train_set, self.seed), share, self._sampler())
 
     def val_dataloader(self) -> DataLoader[Any]:
@@ -117,6 +117,9 @@ class DataModule(pl.LightningDataModule):
 
     def _eval_loader(self, images: ImageSet) -> DataLoader[Any]:
         shard = self._shard(images)
+        if is_held(images, self.config) and self.config.crop_pct == 1:
+            held = self._hold(images)
+            return self._held_loader(MemoryEvalSet(held), self.config.eval_batch_size, shard, held)
         return self._loader(ReadableSet(images), self.config.eval_batch_size, shard, collate_fn=collate_readable)
 
     def _sampler(self) -> EpochSampler:
@@ -139,14 +142,34 @@ class DataModule(pl.LightningDataModule):
         rank, world_size = self._share()
         return range(rank, len(dataset), world_size)
 
-    def _loader(self, dataset: Any, batch_size: int, sampler: Any, **kwargs: Any) -> DataLoader[Any]:
+    def _hold(self, images: ImageSet) -> Held:
+        """On the device that trains, if it has room."""
+        device = self.trainer.strategy.root_device if self.trainer else CPU
+        return Held(images, self.config, device if fits(images, device) else CPU)
+
+    def _held_loader(self, dataset: Any, batch_size: int, sampler: Any, held: Held) -> DataLoader[Any]:
+        """What is on a GPU is not sent to other processes."""
+        on_cpu = held.data.device == CPU
+        workers = self.config.num_workers if on_cpu else 0
+        return self._loader(dataset, batch_size, sampler, workers, on_cpu, collate_fn=list)
+
+    def _loader(
+        self,
+        dataset: Any,
+        batch_size: int,
+        sampler: Any,
+        workers: int | None = None,
+        pin_memory: bool = True,
+        **kwargs: Any,
+    ) -> DataLoader[Any]:
+        workers = self.config.num_workers if workers is None else workers
         return DataLoader(
             dataset,
             batch_size=batch_size,
             sampler=sampler,
-            num_workers=self.config.num_workers,
-            persistent_workers=self.config.num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=pin_memory and torch.cuda.is_available(),
             # a generator of its own: by default every new iterator draws from torch's global state
             generator=torch.Generator(),
             **kwargs,

@@ -9,10 +9,10 @@ import torch.nn.functional as F
 
 from conf.request import compose, to_config
 from conf.schema import AugmentConfig, DataConfig
-from sequencer.data import DataModule, open_dataset
-from sequencer.data.memory import MemorySet, is_held
+from sequencer.data import DataModule, ReadableSet, collate_readable, open_dataset
+from sequencer.data.memory import GOLDEN, Held, MemoryEvalSet, MemorySet, _mix, is_held
 from sequencer.data.seeding import SeededSet
-from sequencer.data.transforms import train_transform
+from sequencer.data.transforms import eval_transform, train_transform
 
 PLAIN = AugmentConfig()
 
@@ -38,7 +38,7 @@ def test_plain_images_are_the_same_bit_for_bit(name, made_root):
     images = opened(config)
     assert is_held(images, config)
     keys = [(0, index) for index in (5, 0, 17, 5)]
-    found, labels = MemorySet(images, config, seed=0).__getitems__(keys)
+    found, labels = MemorySet(Held(images, config), config, seed=0).__getitems__(keys)
     expected, expected_labels = one_by_one(config, keys)
     assert torch.equal(found, expected)
     assert torch.equal(labels, expected_labels)
@@ -47,10 +47,34 @@ def test_plain_images_are_the_same_bit_for_bit(name, made_root):
 def test_real_images_too(cifar10_root):
     config = data("cifar10", cifar10_root)
     keys = [(0, index) for index in range(0, 45_000, 900)]
-    found, labels = MemorySet(opened(config), config, seed=0).__getitems__(keys)
+    found, labels = MemorySet(Held(opened(config), config), config, seed=0).__getitems__(keys)
     expected, expected_labels = one_by_one(config, keys)
     assert torch.equal(found, expected)
     assert torch.equal(labels, expected_labels)
+
+
+@pytest.mark.parametrize("name", ["digits", "mnist", "cifar10"])
+def test_evaluation_images_are_the_same_bit_for_bit(name, made_root):
+    config = data(name, made_root)
+    module = DataModule(config, seed=0)
+    module.setup()
+    images = open_dataset(config, "test", eval_transform(config))
+    loader = module.test_dataloader()
+    assert isinstance(loader.dataset, MemoryEvalSet)
+    found = [torch.cat(parts) for parts in zip(*loader, strict=True)]
+    expected = collate_readable(ReadableSet(images).__getitems__(range(len(images))))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_makes_the_same_batches(noise):
+    config, held = noise
+    keys = [(2, index) for index in range(50)]
+    there = MemorySet(Held(opened(config), config, torch.device("cuda")), config, seed=3)
+    found, labels = there.__getitems__(keys)
+    assert found.is_cuda
+    torch.testing.assert_close(found.cpu(), held.__getitems__(keys)[0])
+    assert torch.equal(labels.cpu(), held.__getitems__(keys)[1])
 
 
 @pytest.fixture
@@ -59,12 +83,12 @@ def noise(made_root) -> tuple[DataConfig, MemorySet]:
     config = data("cifar10", made_root, AugmentConfig(crop_padding=2, hflip=0.5))
     images = opened(config)
     images.source.data = np.random.RandomState(0).randint(256, size=images.source.data.shape, dtype=np.uint8)
-    return config, MemorySet(images, config, seed=3)
+    return config, MemorySet(Held(images, config), config, seed=3)
 
 
 def test_every_image_is_one_of_its_crops(noise):
     config, held = noise
-    plain = MemorySet(opened(config), replace(config, augment=PLAIN), seed=3)
+    plain = MemorySet(Held(opened(config), config), replace(config, augment=PLAIN), seed=3)
     black = -torch.tensor(config.mean).view(3, 1, 1) / torch.tensor(config.std).view(3, 1, 1)
     seen = []
     for index in range(len(held)):
@@ -85,6 +109,20 @@ def test_every_image_is_one_of_its_crops(noise):
     assert 0.3 < np.mean(flips) < 0.7
 
 
+def test_what_is_drawn_is_uniform(noise):
+    _, held = noise
+    position = torch.arange(25.0).view(1, 1, 5, 5).expand(5000, 1, 5, 5)
+    counts = torch.zeros(25)
+    for epoch in range(4):
+        states = _mix(_mix(held.seed + torch.full((5000,), epoch) * GOLDEN) + torch.arange(5000) * GOLDEN)
+        crops = held._moved(position, states)[:, 0]
+        counts += torch.bincount(crops[:, 2, 2].long(), minlength=25)  # the middle pixel tells the crop
+    deviation = (20_000 * (1 / 25) * (24 / 25)) ** 0.5
+    assert counts.sum() == 20_000
+    assert (counts - 800).abs().max() < 4 * deviation
+    assert counts.sub(800).square().mean().sqrt() > 0.3 * deviation  # and not laid out evenly
+
+
 def test_what_is_drawn_depends_on_seed_epoch_and_index_alone(noise):
     config, held = noise
     keys = [(4, index) for index in range(20)]
@@ -96,7 +134,7 @@ def test_what_is_drawn_depends_on_seed_epoch_and_index_alone(noise):
     assert torch.equal(together, apart)
     assert torch.equal(torch.get_rng_state(), state)
     assert not torch.equal(together, held.__getitems__([(5, index) for _, index in keys])[0])
-    other = MemorySet(opened(config), config, seed=4)
+    other = MemorySet(Held(opened(config), config), config, seed=4)
     assert not torch.equal(together, other.__getitems__(keys)[0])
 
 
