@@ -296,6 +296,8 @@ def _check_together(config: Config) -> None:
         for key in ("slot", "best_metric"):
             if "ema" in getattr(trainer, key):
                 raise RequestError(f"trainer.{key}={getattr(trainer, key)} needs an average: set optim.ema_decay")
+    if trainer.best_metric == "epoch" and trainer.early_stopping_patience is not None:
+        raise RequestError("trainer.early_stopping_patience needs a trainer.best_metric that can fail to get better")
     if optim.warmup_epochs + optim.cooldown_epochs > trainer.max_epochs:
         raise RequestError(
             f"optim.warmup_epochs={optim.warmup_epochs} and cooldown_epochs={optim.cooldown_epochs} are part of "

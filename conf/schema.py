@@ -208,8 +208,8 @@ class TrainerConfig:
     compile: bool = knob(False, "run the model through torch.compile (ours, not Lightning's)")
     best_metric: str = knob(
         "val/top1",
-        "decides checkpoints/best.ckpt (ours)",
-        choices=("val/top1", "val/top5", "val/loss", "val_ema/top1", "val_ema/top5", "val_ema/loss"),
+        "decides checkpoints/best.ckpt; epoch takes the last one (ours)",
+        choices=("epoch", "val/top1", "val/top5", "val/loss", "val_ema/top1", "val_ema/top5", "val_ema/loss"),
     )
     slot: str = knob("raw", "weights that model/ and the test metrics use (ours)", choices=("raw", "ema"))
     early_stopping_patience: int | None = knob(

@@ -46,7 +46,9 @@ def prepare_sweep(overrides: list[str]) -> tuple[Path, list[str]]:
     parsed, params = parse_overrides(overrides), _params(overrides)
     if params and any(override.key_or_group == "experiment" and override.is_sweep_override() for override in parsed):
         raise RequestError("a recipe that is a sweep stands alone: give one experiment=")
-    folder = Path(to_config(compose([*params, *overrides])).run_dir)
+    config = to_config(compose([*params, *overrides]))
+    _check_direction(compose(overrides, with_hydra=True).hydra.sweeper.get("direction"), config.trainer.best_metric)
+    folder = Path(config.run_dir)
     for override in parse_overrides(params) + parsed:
         if override.is_sweep_override():
             for value in _values(override):
@@ -99,12 +101,18 @@ def run_trial(script: str, composed: DictConfig) -> float | None:
     failed = folder.with_name(f"{folder.name}.failed")
     failed.unlink(missing_ok=True)
     if code == 0:
-        return float(json.loads((folder / "summary.json").read_text())[composed.trainer.best_metric])
+        return _value(json.loads((folder / "summary.json").read_text()), composed.trainer)
     if code in INTERRUPTED:
         raise SystemExit(code if code > 0 else 128 - code)
     failed.parent.mkdir(parents=True, exist_ok=True)
     failed.write_text(f"exit code {code}\n")
     return None
+
+
+def _value(summary: dict[str, Any], trainer: DictConfig) -> float:
+    """What a search is for: the best metric, or top-1 of the slot where the last epoch was taken."""
+    last = "val_ema/top1" if trainer.slot == "ema" else "val/top1"
+    return float(summary[last if trainer.best_metric == "epoch" else trainer.best_metric])
 
 
 def _run(command: list[str]) -> int:
@@ -146,6 +154,16 @@ def _folder_name(overrides: str) -> str:
 def _quoted(path: Path) -> str:
     """In Hydra's grammar."""
     return "'" + str(path).replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
+def _check_direction(direction: str | None, metric: str) -> None:
+    """A search the wrong way would find the worst."""
+    wanted = "minimize" if metric.endswith("loss") else "maximize"
+    if direction not in (None, wanted):
+        raise RequestError(
+            f"hydra.sweeper.direction={direction}, but trainer.best_metric={metric}: add "
+            f"hydra.sweeper.direction={wanted}, or choose another metric"
+        )
 
 
 def _check_sweeper(overrides: list[str]) -> None:

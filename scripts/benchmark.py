@@ -4,10 +4,11 @@
     python scripts/benchmark.py model --batch 1 8        # sequencer2d_s beside timm's and beside other networks
     python scripts/benchmark.py growth                   # how a layer's cost grows with batch, steps and hidden size
     python scripts/benchmark.py export                   # our ONNX graph beside timm's, in onnxruntime on the CPU
+    python scripts/benchmark.py loop                     # a run of ours beside a bare loop, on CIFAR-10's shapes
 
-First the gate: all weights drawn at random, a random gradient from above, outputs and every gradient compared with
-float64. Then all contenders take turns. `of floor` is the least time that the counted operations or bytes allow, at
-the rates of a large matrix product and a large copy in the same run, over the time taken.
+In the first four, the gate comes first: all weights drawn at random, a random gradient from above, outputs and every
+gradient compared with float64. Then all contenders take turns. `of floor` is the least time that the counted operations
+or bytes allow, at the rates of a large matrix product and a large copy in the same run, over the time taken.
 """
 
 import json
@@ -38,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
 def parse(argv: list[str] | None) -> Namespace:
     parser = Parser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("what", choices=("ops", "model", "growth", "export"))
+    add("what", choices=("ops", "model", "growth", "export", "loop"))
     add("--peer", nargs="+", metavar="NAME", help="ops: timm, packed; model: timm or any timm model")
     add("--backend", nargs="+", metavar="NAME", help="ours; default: the fastest, and torch's kernels")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto, a GPU where there is one")
@@ -61,6 +62,9 @@ def work(args: Namespace) -> None:
 
     if args.what == "export":
         check_export(args)
+    if args.what == "loop":
+        loop(args)
+        return
     device, dtype = pick_device(args.device), getattr(torch, args.dtype)
     check(args, device, dtype)
     output = args.output or Path("outputs/benchmark") / f"{args.what}_{time.strftime('%Y-%m-%d_%H-%M-%S')}"
@@ -263,6 +267,26 @@ def compare(
             )
     Console(width=140).print(table)
     return records
+
+
+def loop(args: Namespace) -> None:
+    """cifar10_cpu's recipe, and on a GPU that of cifar10_gpu."""
+    from statistics import median
+
+    from conf.request import compose, to_config
+    from sequencer.analysis import benchmark
+    from sequencer.training.loop import measure_loops
+
+    device = pick_device(args.device)
+    recipe, batches = ("cifar10_gpu", 80) if device.type == "cuda" else ("cifar10_cpu", 60)
+    settings = [f"experiment={recipe}", f"trainer.accelerator={device.type}", "data.num_workers=0"]
+    seconds = measure_loops(to_config(compose(settings)), batches, args.rounds)
+    rule = ", ".join(f"{name} {value}" for name, value in benchmark.machine(device).items())
+    print(f"{rule}\n{recipe}: {batches} steps, {args.rounds} rounds by turns")
+    for name, values in seconds.items():
+        print(f"{name:<10} median {1e3 * median(values) / batches:.2f} ms a step")
+    ratios = [ours / bare for bare, ours in zip(*seconds.values(), strict=True)]
+    print(f"Lightning over the bare loop: {median(ratios):.3f} (median of {len(ratios)} pairs)")
 
 
 def growth(args: Namespace, device: Any, dtype: Any, rates: tuple[float, float], output: Path) -> list[dict[str, Any]]:

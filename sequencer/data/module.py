@@ -38,6 +38,14 @@ class DataModule(pl.LightningDataModule):
         self._position: dict[str, Any] = {"epoch": 0, "batches": 0, "reshuffles": []}
         self._reshuffles = 0
 
+    @classmethod
+    def of_parts(cls, config: DataConfig, seed: int, train: ImageSet, val: ImageSet) -> "DataModule":
+        """Serves parts that are open; there is no test part."""
+        module = cls(config, seed)
+        module.train_set, module.val_set, module.test_set = train, val, None
+        module.class_names, module._is_set_up = train.class_names, True
+        return module
+
     def state_dict(self) -> dict[str, Any]:
         """Part of every checkpoint: the epoch, how many of its batches have been trained on, and their order."""
         assert self.trainer is not None

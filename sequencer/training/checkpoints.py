@@ -131,7 +131,8 @@ class RunCheckpoints(Checkpoint):
             self._save_or_stop(trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Classifier) -> None:
-        value = float(trainer.callback_metrics[self.best_metric])
+        metrics = {"epoch": trainer.current_epoch} | trainer.callback_metrics
+        value = float(metrics[self.best_metric])
         best = self.best_value
         # NaN compares false, so it replaces nothing; a first epoch of NaN still leaves a checkpoint
         improved = best is None or math.isnan(best) or self.sign * value > self.sign * best

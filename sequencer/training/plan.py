@@ -78,7 +78,7 @@ def plan(config: Config, sources: Sources, trials: int = 1) -> Plan:
     distributed.join(uses_gpu(config))
     with TemporaryDirectory(prefix="plan") as folder:
         folder = distributed.from_first(folder)
-        parts = build_parts(_in(config, Path(folder, "whole")))
+        parts = build_parts(dataclasses.replace(config, run_dir=str(Path(folder, "whole"))))
         problems = _problems(parts.data, config)
         batches = limited(len(parts.data.train_dataloader()), config.trainer.limit_train_batches)
         val_batches = limited(len(parts.data.val_dataloader()), config.trainer.limit_val_batches)
@@ -103,20 +103,22 @@ def plan(config: Config, sources: Sources, trials: int = 1) -> Plan:
     return result
 
 
-def _in(config: Config, run_dir: Path, **trainer: Any) -> Config:
-    section = dataclasses.replace(config.trainer, enable_progress_bar=False, **trainer)
+def without_end(config: Config, run_dir: Path, **trainer: Any) -> Config:
+    """The run in another folder with another number of epochs and batches, ended by nothing else, and silent."""
+    ends = {"max_steps": -1, "early_stopping_patience": None, "max_loss": math.inf, "enable_progress_bar": False}
+    section = dataclasses.replace(config.trainer, **ends | trainer)
     return dataclasses.replace(config, run_dir=str(run_dir), trainer=section)
 
 
 def _measure(config: Config, folder: Path, batches: int, val_batches: int) -> Measured:
-    pilot = _Clock()
+    pilot = Clock()
     few = min(PILOT_BATCHES, batches)
-    _fit(_in(config, folder / "pilot", **_limits(1, few, 1)), pilot)
+    _fit(without_end(config, folder / "pilot", **_limits(1, few, 1)), pilot)
     step_s = mean(pilot.steps[0][1:] or pilot.steps[0])
     number = min(batches, max(few, round(SECONDS / step_s)))
     val_number = min(val_batches, max(2, round(SECONDS / 3 / max(pilot.validations[0], 1e-9))))
-    clock, run_dir = _Clock(), folder / "timed"
-    parts = _fit(_in(config, run_dir, **_limits(3, number, val_number)), clock)
+    clock, run_dir = Clock(), folder / "timed"
+    parts = _fit(without_end(config, run_dir, **_limits(3, number, val_number)), clock)
     steps = clock.steps[1]
     step_s, val_s = mean(steps[1:] or steps), clock.validations[1] / val_number
     epochs = [later - earlier for earlier, later in zip(clock.epochs, clock.epochs[1:], strict=False)]
@@ -131,17 +133,10 @@ def _measure(config: Config, folder: Path, batches: int, val_batches: int) -> Me
 
 
 def _limits(epochs: int, batches: int, val_batches: int) -> dict[str, Any]:
-    return {
-        "max_epochs": epochs,
-        "max_steps": -1,
-        "limit_train_batches": batches,
-        "limit_val_batches": val_batches,
-        "early_stopping_patience": None,
-        "max_loss": math.inf,
-    }
+    return {"max_epochs": epochs, "limit_train_batches": batches, "limit_val_batches": val_batches}
 
 
-def _fit(config: Config, clock: "_Clock") -> Parts:
+def _fit(config: Config, clock: "Clock") -> Parts:
     parts = build_parts(config, clock)
     if config.trainer.compile:
         compile_in_place(parts.model)
@@ -149,7 +144,7 @@ def _fit(config: Config, clock: "_Clock") -> Parts:
     return parts
 
 
-class _Clock(Callback):
+class Clock(Callback):
     """Seconds of every step and every validation, by epoch, and the times at which epochs start."""
 
     def __init__(self) -> None:

@@ -54,10 +54,11 @@ class Parts:
     description: list[str]
 
 
-def build_parts(config: Config, *callbacks: Callback) -> Parts:
+def build_parts(config: Config, *callbacks: Callback, data: DataModule | None = None) -> Parts:
     """
     Args:
         callbacks: further ones for the Trainer.
+        data: in place of what `config.data` asks for.
 
     Raises:
         RequestError: what was asked for cannot be had; nothing was written.
@@ -65,7 +66,7 @@ def build_parts(config: Config, *callbacks: Callback) -> Parts:
     run_dir = Path(config.run_dir)
     quieten()
     pl.seed_everything(config.seed, verbose=False)
-    data = DataModule(config.data, config.seed, run_dir / "bad_samples.csv")
+    data = data or DataModule(config.data, config.seed, run_dir / "bad_samples.csv")
     distributed.one_by_one(data.setup)
     configure(config.model.backend, config.model.recompute)
     model = distributed.one_by_one(lambda: _build_model(config, data.num_classes))

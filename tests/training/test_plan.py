@@ -24,7 +24,7 @@ def test_where_values_come_from():
         "model.kwargs.cell": "command line",
         "model.kwargs.layers": "conf/experiment/cifar10_cpu.yaml",
         "trainer.max_epochs": "conf/experiment/ablation_hidden.yaml",
-        "optim.opt": "conf/optim/sgd.yaml",
+        "optim.momentum": "conf/optim/sgd.yaml",
         "data.mean": "conf/data/cifar10.yaml",
         "model.name": "conf/data/cifar10.yaml",  # through data.default_model
         "seed": "conf/schema.py",

@@ -50,6 +50,13 @@ def test_run_folder(config, tmp_path):
     assert "epoch 2/2" in log
 
 
+def test_the_last_epoch_may_be_taken_whatever_it_is(config, tmp_path):
+    summary = run(config("trainer.best_metric=epoch", "trainer.max_epochs=3", "optim.lr=0.5"))  # which gets worse
+    assert summary["best_epoch"] == 2
+    last, best = (read_checkpoint(tmp_path / "run" / "checkpoints" / f"{name}.ckpt") for name in ("last", "best"))
+    assert same(last["state_dict"], best["state_dict"])
+
+
 def test_metrics_rows(config, tmp_path):
     run(config("data.augment.smoothing=0.1"))
     table = rows(tmp_path / "run")

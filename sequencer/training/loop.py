@@ -1,0 +1,95 @@
+"""What Lightning's loop costs beside a bare one: the same model, optimizer and batches, images of CIFAR-10's shape."""
+
+import copy
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import Callback
+from torch import nn
+
+from conf.schema import Config
+from sequencer.data import DataModule, ImageSet
+from sequencer.training.optim import build_optimizer, build_schedule
+from sequencer.training.plan import Clock, without_end
+from sequencer.training.setup import build_parts
+
+
+def measure_loops(config: Config, batches: int, rounds: int) -> dict[str, list[float]]:
+    """Seconds of `batches` training steps in a bare loop and in a run of ours, by turns, `rounds` times each after a
+    warm-up. The run logs, guards, schedules and saves as any other.
+
+    Args:
+        config: of a run on CIFAR-10; its data need not be there.
+    """
+    with TemporaryDirectory() as folder:
+        limits = {"max_epochs": rounds + 1, "limit_train_batches": batches, "limit_val_batches": 1}
+        config = without_end(config, Path(folder, "run"), **limits)
+        data = _made(config, batches)
+        bare, clock = _BareLoop(config, data, batches), Clock()
+        parts = build_parts(config, bare, clock, data=data)
+        bare.copy(parts.model)
+        parts.trainer.fit(parts.module, datamodule=data)
+    return {"bare loop": bare.seconds[1:], "Lightning": [sum(steps) for steps in clock.steps[1:]]}
+
+
+class _Made:
+    """As many images of noise as `batches` need, of CIFAR-10's shape."""
+
+    def __init__(self, number: int, classes: int) -> None:
+        random = np.random.RandomState(0)
+        self.data = random.randint(256, size=(number, 32, 32, 3), dtype=np.uint8)
+        self.targets = (np.arange(number) % classes).tolist()
+        self.classes = [str(label) for label in range(classes)]
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+
+def _made(config: Config, batches: int) -> DataModule:
+    source = _Made(batches * config.data.batch_size, 10)
+    part = ImageSet(source, np.arange(len(source)), lambda image: image)
+    return DataModule.of_parts(config.data, config.seed, train=part, val=part)
+
+
+class _BareLoop(Callback):
+    """Takes its turn before every epoch of the Trainer."""
+
+    def __init__(self, config: Config, data: DataModule, batches: int) -> None:
+        self.config, self.data, self.batches = config, data, batches
+        self.seconds: list[float] = []
+
+    def copy(self, model: nn.Module) -> None:
+        self.model = copy.deepcopy(model)
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not self.seconds:
+            self.model.to(pl_module.device)
+            self.optimizer = build_optimizer(self.model, self.config.optim)
+            updates = self.batches * trainer.max_epochs  # type: ignore[operator]
+            self.schedule = build_schedule(self.optimizer, self.config.optim, updates, self.batches)
+            self.loader = self.data.train_dataloader()
+        self.seconds.append(self._epoch(pl_module.device))
+
+    def _epoch(self, device: torch.device) -> float:
+        start, total = self._now(device), torch.zeros((), device=device)
+        for number, (images, labels) in enumerate(self.loader):
+            images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+            loss = nn.functional.cross_entropy(self.model(images), labels)
+            loss.backward()
+            if self.config.trainer.gradient_clip_val:
+                nn.utils.clip_grad_norm_(self.model.parameters(), self.config.trainer.gradient_clip_val)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            self.schedule.step_update(len(self.seconds) * self.batches + number + 1)
+            total += loss.detach()
+        return self._now(device) - start
+
+    @staticmethod
+    def _now(device: torch.device) -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
