@@ -79,9 +79,14 @@ class DataConfig:
             "stanford_cars",
             "imagefolder",
             "imagenet",
+            "webdataset",
         ),
     )
-    root: str = knob("data", "folder that holds the set; an image folder has train/, val/ and optionally test/")
+    root: str = knob(
+        "data",
+        "folder that holds the set; an image folder has train/, val/ and optionally test/; shards may be at an http, "
+        "https or s3 address",
+    )
     download: bool = knob(False, "let torchvision fetch the set into data.root where it is missing")
     num_classes: int | None = knob(None, "number of classes; null counts the folders of an image folder", low=1)
     in_chans: int = knob(3, "image channels given to the model", low=1)
@@ -104,6 +109,7 @@ class DataConfig:
     max_bad_share: float = knob(
         0.01, "share of a part's images that may be unreadable before the run stops", low=0.0, high=1.0
     )
+    shuffle_buffer: int = knob(2048, "shards: images that a loader process reads ahead and shuffles", low=1)
     eval_batch_size: int = knob(256, "images per device in evaluation", low=1)
     num_workers: int = knob(2, "loader processes per device; 0 loads in the training process", low=0)
     augment: AugmentConfig = field(default_factory=AugmentConfig)

@@ -159,7 +159,7 @@ def _quoted(path: Path) -> str:
 def _check_direction(direction: str | None, metric: str) -> None:
     """A search the wrong way would find the worst."""
     wanted = "minimize" if metric.endswith("loss") else "maximize"
-    if direction not in (None, wanted):
+    if (direction := getattr(direction, "name", direction)) not in (None, wanted):  # the plugin has an enum
         raise RequestError(
             f"hydra.sweeper.direction={direction}, but trainer.best_metric={metric}: add "
             f"hydra.sweeper.direction={wanted}, or choose another metric"

@@ -89,7 +89,7 @@ def work(args: Namespace) -> None:
     model = Path(args.model)
     output = args.output or (model if (model / "config.yaml").is_file() else Path()) / "evaluation"
     distributed.one_by_one(lambda: start_folder(output))
-    loader = open_loader(images, data, split, output / "bad_samples.csv", device)
+    loader = open_loader(images, data, split, output / "bad_samples.csv")
     network = (FlipAveraged(loaded.model) if args.flip else loaded.model).to(device)
     outcomes: list[Outcome] = []
     start = time.perf_counter()
@@ -113,22 +113,13 @@ def start_folder(output: Path) -> None:
         (output / "bad_samples.csv").unlink(missing_ok=True)
 
 
-def open_loader(images: "ImageSet", data: DataConfig, split: str, bad_samples: Path, device: "torch.device") -> Any:
+def open_loader(images: "ImageSet", data: DataConfig, split: str, bad_samples: Path) -> Any:
     """This process's share of the images, in batches."""
-    from torch.utils.data import DataLoader
-
-    from sequencer.data import Quarantine, ReadableSet, collate_readable
+    from sequencer.data import Quarantine, evaluation_loader
     from sequencer.distributed import rank, world_size
 
     images.quarantine = Quarantine(bad_samples, split, len(images), data.max_bad_share)
-    return DataLoader(
-        ReadableSet(images),
-        data.eval_batch_size,
-        sampler=range(rank(), len(images), world_size()),
-        num_workers=data.num_workers,
-        pin_memory=device.type == "cuda",
-        collate_fn=collate_readable,
-    )
+    return evaluation_loader(images, data, rank(), world_size())
 
 
 def summarise(metrics: "dict[str, torch.Tensor]", images: int, seconds: float) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Image files as RGB images, or one error for whatever may be wrong with them."""
 
 import warnings
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +16,10 @@ class UnreadableImage(Exception):
         super().__init__(self.path, reason)
 
 
-def read_image(path: str | Path) -> Image.Image:
-    """The whole image, or the first frame of an animated one, as RGB with eight bits a channel.
+def read_image(path: str | Path, file: BytesIO | None = None) -> Image.Image:
+    """The whole image of `path`, or of the open `file` that is called so, as RGB with eight bits a channel.
 
+    Of an animated one, the first frame.
     Transparency is dropped. Grey images of 16 bits are scaled to eight, where Pillow would cut them off at 255.
 
     Raises:
@@ -26,7 +28,7 @@ def read_image(path: str | Path) -> Image.Image:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of Pillow's, about what it reads all the same
         try:
-            with Image.open(path) as image:
+            with Image.open(file or path) as image:
                 image.load()
                 return _to_rgb(image)
         except Exception as error:  # Pillow's decoders raise a dozen kinds

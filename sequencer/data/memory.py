@@ -14,15 +14,16 @@ from torch.utils.data import Dataset
 from conf.schema import DataConfig
 from sequencer.data.seeding import Key
 from sequencer.data.sets import ImageSet
+from sequencer.data.shards import ShardSet
 from sequencer.data.transforms import channel_statistics
 
 CPU = torch.device("cpu")
 LARGEST_SHARE = 0.25  # of a GPU's free memory
 
 
-def is_held(images: ImageSet, config: DataConfig) -> bool:
+def is_held(images: ImageSet | ShardSet, config: DataConfig) -> bool:
     """Whether the set is in memory, of the size and channels that are wanted."""
-    if not hasattr(images.source, "data"):
+    if isinstance(images, ShardSet) or not hasattr(images.source, "data"):
         return False
     return tuple(_floats(images.source.data[:1]).shape[1:]) == (config.in_chans, config.img_size, config.img_size)
 
@@ -33,10 +34,11 @@ def can_augment(config: DataConfig) -> bool:
     return not (augment.scale or augment.auto_augment or augment.color_jitter or augment.reprob)
 
 
-def fits(images: ImageSet, device: torch.device) -> bool:
+def fits(images: ImageSet | ShardSet, device: torch.device) -> bool:
     """Whether a device has room for the images of the set."""
     if device.type != "cuda":
         return device.type == "cpu"
+    assert isinstance(images, ImageSet)
     return images.source.data.nbytes < LARGEST_SHARE * torch.cuda.mem_get_info(device)[0]
 
 

@@ -14,6 +14,7 @@ from sequencer.data.quarantine import Quarantine
 from sequencer.data.readable import ReadableSet, collate_readable
 from sequencer.data.seeding import EpochSampler, SeededSet
 from sequencer.data.sets import ImageSet, has_test_part, open_dataset
+from sequencer.data.shards import ShardSet, StreamSampler, StreamSet, Stretches
 from sequencer.data.transforms import eval_transform, train_transform
 
 
@@ -23,9 +24,9 @@ class DataModule(pl.LightningDataModule):
     After `setup`: `train_set`, `val_set`, `test_set` (None for an image folder without `test/`) and `class_names`.
     """
 
-    train_set: ImageSet
-    val_set: ImageSet
-    test_set: ImageSet | None
+    train_set: ImageSet | ShardSet
+    val_set: ImageSet | ShardSet
+    test_set: ImageSet | ShardSet | None
     class_names: list[str]
 
     def __init__(self, config: DataConfig, seed: int, bad_samples: Path | None = None) -> None:
@@ -71,7 +72,13 @@ class DataModule(pl.LightningDataModule):
 
     def images_of(self, epoch: int, batch: int) -> list[int]:
         """Indices in `train_set` of the images of a batch, over all processes."""
-        return self._sampler().batches_of(epoch)[batch].tolist()
+        sampler, images = self._sampler(), self.train_set
+        if not isinstance(images, ShardSet):
+            return sampler.batches_of(epoch)[batch].tolist()
+        world_size = self._share()[1]
+        share = sampler.batch_size // world_size
+        every = [self._stretches(images, sampler, rank) for rank in range(world_size)]
+        return [one.number(epoch, index) for one in every for index in range(batch * share, (batch + 1) * share)]
 
     def setup(self, stage: str | None = None) -> None:
         """Open every part, once, whatever the stage.
@@ -92,7 +99,7 @@ class DataModule(pl.LightningDataModule):
         self._is_set_up = True
 
     @property
-    def parts(self) -> dict[str, ImageSet]:
+    def parts(self) -> dict[str, ImageSet | ShardSet]:
         """The parts by their names, those that there are."""
         parts = {"train": self.train_set, "val": self.val_set, "test": self.test_set}
         return {name: images for name, images in parts.items() if images is not None}
@@ -103,15 +110,17 @@ class DataModule(pl.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Shuffled and augmented from (seed, epoch); leaves out an incomplete last batch unless it is the only one."""
-        share = self.config.batch_size // self._share()[1]
-        if is_held(self.train_set, self.config) and can_augment(self.config):
-            held = self._hold(self.train_set)
-            return self._held_loader(MemorySet(held, self.config, self.seed), share, self._sampler(), held)
-        return self._loader(SeededSet(self.train_set, self.seed), share, self._sampler())
+        share, sampler, images = self.config.batch_size // self._share()[1], self._sampler(), self.train_set
+        if isinstance(images, ShardSet):
+            return make_loader(StreamSet(self._stretches(images, sampler), self.seed), share, sampler, self.config)
+        if is_held(images, self.config) and can_augment(self.config):
+            held = Held(images, self.config, self._device(images))
+            return make_loader(MemorySet(held, self.config, self.seed), share, sampler, self.config, held)
+        return make_loader(SeededSet(images, self.seed), share, sampler, self.config)
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Every readable validation image once, in order; with several processes, this one's share."""
-        return self._eval_loader(self.val_set)
+        return evaluation_loader(self.val_set, self.config, *self._share(), self._device(self.val_set))
 
     def test_dataloader(self) -> DataLoader[Any]:
         """Every readable test image once, in order; with several processes, this one's share.
@@ -120,18 +129,12 @@ class DataModule(pl.LightningDataModule):
             RequestError: the set has no test part.
         """
         if self.test_set is None:
-            raise RequestError(f"data={self.config.name}: there is no folder test/ in data.root={self.config.root}")
-        return self._eval_loader(self.test_set)
-
-    def _eval_loader(self, images: ImageSet) -> DataLoader[Any]:
-        shard = self._shard(images)
-        if is_held(images, self.config) and self.config.crop_pct == 1:
-            held = self._hold(images)
-            return self._held_loader(MemoryEvalSet(held), self.config.eval_batch_size, shard, held)
-        return self._loader(ReadableSet(images), self.config.eval_batch_size, shard, collate_fn=collate_readable)
+            raise RequestError(f"data={self.config.name}: there is no test part in data.root={self.config.root}")
+        return evaluation_loader(self.test_set, self.config, *self._share(), self._device(self.test_set))
 
     def _sampler(self) -> EpochSampler:
-        return EpochSampler(
+        sampler = StreamSampler if isinstance(self.train_set, ShardSet) else EpochSampler
+        return sampler(
             len(self.train_set),
             self.config.batch_size,
             self.seed,
@@ -141,44 +144,68 @@ class DataModule(pl.LightningDataModule):
             self._position["reshuffles"],
         )
 
+    def _stretches(self, images: ShardSet, sampler: EpochSampler, rank: int | None = None) -> Stretches:
+        own, world_size = self._share()
+        return Stretches(
+            images,
+            sampler.batches * sampler.batch_size,
+            sampler.batch_size // world_size,
+            self.config.num_workers,
+            own if rank is None else rank,
+            world_size,
+            self.seed,
+            self.config.shuffle_buffer,
+            (sampler.first_epoch, " ".join(map(str, sampler.reshuffles))),
+        )
+
     def _share(self) -> tuple[int, int]:
         """This process's rank, and how many there are."""
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
-    def _shard(self, dataset: ImageSet) -> range:
-        """Shares without padding: none is longer by more than one image, and no image is in two."""
-        rank, world_size = self._share()
-        return range(rank, len(dataset), world_size)
-
-    def _hold(self, images: ImageSet) -> Held:
-        """On the device that trains, if it has room."""
+    def _device(self, images: ImageSet | ShardSet) -> torch.device:
+        """Where images that are held are kept: on the device that trains, if it has room."""
         device = self.trainer.strategy.root_device if self.trainer else CPU
-        return Held(images, self.config, device if fits(images, device) else CPU)
+        return device if is_held(images, self.config) and fits(images, device) else CPU
 
-    def _held_loader(self, dataset: Any, batch_size: int, sampler: Any, held: Held) -> DataLoader[Any]:
-        """What is on a GPU is not sent to other processes."""
-        on_cpu = held.data.device == CPU
-        workers = self.config.num_workers if on_cpu else 0
-        return self._loader(dataset, batch_size, sampler, workers, on_cpu, collate_fn=list)
 
-    def _loader(
-        self,
-        dataset: Any,
-        batch_size: int,
-        sampler: Any,
-        workers: int | None = None,
-        pin_memory: bool = True,
-        **kwargs: Any,
-    ) -> DataLoader[Any]:
-        workers = self.config.num_workers if workers is None else workers
-        return DataLoader(
-            dataset,
-            batch_size=batch_size,
-            sampler=sampler,
-            num_workers=workers,
-            persistent_workers=workers > 0,
-            pin_memory=pin_memory and torch.cuda.is_available(),
-            # a generator of its own: by default every new iterator draws from torch's global state
-            generator=torch.Generator(),
-            **kwargs,
-        )
+def evaluation_loader(
+    images: ImageSet | ShardSet,
+    config: DataConfig,
+    rank: int = 0,
+    world_size: int = 1,
+    device: torch.device = CPU,
+) -> DataLoader[Any]:
+    """Batches of images, labels and indices: every readable image once, over all processes.
+
+    The shares are not padded: none is longer by more than one image, and no image is in two. `device` is where images
+    that are held are kept.
+    """
+    batch_size = config.eval_batch_size
+    if isinstance(images, ShardSet):
+        stretches = Stretches(images, len(images), batch_size, config.num_workers, rank, world_size)
+        keys = [(0, index) for index in range(len(stretches))]
+        return make_loader(StreamSet(stretches), batch_size, keys, config, collate_fn=collate_readable)
+    share = range(rank, len(images), world_size)
+    if is_held(images, config) and config.crop_pct == 1:
+        held = Held(images, config, device)
+        return make_loader(MemoryEvalSet(held), batch_size, share, config, held)
+    return make_loader(ReadableSet(images), batch_size, share, config, collate_fn=collate_readable)
+
+
+def make_loader(
+    dataset: Any, batch_size: int, sampler: Any, config: DataConfig, held: Held | None = None, collate_fn: Any = None
+) -> DataLoader[Any]:
+    """`held` images make whole batches; those on a GPU are not sent to other processes."""
+    on_gpu = held is not None and held.data.device != CPU
+    workers = 0 if on_gpu else config.num_workers
+    return DataLoader(
+        dataset,
+        batch_size=batch_size,
+        sampler=sampler,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        pin_memory=torch.cuda.is_available() and not on_gpu,
+        collate_fn=list if held is not None else collate_fn,
+        # a generator of its own: by default every new iterator draws from torch's global state
+        generator=torch.Generator(),
+    )

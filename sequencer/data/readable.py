@@ -1,5 +1,6 @@
 """Evaluation on what can be read."""
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from sequencer.data.images import UnreadableImage
 from sequencer.data.sets import FILE_SETS, ImageSet
+from sequencer.data.shards import ShardSet, StreamSet, Stretches
 
 
 class ReadableSet(Dataset[Any]):
@@ -48,16 +50,25 @@ class _Decoding(ReadableSet):
         return torch.empty(0), 0
 
 
-def check_images(name: str, parts: dict[str, ImageSet], num_workers: int, show_progress: bool) -> int:
+def _decoding(images: ImageSet | ShardSet, num_workers: int) -> tuple[Dataset[Any], Any]:
+    if not isinstance(images, ShardSet):
+        return _Decoding(images), range(len(images))
+    plain = copy.copy(images)
+    plain.transform = lambda image: 0
+    return StreamSet(Stretches(plain, len(plain), 64, num_workers)), [(0, index) for index in range(len(plain))]
+
+
+def check_images(name: str, parts: dict[str, ImageSet | ShardSet], num_workers: int, show_progress: bool) -> int:
     """Decodes every image of every part; returns how many could be read.
 
     Raises:
         TooManyBadImages: more cannot be read than the quarantine of a part allows.
     """
-    if name not in FILE_SETS:
+    if name not in (*FILE_SETS, "webdataset"):
         return sum(len(images) for images in parts.values())  # in memory since they were opened
     readable = 0
     for part, images in parts.items():
-        loader = DataLoader(_Decoding(images), 64, num_workers=num_workers, collate_fn=len)
+        decoding, order = _decoding(images, num_workers)
+        loader = DataLoader(decoding, 64, sampler=order, num_workers=num_workers, collate_fn=len)
         readable += sum(track(loader, f"checking {part} images", transient=True, disable=not show_progress))
     return readable

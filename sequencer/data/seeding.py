@@ -6,6 +6,7 @@ stay as they were: an epoch can be replayed from its number alone.
 
 import random
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -83,6 +84,20 @@ class EpochSampler(Sampler[Key]):
         return torch.randperm(length, generator=generator)
 
 
+def own_random_states() -> AbstractContextManager[None]:
+    """Puts the caller's random states back at its end."""
+    # CUDA's states are not touched: asking for them in a forked worker would start CUDA there
+    return isolate_rng(include_cuda=False)
+
+
+def seed_transforms(seed: int, epoch: int, index: int) -> None:
+    """timm's transforms draw from all three generators."""
+    # a string is hashed (SHA-512), so that neighbouring seeds, epochs and indices have nothing in common
+    random.seed(f"{seed} {epoch} {index}")
+    np.random.seed(random.getrandbits(32))
+    torch.default_generator.manual_seed(random.getrandbits(63))  # torch.manual_seed would reseed CUDA too
+
+
 class SeededSet(Dataset[Any]):
     """A data set served by keys (epoch, index), whose random transforms are seeded from (seed, epoch, index).
 
@@ -97,16 +112,11 @@ class SeededSet(Dataset[Any]):
         return len(self.dataset)
 
     def __getitems__(self, keys: list[Key]) -> list[Any]:
-        # CUDA's states are not touched: asking for them in a forked worker would start CUDA there
-        with isolate_rng(include_cuda=False):
+        with own_random_states():
             return [self._item(epoch, index) for epoch, index in keys]
 
     def _item(self, epoch: int, index: int) -> Any:
-        # timm's transforms draw from all three generators. A string is hashed (SHA-512), so that neighbouring seeds,
-        # epochs and indices have nothing in common.
-        random.seed(f"{self.seed} {epoch} {index}")
-        np.random.seed(random.getrandbits(32))
-        torch.default_generator.manual_seed(random.getrandbits(63))  # torch.manual_seed would reseed CUDA too
+        seed_transforms(self.seed, epoch, index)
         while True:
             try:
                 return self.dataset[index]

@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,8 +22,7 @@ from conf.errors import RequestError
 from conf.schema import DataConfig
 from sequencer.data.images import UnreadableImage, read_image
 from sequencer.data.quarantine import Quarantine
-
-Split = Literal["train", "val", "test"]
+from sequencer.data.shards import ShardSet, Split, has_index
 
 FOLDER_SETS = ("imagefolder", "imagenet")
 DIGITS_TEST_FRACTION = 0.2
@@ -127,7 +126,7 @@ class ImageFiles:
         return read_image(path), label
 
 
-def open_dataset(config: DataConfig, split: Split, transform: Callable[[Any], Any]) -> ImageSet:
+def open_dataset(config: DataConfig, split: Split, transform: Callable[[Any], Any]) -> ImageSet | ShardSet:
     """Open one part of a set; `transform` turns its images into what the caller wants.
 
     Sets without a validation part give a fixed, stratified share (`val_fraction`) of their training images; the test
@@ -137,6 +136,8 @@ def open_dataset(config: DataConfig, split: Split, transform: Callable[[Any], An
         RequestError: the set or the part is missing or incomplete, or its classes are not those expected.
     """
     source: Any
+    if config.name == "webdataset":
+        return ShardSet(config, split, transform)
     if config.name in FOLDER_SETS:
         source = _open_folder(config, split)
     elif config.name == "digits":
@@ -155,7 +156,9 @@ def open_dataset(config: DataConfig, split: Split, transform: Callable[[Any], An
 
 
 def has_test_part(config: DataConfig) -> bool:
-    """Whether the set has test images: all have, but for image folders without `test/`."""
+    """Whether the set has test images: all have, but for image folders without `test/` and shards without such."""
+    if config.name == "webdataset":
+        return has_index(config, "test")
     return config.name not in FOLDER_SETS or (_root(config) / "test").is_dir()
 
 

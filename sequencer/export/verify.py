@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from conf.errors import RequestError
 from conf.schema import DataConfig
-from sequencer.data import ReadableSet, eval_transform, open_dataset
+from sequencer.data import ReadableSet, ShardSet, eval_transform, open_dataset
 from sequencer.models.exported import Exported
 
 BATCHES = (1, 3, 8)
@@ -67,11 +67,13 @@ def real_images(config: DataConfig, own_set: bool) -> tuple[Float[Tensor, "N C H
     number, transform = sum(BATCHES), eval_transform(config)
     for split in ("test", "val") if own_set else ():
         try:
-            images = ReadableSet(open_dataset(replace(config, download=False), split, transform))
+            part = open_dataset(replace(config, download=False), split, transform)
         except RequestError:
             continue
-        order = np.linspace(0, len(images) - 1, min(len(images), 4 * number)).astype(int).tolist()
-        found = images.__getitems__(order)[:: max(1, len(order) // number)][:number]
+        if isinstance(part, ShardSet):  # which has no single images
+            break
+        order = np.linspace(0, len(part) - 1, min(len(part), 4 * number)).astype(int).tolist()
+        found = ReadableSet(part).__getitems__(order)[:: max(1, len(order) // number)][:number]
         if len(found) == number:
             return torch.stack([image for image, *_ in found]), f"the {split} part of {config.name}"
     return torch.stack([transform(piece) for piece in _pieces(number)]), "scikit-learn's photographs"

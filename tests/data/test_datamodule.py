@@ -194,7 +194,7 @@ def test_photographs_are_served(photographs_root):
     images, labels = next(iter(module.train_dataloader()))
     assert (images.shape, labels.shape) == ((8, 3, 64, 64), (8,))
     assert len(module.val_dataloader()) == 1
-    with pytest.raises(RequestError, match=r"no folder test/ in data\.root="):
+    with pytest.raises(RequestError, match=r"no test part in data\.root="):
         module.test_dataloader()
 
 
