@@ -5,6 +5,7 @@
     python scripts/benchmark.py growth                   # how a layer's cost grows with batch, steps and hidden size
     python scripts/benchmark.py export                   # our ONNX graph beside timm's, in onnxruntime on the CPU
     python scripts/benchmark.py loop                     # a run of ours beside a bare loop, on CIFAR-10's shapes
+    python scripts/benchmark.py data data=cifar10 data.root=WHERE    # whether the loader keeps up with the model
 
 In the first four, the gate comes first: all weights drawn at random, a random gradient from above, outputs and every
 gradient compared with float64. Then all contenders take turns. `of floor` is the least time that the counted operations
@@ -39,7 +40,8 @@ def main(argv: list[str] | None = None) -> int:
 def parse(argv: list[str] | None) -> Namespace:
     parser = Parser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("what", choices=("ops", "model", "growth", "export", "loop"))
+    add("what", choices=("ops", "model", "growth", "export", "loop", "data"))
+    add("overrides", nargs="*", metavar="KEY=VALUE", help="data: the run, as train.py takes it")
     add("--peer", nargs="+", metavar="NAME", help="ops: timm, packed; model: timm or any timm model")
     add("--backend", nargs="+", metavar="NAME", help="ours; default: the fastest, and torch's kernels")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto, a GPU where there is one")
@@ -52,7 +54,7 @@ def parse(argv: list[str] | None) -> Namespace:
     add("--rounds", type=integer(2), default=10, metavar="N", help="passes of each contender; default: 10")
     add("--output", type=Path, metavar="DIR", help="default: outputs/benchmark/WHAT_TIME")
     add("--debug", action="store_true", help="show the traceback of an error")
-    return parser.parse_args(argv)
+    return parser.parse_intermixed_args(argv)
 
 
 def work(args: Namespace) -> None:
@@ -62,8 +64,10 @@ def work(args: Namespace) -> None:
 
     if args.what == "export":
         check_export(args)
-    if args.what == "loop":
-        loop(args)
+    if args.overrides and args.what != "data":
+        raise RequestError(f"{args.overrides[0]}: only benchmark.py data takes the values of a run")
+    if args.what in ("loop", "data"):
+        (loop if args.what == "loop" else data)(args)
         return
     device, dtype = pick_device(args.device), getattr(torch, args.dtype)
     check(args, device, dtype)
@@ -287,6 +291,23 @@ def loop(args: Namespace) -> None:
         print(f"{name:<10} median {1e3 * median(values) / batches:.2f} ms a step")
     ratios = [ours / bare for bare, ours in zip(*seconds.values(), strict=True)]
     print(f"Lightning over the bare loop: {median(ratios):.3f} (median of {len(ratios)} pairs)")
+
+
+def data(args: Namespace) -> None:
+    """Both alone: on a CPU they share its cores when they run together."""
+    from conf.request import compose, to_config
+    from sequencer.analysis import benchmark
+    from sequencer.training.loop import measure_loader
+
+    device = pick_device(args.device)
+    config = to_config(compose([f"trainer.accelerator={device.type}", *args.overrides]))
+    loader, model = measure_loader(config, seconds=args.rounds)
+    rule = ", ".join(f"{name} {value}" for name, value in benchmark.machine(device).items())
+    print(f"{rule}\n{config.data.name}, {config.data.num_workers} workers; {config.model.name}, batches of "
+          f"{config.data.batch_size}")  # fmt: skip
+    print(f"loader {loader:>12,.0f} images/s\nmodel  {model:>12,.0f} images/s")
+    verdict = "starves the model: add workers, or store smaller images" if loader < model else "keeps up with the model"
+    print(f"the loader gives {loader / model:.2f} times what the model takes: it {verdict}")
 
 
 def growth(args: Namespace, device: Any, dtype: Any, rates: tuple[float, float], output: Path) -> list[dict[str, Any]]:

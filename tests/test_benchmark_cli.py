@@ -1,10 +1,12 @@
 """scripts/benchmark.py: the gate, what it prints and writes, and how it ends. Speeds themselves are not tested."""
 
 import json
+import time
 
 import pytest
 import torch
 
+from conf import request
 from sequencer.analysis import benchmark
 from sequencer.ops import bilstm2d, triton_kernels
 
@@ -128,3 +130,40 @@ def test_wrong_arguments(script, capsys, arguments, message):
         script.main(arguments)
     assert ended.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_whether_the_loader_keeps_up(load_script, capsys):
+    script = load_script("benchmark")
+    wanted = ["data", "--rounds", "2", "data=digits", "data.num_workers=0", "--device", "cpu"]
+    assert script.main(wanted) == 0
+    rates = [
+        float(line.split()[1].replace(",", "")) for line in capsys.readouterr().out.splitlines() if "images/s" in line
+    ]
+    assert len(rates) == 2
+    assert all(rate > 10 for rate in rates)
+
+
+def test_a_slow_loader_is_found_out(load_script, capsys, monkeypatch):
+    from sequencer.data.memory import MemorySet
+
+    served = MemorySet.__getitems__
+    monkeypatch.setattr(MemorySet, "__getitems__", lambda self, keys: time.sleep(1) or served(self, keys))
+    script = load_script("benchmark")
+    assert script.main(["data", "--rounds", "2", "data=digits", "data.num_workers=0", "--device", "cpu"]) == 0
+    assert "starves the model" in capsys.readouterr().out
+
+
+def test_the_loop_beside_a_bare_one(load_script, capsys, monkeypatch):
+    compose = request.compose
+    monkeypatch.setattr(
+        request, "compose", lambda overrides: compose([*overrides, "data.batch_size=2", "trainer.max_epochs=1"])
+    )
+    assert load_script("benchmark").main(["loop", "--rounds", "2", "--device", "cpu"]) == 0
+    printed = capsys.readouterr().out
+    assert "Lightning over the bare loop: " in printed
+    assert "(median of 2 pairs)" in printed
+
+
+def test_only_data_takes_a_run(load_script, capsys):
+    assert load_script("benchmark").main(["ops", "data=cifar10"]) == 2
+    assert "only benchmark.py data takes the values of a run" in capsys.readouterr().err

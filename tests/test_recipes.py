@@ -14,9 +14,10 @@ from torchvision import datasets
 
 from conf.errors import RequestError
 from conf.request import compose, to_config
+from conf.sources import Sources
 from sequencer.data import open_dataset
 from sequencer.models import create_model
-from sequencer.training import run
+from sequencer.training import plan, run
 
 TINY = {"layers": [1], "patch_sizes": [14], "embed_dims": [16], "hidden_sizes": [4]}
 SHORT = [
@@ -179,3 +180,18 @@ def test_a_set_that_is_not_there(name, what, tmp_path):
     with pytest.raises(RequestError, match=what) as error:
         open_dataset(config, "train", lambda image: image)
     assert len(str(error.value).splitlines()) == 2
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_the_plan_of_a_recipe(name, made, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sequencer.training.plan.SECONDS", 0.05)
+    whole = to_config(compose([f"experiment={name}"]))
+    arguments = [f"experiment={name}", f"run_dir={tmp_path / 'run'}", *SHORT, f"data.root={made(whole.data.name)}"]
+    arguments += ["init_from=null", "trainer.limit_train_batches=2", f"trainer.max_epochs={whole.trainer.max_epochs}"]
+    found = plan(to_config(compose(arguments)), Sources(arguments))
+    printed = capsys.readouterr().out
+    assert found.updates == 2 * whole.trainer.max_epochs
+    assert f"conf/experiment/{name}.yaml" in printed
+    assert "forecast: " in printed
+    assert found.problems == []
+    assert not (tmp_path / "run").exists()

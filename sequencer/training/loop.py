@@ -1,9 +1,12 @@
-"""What Lightning's loop costs beside a bare one: the same model, optimizer and batches, images of CIFAR-10's shape."""
+"""What stands between a model and its full speed: Lightning's loop beside a bare one, and the loader."""
 
 import copy
+import itertools
 import time
+from collections.abc import Callable, Generator
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import pytorch_lightning as pl
@@ -34,6 +37,58 @@ def measure_loops(config: Config, batches: int, rounds: int) -> dict[str, list[f
         bare.copy(parts.model)
         parts.trainer.fit(parts.module, datamodule=data)
     return {"bare loop": bare.seconds[1:], "Lightning": [sum(steps) for steps in clock.steps[1:]]}
+
+
+def measure_loader(config: Config, seconds: float) -> tuple[float, float]:
+    """Images a second of the training loader alone, and of the model alone in training on one batch again and again,
+    for so many seconds each after a warm-up.
+
+    Raises:
+        RequestError: as for a run.
+    """
+    with TemporaryDirectory() as folder:
+        parts = build_parts(without_end(config, Path(folder, "run")))
+        parts.data.trainer = parts.trainer  # which says where images are kept
+        device = parts.trainer.strategy.root_device
+        batches = _endless(parts.data.train_dataloader())
+        images, labels = (tensor.to(device) for tensor in next(batches))
+        loads = _rate(lambda: next(batches), device, max(2, 2 * config.data.num_workers), seconds)
+        batches.close()  # and with it the workers
+        model = parts.model.to(device)
+        optimizer = build_optimizer(model, config.optim)
+        dtype = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(config.trainer.precision)
+
+        def step() -> None:
+            with torch.autocast(device.type, dtype, enabled=dtype is not None):
+                loss = nn.functional.cross_entropy(model(images), labels)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return loads * len(images), _rate(step, device, 3, seconds) * len(images)
+
+
+def _endless(loader: Any) -> Generator[Any, None, None]:
+    for epoch in itertools.count():
+        loader.sampler.set_epoch(epoch)
+        yield from loader
+
+
+def _rate(work: Callable[[], object], device: torch.device, warmup: int, seconds: float) -> float:
+    """Calls a second."""
+    for _ in range(warmup):
+        work()
+    start, calls = _now(device), 0
+    while (elapsed := _now(device) - start) < seconds:
+        work()
+        calls += 1
+    return calls / elapsed
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 class _Made:
@@ -75,7 +130,7 @@ class _BareLoop(Callback):
         self.seconds.append(self._epoch(pl_module.device))
 
     def _epoch(self, device: torch.device) -> float:
-        start, total = self._now(device), torch.zeros((), device=device)
+        start, total = _now(device), torch.zeros((), device=device)
         for number, (images, labels) in enumerate(self.loader):
             images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
             loss = nn.functional.cross_entropy(self.model(images), labels)
@@ -86,10 +141,4 @@ class _BareLoop(Callback):
             self.optimizer.zero_grad()
             self.schedule.step_update(len(self.seconds) * self.batches + number + 1)
             total += loss.detach()
-        return self._now(device) - start
-
-    @staticmethod
-    def _now(device: torch.device) -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
+        return _now(device) - start
