@@ -1,6 +1,7 @@
 """The paper's recipes: twenty updates of each, with a small model on a small set of the same layout."""
 
 import csv
+import importlib
 from dataclasses import asdict
 from pathlib import Path
 
@@ -184,7 +185,8 @@ def test_a_set_that_is_not_there(name, what, tmp_path):
 
 @pytest.mark.parametrize("name", VALUES)
 def test_the_plan_of_a_recipe(name, made, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("sequencer.training.plan.SECONDS", 0.05)
+    # the package's name `plan` is the function
+    monkeypatch.setattr(importlib.import_module("sequencer.training.plan"), "SECONDS", 0.05)
     whole = to_config(compose([f"experiment={name}"]))
     arguments = [f"experiment={name}", f"run_dir={tmp_path / 'run'}", *SHORT, f"data.root={made(whole.data.name)}"]
     arguments += ["init_from=null", "trainer.limit_train_batches=2", f"trainer.max_epochs={whole.trainer.max_epochs}"]
