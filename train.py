@@ -24,7 +24,7 @@ from conf.request import (
 )
 from conf.schema import check_environment
 from conf.sources import Sources
-from conf.sweep import first_trial, is_sweep, make_folder, prepare_sweep, run_trial
+from conf.sweep import first_trial, is_sweep, prepare_sweep, run_trial, start_folder
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
@@ -58,7 +58,7 @@ def command(arguments: list[str]) -> object:
         flags = [argument for argument in arguments if argument not in parsed.overrides]
         if sweep:
             folder, overrides = prepare_sweep(overrides)
-            make_folder(folder)
+            start_folder(folder)
             sys.argv[1:] = [*flags, *overrides]
             main()
             return finish_sweep(folder)

@@ -10,6 +10,7 @@ import hashlib
 import importlib.util
 import json
 import math
+import os
 import re
 import signal
 import subprocess
@@ -43,6 +44,8 @@ def prepare_sweep(overrides: list[str]) -> tuple[Path, list[str]]:
     Raises:
         RequestError: as `conf.request.compose` and `to_config`.
     """
+    if "RANK" in os.environ:
+        raise RequestError("a sweep is started without torchrun: trainer.devices=N gives every trial its devices")
     parsed, params = parse_overrides(overrides), _params(overrides)
     if params and any(override.key_or_group == "experiment" and override.is_sweep_override() for override in parsed):
         raise RequestError("a recipe that is a sweep stands alone: give one experiment=")
@@ -53,18 +56,23 @@ def prepare_sweep(overrides: list[str]) -> tuple[Path, list[str]]:
         if override.is_sweep_override():
             for value in _values(override):
                 to_config(compose([*params, *overrides, f"{override.get_key_element()}={value}"]))
-    constant = ",".join(override.key_or_group for override in parsed if not override.is_sweep_override())
-    fixed = [f"run_dir={_quoted(folder)}", f"hydra.job.config.override_dirname.exclude_keys=[run_dir,{constant}]"]
-    return folder, [*check_overrides(overrides), *fixed]
+    completed = check_overrides(overrides)
+    constant = {override.key_or_group for override in parse_overrides(completed) if not override.is_sweep_override()}
+    excluded = ",".join(sorted({*constant, "run_dir"}))
+    fixed = [f"run_dir={_quoted(folder)}", f"hydra.job.config.override_dirname.exclude_keys=[{excluded}]"]
+    return folder, [*completed, *fixed]
 
 
-def make_folder(folder: Path) -> None:
-    """
+def start_folder(folder: Path) -> None:
+    """The sweep's folder, without what was noted of failed trials, which are tried again.
+
     Raises:
-        RequestError: the sweep's folder cannot be made.
+        RequestError: it cannot be made.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        for noted in folder.glob("*.failed"):
+            noted.unlink()
     except OSError as error:
         raise RequestError(f"run_dir={folder} cannot be written: {error.strerror}") from error
 
@@ -98,14 +106,11 @@ def run_trial(script: str, composed: DictConfig) -> float | None:
     print(f"\n{folder}", flush=True)
     command = [sys.executable, script, *overrides, f"run_dir={_quoted(folder)}", "hydra.mode=RUN"]
     code = _run(command)
-    failed = folder.with_name(f"{folder.name}.failed")
-    failed.unlink(missing_ok=True)
     if code == 0:
         return _value(json.loads((folder / "summary.json").read_text()), composed.trainer)
     if code in INTERRUPTED:
         raise SystemExit(code if code > 0 else 128 - code)
-    failed.parent.mkdir(parents=True, exist_ok=True)
-    failed.write_text(f"exit code {code}\n")
+    folder.with_name(f"{folder.name}.failed").write_text(f"exit code {code}\n")
     return None
 
 

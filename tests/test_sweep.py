@@ -80,6 +80,17 @@ def test_the_folder_of_a_sweep_does_not_change_while_it_lasts():
     assert f"run_dir='{folder}'" in overrides
 
 
+def test_what_all_trials_share_is_in_no_name():
+    _, overrides = prepare_sweep(["data=cifar10", "optim.lr=1e-3", "seed=1,2"])  # brings its recipe
+    assert overrides[-1] == "hydra.job.config.override_dirname.exclude_keys=[data,experiment,optim.lr,run_dir]"
+
+
+def test_a_sweep_is_started_without_torchrun(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(RequestError, match=r"without torchrun"):
+        prepare_sweep(["seed=1,2"])
+
+
 def test_a_trial_is_named_by_what_it_varies():
     assert _folder_name("++model.kwargs.cell=gru,seed=0") == "model.kwargs.cell=gru,seed=0"
     assert _folder_name("++model.kwargs.hidden_sizes=[4,8],seed=0") == "model.kwargs.hidden_sizes=4,8,seed=0"

@@ -182,7 +182,7 @@ def evaluation_loader(
     """
     batch_size = config.eval_batch_size
     if isinstance(images, ShardSet):
-        stretches = Stretches(images, len(images), batch_size, config.num_workers, rank, world_size)
+        stretches = Stretches(images, len(images), batch_size, config.num_workers, rank, world_size, buffer=batch_size)
         keys = [(0, index) for index in range(len(stretches))]
         return make_loader(StreamSet(stretches), batch_size, keys, config, collate_fn=collate_readable)
     share = range(rank, len(images), world_size)

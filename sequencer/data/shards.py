@@ -11,6 +11,7 @@ shuffles it by stretches of `data.shuffle_buffer` samples.
 
 import io
 import json
+import os
 import random
 import shlex
 from collections.abc import Callable, Iterator
@@ -177,7 +178,8 @@ class StreamSet(Dataset[Any]):
         self.stretches, self.seed = stretches, augmentation_seed
         self.images = stretches.images
         self._loaded: tuple[int, int, int] | None = None
-        self._buffer: dict[int, Sample | UnreadableImage] = {}
+        self._buffer: dict[int, Sample | UnreadableImage] = {}  # by number
+        self._order: list[int] = []  # the same numbers, as they are served
         self._reader = _Reader(self.images)
 
     def __len__(self) -> int:
@@ -201,13 +203,12 @@ class StreamSet(Dataset[Any]):
         number = self._load(epoch, index)
         assert self.seed is not None
         seed_transforms(self.seed, epoch, number)
-        numbers = sorted(self._buffer)
-        for _ in range(10 * len(numbers)):
+        for _ in range(10 * len(self._order)):
             try:
                 return self.images.item(self._buffer[number])
             except UnreadableImage:
-                number = random.choice(numbers)
-        raise RuntimeError(f"none of {len(numbers)} images that follow one another in the shards can be read")
+                number = random.choice(self._order)
+        raise RuntimeError(f"none of {len(self._order)} images that follow one another in the shards can be read")
 
     def _load(self, epoch: int, index: int) -> int:
         """Fills the buffer that holds the sample, and returns its number."""
@@ -299,7 +300,7 @@ def _resolved(root: str, name: str) -> str:
     url = name if urlparse(name).scheme or name.startswith("/") else f"{root.rstrip('/')}/{name}"
     if urlparse(url).scheme not in SCHEMES or "'" in url:
         raise RequestError(f"shard {name!r}: addresses are files, http, https or s3")
-    return url
+    return os.path.expanduser(url)
 
 
 def _read_index(config: DataConfig, split: str) -> dict[str, Any]:

@@ -79,6 +79,7 @@ def plan(config: Config, sources: Sources, trials: int = 1) -> Plan:
     with TemporaryDirectory(prefix="plan") as folder:
         folder = distributed.from_first(folder)
         parts = build_parts(dataclasses.replace(config, run_dir=str(Path(folder, "whole"))))
+        parts.data.trainer = parts.trainer  # which says what share of the data is this process's
         problems = _problems(parts.data, config)
         batches = limited(len(parts.data.train_dataloader()), config.trainer.limit_train_batches)
         val_batches = limited(len(parts.data.val_dataloader()), config.trainer.limit_val_batches)
@@ -117,6 +118,7 @@ def _measure(config: Config, folder: Path, batches: int, val_batches: int) -> Me
     step_s = mean(pilot.steps[0][1:] or pilot.steps[0])
     number = min(batches, max(few, round(SECONDS / step_s)))
     val_number = min(val_batches, max(2, round(SECONDS / 3 / max(pilot.validations[0], 1e-9))))
+    number, val_number = distributed.from_first((number, val_number))  # all processes take the same steps
     clock, run_dir = Clock(), folder / "timed"
     parts = _fit(without_end(config, run_dir, **_limits(3, number, val_number)), clock)
     steps = clock.steps[1]
