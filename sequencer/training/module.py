@@ -53,7 +53,8 @@ class Classifier(pl.LightningModule):
         totals = torch.stack([loss.detach() * len(images), torch.tensor(len(images), device=loss.device)])
         self.train_totals = self.train_totals.to(loss.device) + totals
         self.window_losses.append(loss.detach())
-        self.log("loss", loss.detach(), prog_bar=True, logger=False)
+        if self.trainer.progress_bar_callback is not None:  # nobody else reads it, and it takes its time
+            self.log("loss", loss.detach(), prog_bar=True, logger=False)
         return loss * self._share_of_window(batch_idx)
 
     def _share_of_window(self, batch_idx: int) -> float:
