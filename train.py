@@ -84,7 +84,8 @@ def finish_sweep(folder: Path) -> None:
     write_sweep(folder, folder.name)
     print(f"sweep folder: {folder}")
     if failed := sorted(path.stem for path in folder.glob("*.failed")):
-        raise RuntimeError(f"{len(failed)} trials failed, and are tried again by the same command: {'; '.join(failed)}")
+        listed = f"{'; '.join(failed[:3])}{'; ...' if len(failed) > 3 else ''}"
+        raise RuntimeError(f"{len(failed)} of the trials failed, and are tried again by the same command: {listed}")
 
 
 def exit_code(error: Exception) -> int:

@@ -98,7 +98,8 @@ def run_trial(script: str, composed: DictConfig) -> float | None:
     """Runs the trial that Hydra has composed; returns its best metric, or None where it failed.
 
     Raises:
-        SystemExit: the trial was interrupted, and so is the sweep.
+        SystemExit: the trial was interrupted, and so is the sweep; or the very first one was refused, as the others
+            would be.
     """
     job = HydraConfig.get()
     folder = Path(composed.run_dir, _folder_name(job.job.override_dirname))
@@ -110,6 +111,8 @@ def run_trial(script: str, composed: DictConfig) -> float | None:
         return _value(json.loads((folder / "summary.json").read_text()), composed.trainer)
     if code in INTERRUPTED:
         raise SystemExit(code if code > 0 else 128 - code)
+    if code == 2 and job.job.num == 0 and job.runtime.choices["hydra/launcher"] == "basic":
+        raise SystemExit(code)
     folder.with_name(f"{folder.name}.failed").write_text(f"exit code {code}\n")
     return None
 

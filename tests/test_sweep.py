@@ -141,12 +141,19 @@ def test_a_folder_without_a_finished_trial_has_no_table(tmp_path):
 
 @pytest.mark.slow
 def test_a_failed_trial_does_not_stop_the_others(tmp_path):
-    code, output = sweep("-m", "model.kwargs.cell=nope,lstm", "run_dir=runs", cwd=tmp_path)
+    code, output = sweep("-m", "model.kwargs.cell=gru,nope,lstm", "run_dir=runs", cwd=tmp_path)
     assert code == 1
     assert "unknown cell 'nope'" in output
-    assert "1 trials failed, and are tried again by the same command: model.kwargs.cell=nope" in output
+    assert "1 of the trials failed, and are tried again by the same command: model.kwargs.cell=nope" in output
     assert (tmp_path / "runs" / "model.kwargs.cell=lstm" / "summary.json").exists()
     assert "Traceback" not in output
+
+
+def test_a_sweep_ends_with_its_first_trial_where_that_is_refused(tmp_path):
+    code, output = sweep("experiment=ablation_cell", "data.root=nowhere", cwd=tmp_path)
+    assert code == 2
+    assert output.count("no complete set in") == 1
+    assert not list(tmp_path.rglob("config.yaml"))
 
 
 @pytest.mark.slow

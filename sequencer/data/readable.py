@@ -55,7 +55,9 @@ def _decoding(images: ImageSet | ShardSet, num_workers: int) -> tuple[Dataset[An
         return _Decoding(images), range(len(images))
     plain = copy.copy(images)
     plain.transform = lambda image: 0
-    return StreamSet(Stretches(plain, len(plain), 64, num_workers, buffer=64)), [(0, index) for index in range(len(plain))]
+    return StreamSet(Stretches(plain, len(plain), 64, num_workers, buffer=64)), [
+        (0, index) for index in range(len(plain))
+    ]
 
 
 def check_images(name: str, parts: dict[str, ImageSet | ShardSet], num_workers: int, show_progress: bool) -> int:
