@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from conf.errors import RequestError
-from conf.schema import Config
+from conf.schema import Config, leaves
 
 ROOT = Path(__file__).parent
 GROUPS = {
@@ -143,7 +143,7 @@ def request(composed: DictConfig) -> Request:
         return Request(config)
     if not (run_dir / "config.yaml").is_file():
         raise RequestError(f"run_dir={run_dir} is not empty and holds no run: choose another")
-    before, now = _flatten(_load_run(run_dir)), _flatten(OmegaConf.structured(config))
+    before, now = _values(_load_run(run_dir)), _values(OmegaConf.structured(config))
     differing = [
         key for key in sorted(before.keys() | now.keys())
         if before.get(key) != now.get(key) and key != "run_dir" and not _may_change(key)
@@ -319,17 +319,8 @@ def _check_installed(config: Config) -> None:
             raise RequestError("logger.wandb=true, but wandb is not installed: python -m pip install wandb")
 
 
-def _flatten(config: DictConfig) -> dict[str, Any]:
-    def leaves(node: Any, prefix: str) -> dict[str, Any]:
-        if not isinstance(node, dict) or not node:
-            return {prefix: node}
-        return {
-            key: leaf
-            for name, value in node.items()
-            for key, leaf in leaves(value, f"{prefix}.{name}" if prefix else str(name)).items()
-        }
-
-    return leaves(OmegaConf.to_container(config, resolve=True), "")
+def _values(config: DictConfig) -> dict[str, Any]:
+    return leaves(OmegaConf.to_container(config, resolve=True))
 
 
 def _from_omegaconf(error: BaseException) -> RequestError:

@@ -41,6 +41,16 @@ def check_environment() -> None:
         raise RequestError(f"SEQUENCER_BACKEND={backend}: there are {', '.join(BACKENDS)}")
 
 
+def leaves(node: Any, prefix: str = "") -> dict[str, Any]:
+    """The values of nested dictionaries by their dotted keys; an empty dictionary is a value."""
+    if not isinstance(node, dict) or not node:
+        return {prefix: node}
+    found: dict[str, Any] = {}
+    for name, value in node.items():
+        found |= leaves(value, f"{prefix}.{name}" if prefix else str(name))
+    return found
+
+
 @dataclass
 class AugmentConfig:
     """What training images go through; evaluation sees none of it. Names and meanings are timm's."""

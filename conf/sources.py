@@ -1,7 +1,6 @@
 """Where each value of a configuration comes from."""
 
 import re
-from collections.abc import Iterator
 from typing import Any
 
 from hydra import initialize_config_dir
@@ -10,10 +9,11 @@ from hydra.types import RunMode
 from omegaconf import OmegaConf
 
 from conf.request import KEYS, ROOT, check_overrides, parse_overrides
-from conf.schema import Config
+from conf.schema import Config, leaves
 
 SCHEMA = "conf/schema.py"
 COMMAND_LINE = "command line"
+DEFAULTS = leaves(OmegaConf.to_container(OmegaConf.structured(Config), resolve=False))
 
 
 class Sources:
@@ -33,14 +33,14 @@ class Sources:
             path = ROOT / f"{file.config_path}.yaml"
             if path.is_file():  # not Hydra's own, nor the schema
                 loaded = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
-                for key, value in _leaves(loaded, file.package or ""):
+                for key, value in leaves(loaded, file.package or "").items():
                     self._places[key] = (f"conf/{file.config_path}.yaml", value)
         for override in parse_overrides(overrides):
             key = override.key_or_group
             if key in KEYS or key.startswith("model.kwargs."):
                 given = override.value()
-                for leaf, value in _leaves(given, key) if isinstance(given, dict) else [(key, given)]:
-                    self._places[str(leaf)] = (COMMAND_LINE, value)
+                for leaf, value in leaves(given, key).items():
+                    self._places[leaf] = (COMMAND_LINE, value)
 
     def __getitem__(self, key: str) -> str:
         """A key that stands for another one has that one's place."""
@@ -48,14 +48,3 @@ class Sources:
         if isinstance(value, str) and (found := re.fullmatch(r"\$\{([\w.]+)\}", value)):
             return self[found[1]]
         return place
-
-
-def _leaves(node: Any, prefix: str) -> Iterator[tuple[str, Any]]:
-    if not isinstance(node, dict):
-        yield prefix, node
-        return
-    for name, value in node.items():
-        yield from _leaves(value, f"{prefix}.{name}" if prefix else str(name))
-
-
-DEFAULTS = dict(_leaves(OmegaConf.to_container(OmegaConf.structured(Config), resolve=False), ""))

@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from rich import get_console
 from rich.table import Table
 
+from conf.schema import leaves
 from sequencer.analysis.plots import plot_sweep
 from sequencer.files import write_atomically
 
@@ -56,18 +57,9 @@ def write_sweep(folder: Path, title: str) -> list[Row]:
 
 
 def _read(path: Path) -> tuple[str, dict[str, Any], dict[str, Any]]:
-    config = OmegaConf.to_container(OmegaConf.load(path.parent / "config.yaml"))
-    return path.parent.name, _flatten(config), json.loads(path.read_text())
-
-
-def _flatten(node: Any, prefix: str = "") -> dict[str, Any]:
-    """Leaves by their dotted keys, without the names of folders."""
-    if not isinstance(node, dict):
-        return {prefix: node}
-    leaves: dict[str, Any] = {}
-    for name, value in node.items():
-        leaves |= _flatten(value, f"{prefix}.{name}" if prefix else str(name))
-    return {key: value for key, value in leaves.items() if key != "run_dir"}
+    config = leaves(OmegaConf.to_container(OmegaConf.load(path.parent / "config.yaml")))
+    del config["run_dir"]
+    return path.parent.name, config, json.loads(path.read_text())
 
 
 def _rows(records: list[dict[str, Any]], varied: list[str], outcome: str) -> list[Row]:

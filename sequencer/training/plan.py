@@ -21,7 +21,7 @@ from rich import get_console
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from conf.schema import Config
+from conf.schema import Config, leaves
 from conf.sources import SCHEMA, Sources
 from sequencer import distributed
 from sequencer.data import FILE_SETS, DataModule, ShardSet, TooManyBadImages, UnreadableImage
@@ -225,17 +225,10 @@ def _problems(data: DataModule, config: Config) -> list[str]:
 
 
 def _print_values(config: Config, sources: Sources) -> None:
-    values = _leaves(OmegaConf.to_container(OmegaConf.structured(config)), "")
+    values = leaves(OmegaConf.to_container(OmegaConf.structured(config)))
     for key, value in values.items():
         line = f"{key:<34} {value!s:<28} {sources[key]}"
         get_console().print(line, style=None if sources[key] != SCHEMA else "dim", soft_wrap=True, highlight=False)
-
-
-def _leaves(node: Any, prefix: str) -> dict[str, Any]:
-    if not isinstance(node, dict) or not node:
-        return {prefix: node}
-    parts = (_leaves(value, f"{prefix}.{name}" if prefix else str(name)) for name, value in node.items())
-    return {key: leaf for part in parts for key, leaf in part.items()}
 
 
 def _print(plan: Plan, config: Config, parts: Parts, trials: int) -> None:

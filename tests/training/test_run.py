@@ -140,7 +140,7 @@ class Stop(pl.Callback):
 
 
 def interrupted(config, monkeypatch, action, expected: type[BaseException], hook="training") -> BaseException:
-    module = importlib.import_module("sequencer.training.run")  # the package's name `run` is the function
+    module = importlib.import_module("sequencer.training.setup")
     build = module._build_trainer
     with monkeypatch.context() as patch:
         patch.setattr(module, "_build_trainer", lambda c, callbacks: build(c, [Stop(action, hook), *callbacks]))
