@@ -143,7 +143,7 @@ def request(composed: DictConfig) -> Request:
         return Request(config)
     if not (run_dir / "config.yaml").is_file():
         raise RequestError(f"run_dir={run_dir} is not empty and holds no run: choose another")
-    before, now = _values(_load_run(run_dir)), _values(OmegaConf.structured(config))
+    before, now = _values(load_run(run_dir)), _values(OmegaConf.structured(config))
     differing = [
         key for key in sorted(before.keys() | now.keys())
         if before.get(key) != now.get(key) and key != "run_dir" and not _may_change(key)
@@ -172,7 +172,7 @@ def resume_request(overrides: list[str]) -> Request | None:
             raise RequestError(
                 f"{override.key_or_group} cannot change when a run is resumed; {', '.join(MAY_CHANGE_ON_RESUME)} can"
             )
-    saved = _load_run(run_dir)
+    saved = load_run(run_dir)
     asked = compose([f"{override.input_line}" for override in others])
     for override in others:
         key = override.key_or_group
@@ -181,7 +181,12 @@ def resume_request(overrides: list[str]) -> Request | None:
     return Request(to_config(saved), resume=True)
 
 
-def _load_run(run_dir: Path) -> DictConfig:
+def load_run(run_dir: Path) -> DictConfig:
+    """The configuration of a run, with the defaults of keys that are newer than it.
+
+    Raises:
+        RequestError: there is none, or it cannot be read.
+    """
     path = run_dir / "config.yaml"
     if not path.is_file():
         raise RequestError(f"{run_dir} is not a run folder: there is no {path}")

@@ -134,6 +134,14 @@ def test_the_table_has_means_over_seeds(tmp_path):
     assert "| cell gru | 100 | 63.00 ± 4.24 | 2 | 60 |" in text
 
 
+def test_the_table_has_numbers_in_their_order(tmp_path):
+    for name in ("lstm1997,D=16", "lstm,D=16", "lstm1997,D=8", "lstm,D=8"):
+        trial(tmp_path / name, 0.5, 0, f"'{name}'", 100)
+    assert [row.label for row in write_sweep(tmp_path, "sizes")] == [
+        "cell lstm,D=8", "cell lstm,D=16", "cell lstm1997,D=8", "cell lstm1997,D=16"
+    ]  # fmt: skip
+
+
 def test_a_folder_without_a_finished_trial_has_no_table(tmp_path):
     assert write_sweep(tmp_path, "none") == []
     assert not list(tmp_path.iterdir())

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from omegaconf import OmegaConf
 from rich import get_console
 from rich.table import Table
 
+from conf.request import load_run
 from conf.schema import leaves
 from sequencer.analysis.plots import plot_sweep
 from sequencer.files import write_atomically
@@ -37,7 +39,7 @@ def write_sweep(folder: Path, title: str) -> list[Row]:
     Returns:
         The means, in the order of the trials; none where no trial is done.
     """
-    trials = [_read(path) for path in sorted(folder.glob("*/summary.json"))]
+    trials = [_read(path) for path in sorted(folder.glob("*/summary.json"), key=_natural)]
     if not trials:
         return []
     flat = [config for _, config, _ in trials]
@@ -56,8 +58,14 @@ def write_sweep(folder: Path, title: str) -> list[Row]:
     return rows
 
 
+def _natural(path: Path) -> list[list[tuple[str, int]]]:
+    """Orders trials as people do: 8 before 16, and lstm before lstm1997."""
+    values = path.parent.name.split(",")
+    return [[(text, int(digits or 0)) for text, digits in re.findall(r"(\D*)(\d*)", value)] for value in values]
+
+
 def _read(path: Path) -> tuple[str, dict[str, Any], dict[str, Any]]:
-    config = leaves(OmegaConf.to_container(OmegaConf.load(path.parent / "config.yaml")))
+    config = leaves(OmegaConf.to_container(load_run(path.parent)))
     del config["run_dir"]
     return path.parent.name, config, json.loads(path.read_text())
 
