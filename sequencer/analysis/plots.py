@@ -23,6 +23,7 @@ Array = NDArray[np.float64]
 
 INK, FAINT = "#333333", "#8a8a8a"
 GREY, BLUE, VERMILION, GREEN = "#7f7f7f", "#0072b2", "#d55e00", "#009e73"
+FAMILIES = (BLUE, VERMILION, GREEN, "#e69f00", "#56b4e9", "#cc79a7", INK)
 SLOTS = {"val": ("validation", BLUE), "val_ema": ("validation, EMA", VERMILION)}
 
 MOST_NUMBERED_CLASSES = 20
@@ -158,19 +159,23 @@ def plot_growth(records: Sequence[dict[str, Any]], output: Path) -> Figure:
 
 
 @rc_context(STYLE)
-def plot_sweep(rows: Sequence[tuple[str, int, Sequence[float]]], title: str, output: Path) -> Figure:
-    """Draws a sweep's rows `(label, parameters, top-1 of every seed)`: the seeds as rings and their mean as a dot, and,
-    where the trials differ in size, the means over the number of parameters."""
-    sizes = {parameters for _, parameters, _ in rows}
-    panels = 2 if len(sizes) > 1 else 1
-    width = 3.6 + CHARACTER_WIDTH * max(len(label) for label, _, _ in rows)
+def plot_sweep(rows: Sequence[tuple[str, str, int, Sequence[float]]], title: str, output: Path) -> Figure:
+    """Draws a sweep's rows `(label, family, parameters, top-1 of every seed)`: the seeds as rings and their mean as a
+    dot, and, where the trials differ in size, the means over the number of parameters, with a line through those of a
+    family. Families have their colours where there are enough."""
+    families = list(dict.fromkeys(family for _, family, _, _ in rows))
+    few = len(families) <= len(FAMILIES)
+    colours = dict(zip(families, FAMILIES, strict=False)) if few else dict.fromkeys(families, BLUE)
+    panels = 2 if len({parameters for _, _, parameters, _ in rows}) > 1 else 1
+    width = 3.6 + CHARACTER_WIDTH * max(len(label) for label, _, _, _ in rows)
     size = (width + 4.2 * (panels - 1), 1.2 + max(0.3 * len(rows), 1.4))
     figure = Figure(figsize=size, layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1))
     axes = figure.subplots(1, panels, squeeze=False, width_ratios=[width, 4.2][:panels])[0]
-    for number, (_, _, values) in enumerate(rows):
+    dot: dict[str, Any] = {"marker": "o", "markersize": 7, "markeredgecolor": "white"}
+    for number, (_, family, _, values) in enumerate(rows):
         axes[0].plot(values, [number] * len(values), "o", color=FAINT, markerfacecolor="none", markersize=5)
-        axes[0].plot(np.mean(values), number, "o", color=BLUE, markersize=7, markeredgecolor="white")
-    axes[0].set_yticks(range(len(rows)), [label for label, _, _ in rows])
+        axes[0].plot(np.mean(values), number, color=colours[family], **dot)
+    axes[0].set_yticks(range(len(rows)), [label for label, _, _, _ in rows])
     axes[0].set_ylim(len(rows) - 0.5, -0.5)
     per_cents = FuncFormatter(lambda value, _: f"{100 * value:g}%")
     axes[0].xaxis.set_major_locator(MaxNLocator(5))
@@ -178,16 +183,14 @@ def plot_sweep(rows: Sequence[tuple[str, int, Sequence[float]]], title: str, out
     axes[0].set_xlabel("top-1")
     figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
     if panels > 1:
-        for label, parameters, values in rows:
-            axes[1].plot(parameters, np.mean(values), "o", color=BLUE, markersize=7, markeredgecolor="white")
-            axes[1].annotate(
-                label, (parameters, float(np.mean(values))), (5, 4), textcoords="offset points", fontsize=7
-            )
+        for family in families:
+            points = sorted((parameters, np.mean(values)) for _, own, parameters, values in rows if own == family)
+            axes[1].plot(*zip(*points, strict=True), "-" if few else "", color=colours[family], **dot)
         axes[1].set_xscale("log")
         axes[1].xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
         axes[1].xaxis.set_minor_formatter(NullFormatter())
-        axes[1].xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes[1].margins(x=0.25)
+        axes[1].xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5)))
+        axes[1].margins(x=0.15)
         axes[1].yaxis.set_major_formatter(per_cents)
         axes[1].set_xlabel("parameters")
     figure.savefig(output)

@@ -27,6 +27,7 @@ class Row:
     """The trials that differ in nothing but their seed."""
 
     label: str
+    family: str  # the first of the settings that vary
     parameters: int
     top1: tuple[float, ...]  # one value a seed
     train_s: float  # mean
@@ -53,7 +54,7 @@ def write_sweep(folder: Path, title: str) -> list[Row]:
     write_atomically(folder / "sweep.csv", lambda path: _write_csv(path, records))
     heading = f"{title}: top-1 of the {'test' if part == 'test' else 'validation'} part"
     write_atomically(folder / "sweep.md", lambda path: path.write_text(_markdown(heading, rows)))
-    plot_sweep([(row.label, row.parameters, row.top1) for row in rows], heading, folder / "sweep.png")
+    plot_sweep([(row.label, row.family, row.parameters, row.top1) for row in rows], heading, folder / "sweep.png")
     _print(heading, rows)
     return rows
 
@@ -71,18 +72,19 @@ def _read(path: Path) -> tuple[str, dict[str, Any], dict[str, Any]]:
 
 
 def _rows(records: list[dict[str, Any]], varied: list[str], outcome: str) -> list[Row]:
-    groups: dict[str, list[dict[str, Any]]] = {}
+    groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for record in records:
-        settings = (f"{key.rsplit('.', 1)[-1]} {record[key]}" for key in varied if record[key] is not None)
-        groups.setdefault(", ".join(settings) or "all alike", []).append(record)
+        settings = tuple(f"{key.rsplit('.', 1)[-1]} {record[key]}" for key in varied if record[key] is not None)
+        groups.setdefault(settings, []).append(record)
     return [
         Row(
-            label,
+            ", ".join(settings) or "all alike",
+            settings[0] if settings else "",
             group[0]["parameters"],
             tuple(record[outcome] for record in group),
             mean(record["time/train_s"] for record in group),
         )
-        for label, group in groups.items()
+        for settings, group in groups.items()
     ]
 
 
