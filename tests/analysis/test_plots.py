@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from sequencer.analysis import plot_confusion, plot_curves, plot_growth
+from sequencer.analysis import plot_confusion, plot_curves, plot_growth, plot_sweep
 
 
 def write_metrics(path, rows, **changes):
@@ -150,3 +150,29 @@ def test_growth(output):
     assert ours.get_ydata() == pytest.approx([1, 2, 4])
     assert all(axes.get_xscale() == axes.get_yscale() == "log" for axes in figure.axes)
     assert not any(label.get_text() for axes in figure.axes for label in axes.get_yticklabels(minor=True))
+
+
+def test_sweep(output):
+    rows = [("gru 8", "gru", 80, (0.5, 0.6)), ("gru 4", "gru", 40, (0.4,)), ("rnn 8", "rnn", 20, (0.3, 0.2))]
+    left, right = plot_sweep(rows, "cells", output).axes
+    check_image(output)
+    assert [label.get_text() for label in left.get_yticklabels()] == ["gru 8", "gru 4", "rnn 8"]
+    seeds, means = left.lines[::2], left.lines[1::2]
+    assert [list(line.get_xdata()) for line in seeds] == [[0.5, 0.6], [0.4], [0.3, 0.2]]
+    assert [line.get_xdata()[0] for line in means] == pytest.approx([0.55, 0.4, 0.25])
+    gru, rnn = right.lines
+    assert list(gru.get_xdata()) == [40, 80] and list(rnn.get_xdata()) == [20]
+    assert gru.get_ydata() == pytest.approx([0.4, 0.55])
+    colours = [line.get_color() for line in means]
+    assert colours == [gru.get_color(), gru.get_color(), rnn.get_color()] and len(set(colours)) == 2
+
+
+def test_a_sweep_of_many_families_has_one_colour(output):
+    rows = [(f"lr {lr}", f"lr {lr}", 50 + lr, (0.5,)) for lr in range(8)]
+    left, right = plot_sweep(rows, "rates", output).axes
+    check_image(output)
+    assert len({line.get_color() for line in [*left.lines[1::2], *right.lines]}) == 1
+
+
+def test_a_sweep_of_one_size_has_one_panel(output):
+    assert len(plot_sweep([("lr 1", "lr 1", 50, (0.5,)), ("lr 2", "lr 2", 50, (0.6,))], "rates", output).axes) == 1
