@@ -161,10 +161,12 @@ def test_sweep(output):
     assert [list(line.get_xdata()) for line in seeds] == [[0.5, 0.6], [0.4], [0.3, 0.2]]
     assert [line.get_xdata()[0] for line in means] == pytest.approx([0.55, 0.4, 0.25])
     gru, rnn = right.lines
-    assert list(gru.get_xdata()) == [40, 80] and list(rnn.get_xdata()) == [20]
+    assert list(gru.get_xdata()) == [40, 80]
+    assert list(rnn.get_xdata()) == [20]
     assert gru.get_ydata() == pytest.approx([0.4, 0.55])
     colours = [line.get_color() for line in means]
-    assert colours == [gru.get_color(), gru.get_color(), rnn.get_color()] and len(set(colours)) == 2
+    assert colours == [gru.get_color(), gru.get_color(), rnn.get_color()]
+    assert len(set(colours)) == 2
 
 
 def test_a_sweep_of_many_families_has_one_colour(output):
