@@ -161,7 +161,7 @@ def plot_growth(records: Sequence[dict[str, Any]], output: Path) -> Figure:
 @rc_context(STYLE)
 def plot_sweep(rows: Sequence[tuple[str, str, int, Sequence[float]]], title: str, output: Path) -> Figure:
     """Draws a sweep's rows `(label, family, parameters, top-1 of every seed)`: the seeds as rings and their mean as a
-    dot, and, where the trials differ in size, the means over the number of parameters, with a line through those of a
+    bar, and, where the trials differ in size, the means over the number of parameters, with a line through those of a
     family. Families have their colours where there are enough."""
     families = list(dict.fromkeys(family for _, family, _, _ in rows))
     few = len(families) <= len(FAMILIES)
@@ -171,10 +171,9 @@ def plot_sweep(rows: Sequence[tuple[str, str, int, Sequence[float]]], title: str
     size = (width + 4.2 * (panels - 1), 1.2 + max(0.3 * len(rows), 1.4))
     figure = Figure(figsize=size, layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1))
     axes = figure.subplots(1, panels, squeeze=False, width_ratios=[width, 4.2][:panels])[0]
-    dot: dict[str, Any] = {"marker": "o", "markersize": 7, "markeredgecolor": "white"}
     for number, (_, family, _, values) in enumerate(rows):
+        axes[0].plot(np.mean(values), number, "|", color=colours[family], markersize=13, markeredgewidth=3)
         axes[0].plot(values, [number] * len(values), "o", color=FAINT, markerfacecolor="none", markersize=5)
-        axes[0].plot(np.mean(values), number, color=colours[family], **dot)
     axes[0].set_yticks(range(len(rows)), [label for label, _, _, _ in rows])
     axes[0].set_ylim(len(rows) - 0.5, -0.5)
     per_cents = FuncFormatter(lambda value, _: f"{100 * value:g}%")
@@ -185,7 +184,8 @@ def plot_sweep(rows: Sequence[tuple[str, str, int, Sequence[float]]], title: str
     if panels > 1:
         for family in families:
             points = sorted((parameters, np.mean(values)) for _, own, parameters, values in rows if own == family)
-            axes[1].plot(*zip(*points, strict=True), "-" if few else "", color=colours[family], **dot)
+            line = f"o{'-' if few else ''}"
+            axes[1].plot(*zip(*points, strict=True), line, color=colours[family], markersize=7, markeredgecolor="white")
         axes[1].set_xscale("log")
         axes[1].xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
         axes[1].xaxis.set_minor_formatter(NullFormatter())

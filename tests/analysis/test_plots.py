@@ -157,7 +157,7 @@ def test_sweep(output):
     left, right = plot_sweep(rows, "cells", output).axes
     check_image(output)
     assert [label.get_text() for label in left.get_yticklabels()] == ["gru 8", "gru 4", "rnn 8"]
-    seeds, means = left.lines[::2], left.lines[1::2]
+    means, seeds = left.lines[::2], left.lines[1::2]
     assert [list(line.get_xdata()) for line in seeds] == [[0.5, 0.6], [0.4], [0.3, 0.2]]
     assert [line.get_xdata()[0] for line in means] == pytest.approx([0.55, 0.4, 0.25])
     gru, rnn = right.lines
@@ -173,7 +173,7 @@ def test_a_sweep_of_many_families_has_one_colour(output):
     rows = [(f"lr {lr}", f"lr {lr}", 50 + lr, (0.5,)) for lr in range(8)]
     left, right = plot_sweep(rows, "rates", output).axes
     check_image(output)
-    assert len({line.get_color() for line in [*left.lines[1::2], *right.lines]}) == 1
+    assert len({line.get_color() for line in [*left.lines[::2], *right.lines]}) == 1
 
 
 def test_a_sweep_of_one_size_has_one_panel(output):
