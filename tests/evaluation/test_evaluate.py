@@ -21,7 +21,8 @@ def test_equals_one_large_batch():
     expected.update(model(images), labels)
     assert torch.equal(metrics.counts, expected.counts)
     assert metrics.compute()["total"] == 70
-    assert metrics.compute()["loss"].item() == expected.compute()["loss"].item()
+    # products and softmax round by the size of the batch; a mean of the batches' means would differ by 0.04
+    assert metrics.compute()["loss"].item() == pytest.approx(expected.compute()["loss"].item(), rel=1e-6)
     assert [one.image for one in found] == list(range(70))
     probabilities = model(images).softmax(dim=1)
     for one, row, label in zip(found, probabilities.tolist(), labels.tolist(), strict=True):
