@@ -11,8 +11,8 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from conf.errors import RequestError, SharedError, say
-from conf.request import (
+from sequencer.config.errors import RequestError, SharedError, say
+from sequencer.config.request import (
     Request,
     check_overrides,
     check_restarts,
@@ -22,9 +22,9 @@ from conf.request import (
     take_plan,
     to_config,
 )
-from conf.schema import check_environment
-from conf.sources import Sources
-from conf.sweep import first_trial, is_sweep, prepare_sweep, run_trial, start_folder
+from sequencer.config.schema import check_environment
+from sequencer.config.sources import Sources
+from sequencer.config.sweep import first_trial, is_sweep, prepare_sweep, run_trial, start_folder
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
@@ -69,7 +69,7 @@ def command(arguments: list[str]) -> object:
 
 def show_plan(overrides: list[str], trials: int) -> None:
     config, sources = to_config(compose(overrides)), Sources(overrides)
-    from sequencer.training import plan  # imports torch
+    from sequencer.measure import plan  # imports torch
 
     plan(config, sources, trials)
 

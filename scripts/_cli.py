@@ -15,8 +15,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory, TemporaryFile
 from typing import TYPE_CHECKING, NoReturn
 
-from conf.errors import RequestError, SharedError, say
-from conf.schema import check_environment
+from sequencer.config.errors import RequestError, SharedError, say
+from sequencer.config.schema import check_environment
 
 if TYPE_CHECKING:
     import torch

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from _cli import Parser, load, prepared, run
 
-from conf.errors import RequestError
+from sequencer.config.errors import RequestError
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -21,12 +21,12 @@ from typing import TYPE_CHECKING, Any
 
 from _cli import Parser, integer, need_onnx, pick_device, run
 
-from conf.errors import RequestError
+from sequencer.config.errors import RequestError
 
 if TYPE_CHECKING:
     import torch
 
-    from sequencer.analysis.benchmark import Case, Contender
+    from sequencer.measure.contest import Case, Contender
 
 SHAPES = {"stage 1": (32, 192, 48), "stages 2-4": (16, 384, 96)}  # of sequencer2d_s at 224 px: H = W, C, D
 PEERS = {"ops": ["timm"], "model": ["timm", "convnext_tiny", "swin_tiny_patch4_window7_224", "resnet50"]}
@@ -60,7 +60,7 @@ def parse(argv: list[str] | None) -> Namespace:
 def work(args: Namespace) -> None:
     import torch
 
-    from sequencer.analysis import benchmark
+    from sequencer.measure import contest as benchmark
 
     if args.what == "export":
         check_export(args)
@@ -94,7 +94,7 @@ def check(args: Namespace, device: "torch.device", dtype: "torch.dtype") -> None
     import timm
     import torch
 
-    from sequencer.analysis.benchmark import TIMM_MODELS
+    from sequencer.measure.contest import TIMM_MODELS
     from sequencer.ops import explain
 
     for backend in args.backend or []:
@@ -135,7 +135,7 @@ def backends(args: Namespace, device: "torch.device", dtype: "torch.dtype") -> l
 def ops(args: Namespace, device: Any, dtype: Any, rates: tuple[float, float], output: Path) -> list[dict[str, Any]]:
     import torch
 
-    from sequencer.analysis import benchmark
+    from sequencer.measure import contest as benchmark
 
     records = []
     for title, (size, C, D) in SHAPES.items():
@@ -153,7 +153,7 @@ def ops(args: Namespace, device: Any, dtype: Any, rates: tuple[float, float], ou
 def model(args: Namespace, device: Any, dtype: Any, rates: tuple[float, float], output: Path) -> list[dict[str, Any]]:
     import torch
 
-    from sequencer.analysis import benchmark
+    from sequencer.measure import contest as benchmark
 
     contenders = benchmark.model_contenders(
         args.model, args.img_size, backends(args, device, dtype), args.peer, args.compile, device
@@ -174,8 +174,8 @@ def export(args: Namespace, device: Any, dtype: Any, rates: tuple[float, float],
     import onnx
     import torch
 
-    from sequencer.analysis import benchmark
     from sequencer.export import describe, to_onnx
+    from sequencer.measure import contest as benchmark
     from sequencer.models import LoadedModel, load_exported, pretrained_cfg
 
     contenders = benchmark.model_contenders(
@@ -222,7 +222,7 @@ def compare(
     from rich.console import Console
     from rich.table import Table
 
-    from sequencer.analysis import benchmark
+    from sequencer.measure import contest as benchmark
 
     errors = {contender.name: benchmark.gate(contender, case) for contender in contenders}
     peers = [error for name, error in errors.items() if name.startswith("timm") and error is not None]
@@ -277,9 +277,9 @@ def loop(args: Namespace) -> None:
     """cifar10_cpu's recipe, and on a GPU that of cifar10_gpu."""
     from statistics import median
 
-    from conf.request import compose, to_config
-    from sequencer.analysis import benchmark
-    from sequencer.training.loop import measure_loops
+    from sequencer.config.request import compose, to_config
+    from sequencer.measure import contest as benchmark
+    from sequencer.measure.loop import measure_loops
 
     device = pick_device(args.device)
     recipe, batches = ("cifar10_gpu", 80) if device.type == "cuda" else ("cifar10_cpu", 60)
@@ -295,9 +295,9 @@ def loop(args: Namespace) -> None:
 
 def data(args: Namespace) -> None:
     """Both alone: on a CPU they share its cores when they run together."""
-    from conf.request import compose, to_config
-    from sequencer.analysis import benchmark
-    from sequencer.training.loop import measure_loader
+    from sequencer.config.request import compose, to_config
+    from sequencer.measure import contest as benchmark
+    from sequencer.measure.loop import measure_loader
 
     device = pick_device(args.device)
     config = to_config(compose([f"trainer.accelerator={device.type}", *args.overrides]))

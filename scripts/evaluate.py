@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from _cli import Parser, integer, load, make_folder, pick_device, run
 
-from conf.errors import RequestError
-from conf.schema import DataConfig
+from sequencer.config.errors import RequestError
+from sequencer.config.schema import DataConfig
 
 if TYPE_CHECKING:
     import torch
@@ -149,7 +149,7 @@ def data_config(args: Namespace, loaded: "LoadedModel") -> DataConfig:
 
 
 def default_data(name: str) -> DataConfig:
-    from conf.request import compose, to_config
+    from sequencer.config.request import compose, to_config
 
     return to_config(compose([f"data={name}"])).data
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from _cli import Parser, integer, load, need_onnx, prepared, run
 
-from conf.errors import RequestError
+from sequencer.config.errors import RequestError
 
 if TYPE_CHECKING:
     from sequencer.models import LoadedModel

@@ -20,7 +20,7 @@ from typing import IO, TYPE_CHECKING
 
 from _cli import Parser, integer, load, make_folder, pick_device, run
 
-from conf.errors import RequestError
+from sequencer.config.errors import RequestError
 
 if TYPE_CHECKING:
     from sequencer.evaluation import Prediction

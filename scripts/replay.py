@@ -14,8 +14,8 @@ from typing import Any
 
 from _cli import Parser, run
 
-from conf.errors import RequestError
-from conf.request import resume_request
+from sequencer.config.errors import RequestError
+from sequencer.config.request import resume_request
 
 EQUAL = ("reason", "epoch", "update", "batches", "gradient_norm", "weight_norm", "lr")
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from _cli import Parser, integer, make_folder, run
 
-from conf.errors import RequestError
+from sequencer.config.errors import RequestError
 
 PARTS = ("train", "val", "test")
 

@@ -23,8 +23,8 @@ from typing import Any
 
 from _cli import Parser, integer, run
 
-from conf.errors import RequestError
-from conf.request import compose, request
+from sequencer.config.errors import RequestError
+from sequencer.config.request import compose, request
 
 TRAIN = Path(__file__).parents[1] / "train.py"
 

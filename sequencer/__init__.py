@@ -1,6 +1,15 @@
-"""Image classifiers that mix tokens by recurrence; importing this registers them with timm."""
+"""Image classifiers that mix tokens by recurrence.
 
-from sequencer import models
+Importing this package registers its models with timm: at once where timm has been imported, otherwise as soon as it is.
+"""
 
-__all__ = ["models"]
+import importlib
+
+from wrapt import when_imported
+
 __version__ = "0.1.0"
+
+
+@when_imported("timm")
+def _register_models(timm: object) -> None:
+    importlib.import_module("sequencer.variants")

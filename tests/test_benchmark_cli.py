@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from conf import request
-from sequencer.analysis import benchmark
+from sequencer.measure import contest as benchmark
 from sequencer.ops import bilstm2d, triton_kernels
 
 

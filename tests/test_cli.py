@@ -61,7 +61,7 @@ def test_a_refusal_and_help_do_not_import_torch(tmp_path):
         command = [sys.executable, "-X", "importtime", TRAIN, argument]
         result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
         modules = {line.rsplit("|", 1)[-1].strip() for line in result.stderr.splitlines() if "import time:" in line}
-        assert "conf.request" in modules
+        assert "sequencer.config.request" in modules
         assert not {"torch", "timm", "pytorch_lightning", "wandb"} & modules
 
 

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from conf.schema import DataConfig
+from sequencer.config.schema import DataConfig
 from sequencer.data import eval_transform, open_dataset
 from sequencer.export import save_model_folder
 from sequencer.models import LoadedModel, create_model, load_model, preprocessing

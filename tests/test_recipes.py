@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 from scipy.io import savemat
 from torchvision import datasets
 
-from conf.errors import RequestError
-from conf.request import compose, to_config
-from conf.sources import Sources
+from sequencer.config.errors import RequestError
+from sequencer.config.request import compose, to_config
+from sequencer.config.sources import Sources
 from sequencer.data import open_dataset
 from sequencer.models import create_model
 from sequencer.training import plan, run
@@ -186,7 +186,7 @@ def test_a_set_that_is_not_there(name, what, tmp_path):
 @pytest.mark.parametrize("name", VALUES)
 def test_the_plan_of_a_recipe(name, made, tmp_path, monkeypatch, capsys):
     # the package's name `plan` is the function
-    monkeypatch.setattr(importlib.import_module("sequencer.training.plan"), "SECONDS", 0.05)
+    monkeypatch.setattr(importlib.import_module("sequencer.measure.plan"), "SECONDS", 0.05)
     whole = to_config(compose([f"experiment={name}"]))
     arguments = [f"experiment={name}", f"run_dir={tmp_path / 'run'}", *SHORT, f"data.root={made(whole.data.name)}"]
     arguments += ["init_from=null", "trainer.limit_train_batches=2", f"trainer.max_epochs={whole.trainer.max_epochs}"]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from conf.schema import DataConfig
+from sequencer.config.schema import DataConfig
 from sequencer.data.shards import ShardSet, read_samples
 
 pytest.importorskip("webdataset", reason="webdataset is not installed")

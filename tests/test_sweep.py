@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from conf.errors import RequestError
-from conf.request import GROUPS
-from conf.sweep import _folder_name, is_sweep, prepare_sweep
 from sequencer.analysis import write_sweep
+from sequencer.config.errors import RequestError
+from sequencer.config.request import GROUPS
+from sequencer.config.sweep import _folder_name, is_sweep, prepare_sweep
 
 TRAIN = Path(__file__).parents[1] / "train.py"
 QUICK = [

@@ -14,9 +14,9 @@ from omegaconf import OmegaConf
 from rich import get_console
 from rich.table import Table
 
-from conf.request import load_run
-from conf.schema import leaves
 from sequencer.analysis.plots import plot_sweep
+from sequencer.config.request import load_run
+from sequencer.config.schema import leaves
 from sequencer.files import write_atomically
 
 OUTCOMES = ("parameters", "val/top1", "val/loss", "val_ema/top1", "test/top1", "test/loss", "time/train_s")

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from conf.schema import DataConfig
+from sequencer.config.schema import DataConfig
 from sequencer.data.seeding import Key
 from sequencer.data.sets import ImageSet
 from sequencer.data.shards import ShardSet

@@ -9,7 +9,7 @@ from timm.data import Mixup
 from timm.data.mixup import mixup_target
 from torch import Tensor
 
-from conf.schema import AugmentConfig
+from sequencer.config.schema import AugmentConfig
 
 MixFunction = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 

@@ -7,8 +7,8 @@ import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader
 
-from conf.errors import RequestError
-from conf.schema import DataConfig
+from sequencer.config.errors import RequestError
+from sequencer.config.schema import DataConfig
 from sequencer.data.memory import CPU, Held, MemoryEvalSet, MemorySet, can_augment, fits, is_held
 from sequencer.data.quarantine import Quarantine
 from sequencer.data.readable import ReadableSet, collate_readable

@@ -18,8 +18,8 @@ from torch.utils.data import Dataset
 from torchvision import datasets
 from torchvision.datasets.folder import find_classes
 
-from conf.errors import RequestError
-from conf.schema import DataConfig
+from sequencer.config.errors import RequestError
+from sequencer.config.schema import DataConfig
 from sequencer.data.images import UnreadableImage, read_image
 from sequencer.data.quarantine import Quarantine
 from sequencer.data.shards import ShardSet, Split, has_index

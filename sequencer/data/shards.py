@@ -21,8 +21,8 @@ from urllib.parse import urlparse
 import numpy as np
 from torch.utils.data import Dataset
 
-from conf.errors import RequestError
-from conf.schema import DataConfig
+from sequencer.config.errors import RequestError
+from sequencer.config.schema import DataConfig
 from sequencer.data.images import UnreadableImage, read_image
 from sequencer.data.quarantine import Quarantine
 from sequencer.data.seeding import EpochSampler, Key, own_random_states, seed_transforms

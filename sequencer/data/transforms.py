@@ -16,8 +16,8 @@ from torch import Tensor
 from torchvision.transforms import Compose, RandomCrop, Resize
 from torchvision.transforms.functional import to_pil_image
 
-from conf.errors import RequestError
-from conf.schema import DataConfig
+from sequencer.config.errors import RequestError
+from sequencer.config.schema import DataConfig
 
 
 def eval_transform(config: DataConfig) -> Compose:

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from timm.data import resolve_data_config
 
-from conf.errors import RequestError
-from conf.schema import DataConfig
+from sequencer.config.errors import RequestError
+from sequencer.config.schema import DataConfig
 from sequencer.models import LoadedModel
 
 

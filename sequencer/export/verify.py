@@ -12,8 +12,8 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor, nn
 
-from conf.errors import RequestError
-from conf.schema import DataConfig
+from sequencer.config.errors import RequestError
+from sequencer.config.schema import DataConfig
 from sequencer.data import ReadableSet, ShardSet, eval_transform, open_dataset
 from sequencer.models.exported import Exported
 

@@ -1,6 +1,5 @@
-"""The models, their registration with timm, and the loading of weights."""
+"""The models and the loading of weights."""
 
-from sequencer.models import variants  # importing registers
 from sequencer.models.average import average_models
 from sequencer.models.checkpoint import (
     CheckpointError,
@@ -10,7 +9,7 @@ from sequencer.models.checkpoint import (
     select_weights,
 )
 from sequencer.models.exported import Exported, load_exported
-from sequencer.models.layouts import to_paper_layout
+from sequencer.models.layouts import to_paper_layout, to_timm_layout
 from sequencer.models.load import PREPROCESSING, LoadedModel, create_model, load_model, preprocessing, read_weights
 from sequencer.models.sequencer import Sequencer, Sequencer2d, VSequencer
 
@@ -33,5 +32,5 @@ __all__ = [
     "read_weights",
     "select_weights",
     "to_paper_layout",
-    "variants",
+    "to_timm_layout",
 ]

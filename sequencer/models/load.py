@@ -20,7 +20,7 @@ from sequencer.models.checkpoint import (
     select_weights,
 )
 from sequencer.models.exported import SUFFIXES, load_exported
-from sequencer.models.variants import VARIANTS
+from sequencer.variants import VARIANTS
 
 PREPROCESSING = ("input_size", "mean", "std", "crop_pct", "interpolation")  # what timm's configuration says of it
 ABOUT = (

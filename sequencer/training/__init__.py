@@ -1,7 +1,6 @@
-"""Training runs."""
+"""Training: the step, and a run from its configuration to its result."""
 
 from sequencer.training.divergence import Diverged
-from sequencer.training.plan import plan
-from sequencer.training.run import run
+from sequencer.training.lifecycle import run
 
-__all__ = ["Diverged", "plan", "run"]
+__all__ = ["Diverged", "run"]

@@ -10,8 +10,8 @@ import torch
 from pytorch_lightning.callbacks import Callback
 from torch.nn.utils import get_total_norm
 
-from conf.errors import SharedError
 from sequencer import distributed
+from sequencer.config.errors import SharedError
 from sequencer.data import DataModule
 from sequencer.files import write_atomically
 from sequencer.training.checkpoints import keep
@@ -45,9 +45,10 @@ class DivergenceGuard(Callback):
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: Classifier, optimizer: torch.optim.Optimizer
     ) -> None:
+        # the norm first: its kernels are queued while a GPU is still busy with the backward pass
+        norm = float(get_total_norm([p.grad for p in pl_module.parameters() if p.grad is not None]))
         losses = torch.stack(pl_module.window_losses).tolist()
         pl_module.window_losses.clear()
-        norm = float(get_total_norm([p.grad for p in pl_module.parameters() if p.grad is not None]))
         reason = self._reason(losses, norm, str(trainer.precision))
         reasons = [found for found in distributed.gather(reason) if found]
         if reasons:

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from pytorch_lightning.strategies import DDPStrategy
 
-from conf.errors import RequestError
-from conf.schema import Config
+from sequencer.config.errors import RequestError
+from sequencer.config.schema import Config
 from sequencer.distributed import world_size
 
 

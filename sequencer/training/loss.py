@@ -6,8 +6,8 @@ from jaxtyping import Float
 from timm.loss import BinaryCrossEntropy
 from torch import Tensor, nn
 
-from conf.errors import RequestError
-from conf.schema import DataConfig, OptimConfig
+from sequencer.config.errors import RequestError
+from sequencer.config.schema import DataConfig, OptimConfig
 from sequencer.data import channel_statistics
 from sequencer.models import CheckpointError, LoadedModel, load_model
 

@@ -9,7 +9,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
-from conf.schema import Config
+from sequencer.config.schema import Config
 from sequencer.data.mixing import build_mixup
 from sequencer.evaluation import ClassificationMetrics
 from sequencer.training.loss import Teacher, build_criterion
@@ -50,7 +50,7 @@ class Classifier(pl.LightningModule):
         loss = self.criterion(logits, targets)
         if self.teacher is not None:
             loss = torch.lerp(loss, self.teacher.distance(images, logits), self.config.optim.distill_weight)
-        totals = torch.stack([loss.detach() * len(images), torch.tensor(len(images), device=loss.device)])
+        totals = torch.stack([loss.detach() * len(images), loss.new_full((), len(images))])  # no wait for the GPU
         self.train_totals = self.train_totals.to(loss.device) + totals
         self.window_losses.append(loss.detach())
         if self.trainer.progress_bar_callback is not None:  # nobody else reads it, and it takes its time

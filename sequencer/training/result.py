@@ -12,8 +12,8 @@ from rich import get_console
 from rich.table import Table
 from torch import nn
 
-from conf.schema import Config
 from sequencer.analysis.plots import plot_confusion, plot_curves
+from sequencer.config.schema import Config
 from sequencer.data import DataModule
 from sequencer.distributed import is_first
 from sequencer.evaluation import evaluate

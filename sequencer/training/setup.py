@@ -13,9 +13,9 @@ from pytorch_lightning.callbacks import Callback, EarlyStopping, RichProgressBar
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import nn
 
-from conf.errors import RequestError
-from conf.schema import Config
 from sequencer import distributed
+from sequencer.config.errors import RequestError
+from sequencer.config.schema import Config
 from sequencer.data import DataModule
 from sequencer.layers import RNN
 from sequencer.models import CheckpointError, create_model, load_weights, read_weights

@@ -1,6 +1,6 @@
 import pytest
 
-from conf.schema import DataConfig
+from sequencer.config.schema import DataConfig
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from conf.schema import AugmentConfig, DataConfig
+from sequencer.config.schema import AugmentConfig, DataConfig
 from sequencer.data import DataModule, Quarantine, TooManyBadImages, check_images
 from sequencer.data.images import UnreadableImage, read_image
 from sequencer.data.quarantine import COLUMNS

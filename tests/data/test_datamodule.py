@@ -9,8 +9,8 @@ import pytest
 import pytorch_lightning as pl
 import torch
 
-from conf.errors import RequestError
-from conf.schema import AugmentConfig, DataConfig
+from sequencer.config.errors import RequestError
+from sequencer.config.schema import AugmentConfig, DataConfig
 from sequencer.data import DataModule, open_dataset
 from sequencer.data.seeding import EpochSampler, SeededSet
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from conf.request import compose, to_config
-from conf.schema import AugmentConfig, DataConfig
+from sequencer.config.request import compose, to_config
+from sequencer.config.schema import AugmentConfig, DataConfig
 from sequencer.data import DataModule, ReadableSet, collate_readable, open_dataset
 from sequencer.data.memory import GOLDEN, Held, MemoryEvalSet, MemorySet, _mix, is_held
 from sequencer.data.seeding import SeededSet

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from conf.schema import AugmentConfig
+from sequencer.config.schema import AugmentConfig
 from sequencer.data import build_mixup
 
 BOTH = AugmentConfig(mixup=0.8, cutmix=1.0, smoothing=0.1)

@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from conf.errors import RequestError
-from conf.schema import DataConfig
+from sequencer.config.errors import RequestError
+from sequencer.config.schema import DataConfig
 from sequencer.data import open_dataset
 from sequencer.data.sets import Split, has_test_part
 

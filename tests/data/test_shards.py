@@ -16,9 +16,9 @@ import pytest
 import torch
 from PIL import Image
 
-from conf.errors import RequestError
-from conf.request import compose, to_config
-from conf.schema import AugmentConfig, DataConfig
+from sequencer.config.errors import RequestError
+from sequencer.config.request import compose, to_config
+from sequencer.config.schema import AugmentConfig, DataConfig
 from sequencer.data import DataModule, TooManyBadImages, check_images, evaluation_loader
 from sequencer.data.shards import ShardSet, StreamSampler, StreamSet, Stretches, read_samples
 from sequencer.models import read_checkpoint

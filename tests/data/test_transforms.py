@@ -11,8 +11,8 @@ from PIL import Image
 from timm.data import create_transform
 from torchvision.transforms.functional import to_tensor
 
-from conf.errors import RequestError
-from conf.schema import AugmentConfig, DataConfig
+from sequencer.config.errors import RequestError
+from sequencer.config.schema import AugmentConfig, DataConfig
 from sequencer.data import eval_transform, train_transform
 from sequencer.data.transforms import posterize
 

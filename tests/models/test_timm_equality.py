@@ -56,7 +56,7 @@ def test_import_gives_no_warning():
 
 def test_the_three_names_are_ours():
     for name in NAMES:
-        assert timm.model_entrypoint(name).__module__ == "sequencer.models.variants"
+        assert timm.model_entrypoint(name).__module__ == "sequencer.variants"
         cfg = timm.get_pretrained_cfg(name)
         assert cfg.hf_hub_id == f"timm/{name}.in1k"
         assert cfg.tag == "in1k"
@@ -67,7 +67,7 @@ def test_the_three_names_are_ours():
         for field in ("input_size", "crop_pct", "interpolation", "mean", "std", "first_conv", "classifier"):
             assert getattr(cfg, field) == getattr(peer, field), field
     assert timm.list_pretrained("*sequencer*") == sorted(f"{name}.in1k" for name in NAMES)
-    assert set(timm.list_models("*sequencer*")) == sequencer.models.variants.VARIANTS.keys()
+    assert set(timm.list_models("*sequencer*")) == sequencer.variants.VARIANTS.keys()
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "pth"])

@@ -8,7 +8,7 @@ import torch
 from timm.models import group_parameters
 from timm.models._manipulate import group_with_matcher
 
-from sequencer.models.variants import VARIANTS
+from sequencer.variants import VARIANTS
 
 S = 27_651_688
 PARAMETERS = {  # at 1,000 classes and three channels; the paper's repository, built and counted

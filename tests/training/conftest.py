@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from conf.request import compose, to_config
-from conf.schema import Config
+from sequencer.config.request import compose, to_config
+from sequencer.config.schema import Config
 
 # two short epochs of a network that learns nothing worth knowing, in about a second
 SMALL = [

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 
 import sequencer  # noqa: F401
-from conf.errors import RequestError
-from conf.schema import AugmentConfig, DataConfig, OptimConfig
+from sequencer.config.errors import RequestError
+from sequencer.config.schema import AugmentConfig, DataConfig, OptimConfig
 from sequencer.data.mixing import build_mixup
 from sequencer.export import save_model_folder
 from sequencer.models import LoadedModel, load_model, read_checkpoint

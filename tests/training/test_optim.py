@@ -8,7 +8,7 @@ import timm
 import torch
 
 import sequencer  # noqa: F401
-from conf.schema import OptimConfig
+from sequencer.config.schema import OptimConfig
 from sequencer.training.optim import build_optimizer, build_schedule, describe_groups
 
 

@@ -14,7 +14,7 @@ import pytorch_lightning as pl
 import torch
 from omegaconf import OmegaConf
 
-from conf.errors import RequestError
+from sequencer.config.errors import RequestError
 from sequencer.models import load_model, read_checkpoint
 from sequencer.training import run
 from sequencer.training.divergence import DivergenceGuard

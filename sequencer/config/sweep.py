@@ -24,8 +24,8 @@ from hydra.core.override_parser.types import IntervalSweep, Override
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from conf.errors import RequestError
-from conf.request import check_overrides, compose, parse_overrides, to_config
+from sequencer.config.errors import RequestError
+from sequencer.config.request import check_overrides, compose, parse_overrides, to_config
 
 LONGEST_NAME = 150  # characters; file systems allow 255
 INTERRUPTED = (130, 143, -signal.SIGINT, -signal.SIGTERM)
@@ -42,7 +42,7 @@ def prepare_sweep(overrides: list[str]) -> tuple[Path, list[str]]:
     values of the others.
 
     Raises:
-        RequestError: as `conf.request.compose` and `to_config`.
+        RequestError: as `sequencer.config.request.compose` and `to_config`.
     """
     if "RANK" in os.environ:
         raise RequestError("a sweep is started without torchrun: trainer.devices=N gives every trial its devices")

@@ -1,4 +1,4 @@
-"""The process that runs wandb on behalf of `sequencer.training.wandb_guard`, which starts this file by its path.
+"""The process that runs wandb on behalf of `sequencer.tracking.wandb_guard`, which starts this file by its path.
 
 Standard library and wandb only: importing the package would cost torch. It is never alone for longer than its limits:
 a guard that dies without a word ends the run as failed.

@@ -1,23 +1,26 @@
-"""Every named model, from one table; importing this module registers them with timm.
+"""The table of named models; importing this module registers them with timm.
 
-Figures beside a name are parameters at 1,000 classes. `sequencer2d_s`, `_m` and `_l` replace timm's entries of the
-same name by equals: the same state dict, the same logits, the same published weights.
+`import sequencer` has this module imported as soon as timm is imported, which `sequencer.layers` does as well. The
+classes of the models are therefore imported when a model is built, not here.
+
+Numbers beside a name are parameters at 1,000 classes. `sequencer2d_s`, `_m` and `_l` replace timm's entries of the
+same names with equivalent models: the same state dict, the same logits, the same published weights.
 """
 
+import importlib
 import warnings
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import nn
 
-from sequencer.models.layouts import to_timm_layout
-from sequencer.models.sequencer import Sequencer, Sequencer2d, VSequencer
-
 
 class Variant(NamedTuple):
-    model: type[Sequencer]
+    """A named model: its class in `sequencer.models`, its arguments, and the images that it is meant for."""
+
+    model: Literal["Sequencer2d", "VSequencer"]
     args: dict[str, Any]
     img_size: int = 224
     in_chans: int = 3
@@ -42,40 +45,40 @@ TINY = {"layers": (2, 4), "embed_dims": (96, 192), "hidden_sizes": (24, 48)}
 
 VARIANTS = {
     # the paper's models (table 1), and the same at the resolution of its fine-tuning
-    "sequencer2d_s": Variant(Sequencer2d, S),  # 27.7M
-    "sequencer2d_m": Variant(Sequencer2d, M),  # 38.3M
-    "sequencer2d_l": Variant(Sequencer2d, L),  # 54.3M
-    "sequencer2d_s_392": Variant(Sequencer2d, S, img_size=392),
-    "sequencer2d_m_392": Variant(Sequencer2d, M, img_size=392),
-    "sequencer2d_l_392": Variant(Sequencer2d, L, img_size=392),
+    "sequencer2d_s": Variant("Sequencer2d", S),  # 27.7M
+    "sequencer2d_m": Variant("Sequencer2d", M),  # 38.3M
+    "sequencer2d_l": Variant("Sequencer2d", L),  # 54.3M
+    "sequencer2d_s_392": Variant("Sequencer2d", S, img_size=392),
+    "sequencer2d_m_392": Variant("Sequencer2d", M, img_size=392),
+    "sequencer2d_l_392": Variant("Sequencer2d", L, img_size=392),
     "sequencer2d_l_d4_3x": Variant(  # 96.3M
-        Sequencer2d, L | {"embed_dims": (256, 512, 512, 512), "hidden_sizes": (64, 128, 128, 128)}
+        "Sequencer2d", L | {"embed_dims": (256, 512, 512, 512), "hidden_sizes": (64, 128, 128, 128)}
     ),
     # its ablations
-    "sequencer2d_s_unidirectional": Variant(Sequencer2d, S | {"bidirectional": False}),
-    "sequencer2d_s_add": Variant(Sequencer2d, S | {"union": "add"}),
-    "sequencer2d_s_h2x": Variant(Sequencer2d, S_H2X),
-    "sequencer2d_s_without_fc": Variant(Sequencer2d, S | {"with_fc": False}),
-    "sequencer2d_vertical": Variant(Sequencer2d, S_H2X | {"union": "vertical", "with_fc": False}),
-    "sequencer2d_s_horizontal": Variant(Sequencer2d, S_H2X | {"union": "horizontal", "with_fc": False}),
-    "gru_sequencer2d_s": Variant(Sequencer2d, S | {"cell": "gru"}),
-    "rnn_sequencer2d_s": Variant(Sequencer2d, S | {"cell": "rnn"}),
-    "v_sequencer_s": Variant(VSequencer, V),
-    "v_sequencer_s_h": Variant(VSequencer, S_H2X),
-    "v_sequencer_s_pe": Variant(VSequencer, V | {"ape": True}),
+    "sequencer2d_s_unidirectional": Variant("Sequencer2d", S | {"bidirectional": False}),
+    "sequencer2d_s_add": Variant("Sequencer2d", S | {"union": "add"}),
+    "sequencer2d_s_h2x": Variant("Sequencer2d", S_H2X),
+    "sequencer2d_s_without_fc": Variant("Sequencer2d", S | {"with_fc": False}),
+    "sequencer2d_vertical": Variant("Sequencer2d", S_H2X | {"union": "vertical", "with_fc": False}),
+    "sequencer2d_s_horizontal": Variant("Sequencer2d", S_H2X | {"union": "horizontal", "with_fc": False}),
+    "gru_sequencer2d_s": Variant("Sequencer2d", S | {"cell": "gru"}),
+    "rnn_sequencer2d_s": Variant("Sequencer2d", S | {"cell": "rnn"}),
+    "v_sequencer_s": Variant("VSequencer", V),
+    "v_sequencer_s_h": Variant("VSequencer", S_H2X),
+    "v_sequencer_s_pe": Variant("VSequencer", V | {"ape": True}),
     # other cells in the same backbone
-    "indylstm_sequencer2d_s": Variant(Sequencer2d, S | {"cell": "indylstm"}),
-    "peephole_sequencer2d_s": Variant(Sequencer2d, S | {"cell": "peephole_lstm"}),
-    "lstm1997_sequencer2d_s": Variant(Sequencer2d, S | {"cell": "lstm1997"}),
+    "indylstm_sequencer2d_s": Variant("Sequencer2d", S | {"cell": "indylstm"}),
+    "peephole_sequencer2d_s": Variant("Sequencer2d", S | {"cell": "peephole_lstm"}),
+    "lstm1997_sequencer2d_s": Variant("Sequencer2d", S | {"cell": "lstm1997"}),
     # for small images; the suffix is the size meant, the total stride is 2, 4 and 8
     "sequencer2d_t_8": Variant(
-        Sequencer2d,
+        "Sequencer2d",
         {"layers": (2, 2), "patch_sizes": (1, 2), "embed_dims": (64, 128), "hidden_sizes": (16, 32)},
         img_size=8,
         in_chans=1,
     ),
-    "sequencer2d_t_32": Variant(Sequencer2d, TINY | {"patch_sizes": (2, 2)}, img_size=32),
-    "sequencer2d_t_64": Variant(Sequencer2d, TINY | {"patch_sizes": (4, 2)}, img_size=64),
+    "sequencer2d_t_32": Variant("Sequencer2d", TINY | {"patch_sizes": (2, 2)}, img_size=32),
+    "sequencer2d_t_64": Variant("Sequencer2d", TINY | {"patch_sizes": (4, 2)}, img_size=64),
 }
 
 PUBLISHED = {  # name -> weights that timm publishes, by tag
@@ -115,13 +118,14 @@ default_cfgs = generate_default_cfgs(
 
 def _entrypoint(name: str, variant: Variant) -> Callable[..., nn.Module]:
     def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        models = importlib.import_module("sequencer.models")
         arguments = {"img_size": variant.img_size} | variant.args | kwargs
         stages = range(len(arguments["layers"]))
         return build_model_with_cfg(
-            variant.model,
+            getattr(models, variant.model),
             name,
             pretrained,
-            pretrained_filter_fn=to_timm_layout,
+            pretrained_filter_fn=models.to_timm_layout,
             feature_cfg={"feature_cls": "getter", "output_fmt": "NHWC", "out_indices": tuple(stages)},
             **arguments,
         )

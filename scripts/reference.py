@@ -1,4 +1,4 @@
-"""The page of every knob, from the schema: `python -m conf.reference` writes docs/configuration.md."""
+"""The page of every knob, from the schema: `python scripts/reference.py` writes docs/configuration.md."""
 
 import dataclasses
 import types
@@ -8,13 +8,13 @@ from typing import Any, get_args
 
 from omegaconf import MISSING
 
-from conf.request import GROUPS
-from conf.schema import Config
+from sequencer.config.request import GROUPS
+from sequencer.config.schema import Config
 
 PAGE = Path(__file__).parents[1] / "docs" / "configuration.md"
 INTRODUCTION = """# Configuration
 
-Every key of `python train.py key=value`, made from [`conf/schema.py`](../conf/schema.py) by `python -m conf.reference`.
+Every key of `python train.py key=value`, made from [`sequencer/config/schema.py`](../sequencer/config/schema.py) by `python scripts/reference.py`.
 The defaults are those of the schema; what a group's choice or a recipe sets comes on top, and the command line last.
 `python train.py ... --cfg job` prints what a request comes to.
 """

@@ -21,9 +21,9 @@ from rich import get_console
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from conf.schema import Config, leaves
-from conf.sources import SCHEMA, Sources
 from sequencer import distributed
+from sequencer.config.schema import Config, leaves
+from sequencer.config.sources import SCHEMA, Sources
 from sequencer.data import FILE_SETS, DataModule, ShardSet, TooManyBadImages, UnreadableImage
 from sequencer.training.launch import launch, uses_gpu
 from sequencer.training.module import compile_in_place, parameters_of

@@ -8,8 +8,8 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
-from conf.request import KEYS, ROOT, check_overrides, parse_overrides
-from conf.schema import Config, leaves
+from sequencer.config.request import KEYS, ROOT, check_overrides, parse_overrides
+from sequencer.config.schema import Config, leaves
 
 SCHEMA = "conf/schema.py"
 COMMAND_LINE = "command line"

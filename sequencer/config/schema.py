@@ -2,7 +2,7 @@
 
 The dataclasses are the schema; the YAML files beside this module hold values. Standard library and omegaconf
 only, so that a request is validated before torch is imported. `knob` carries what the type cannot say; the
-checks of `conf.request` and the configuration reference read it.
+checks of `sequencer.config.request` and the configuration reference read it.
 """
 
 import os
@@ -11,7 +11,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from conf.errors import RequestError
+from sequencer.config.errors import RequestError
 
 BACKENDS = ("auto", "triton", "fused", "torch", "reference")
 

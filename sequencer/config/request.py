@@ -21,10 +21,10 @@ from hydra.errors import ConfigCompositionException, HydraException, OverridePar
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from conf.errors import RequestError
-from conf.schema import Config, leaves
+from sequencer.config.errors import RequestError
+from sequencer.config.schema import Config, leaves
 
-ROOT = Path(__file__).parent
+ROOT = Path(__file__).parents[2] / "conf"
 GROUPS = {
     folder.name: sorted(path.stem for path in folder.glob("*.yaml"))
     for folder in sorted(ROOT.iterdir())

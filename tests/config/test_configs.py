@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from conf import reference, schema
-from conf.errors import RequestError
-from conf.request import GROUPS, KEYS, compose, request, resume_request, to_config
-from conf.schema import Config
 from sequencer import ops
+from sequencer.config import schema
+from sequencer.config.errors import RequestError
+from sequencer.config.request import GROUPS, KEYS, compose, request, resume_request, to_config
+from sequencer.config.schema import Config
 
 
 @pytest.mark.parametrize(
@@ -46,8 +46,9 @@ def test_every_knob_is_explained():
     assert all(field.metadata["help"] for field in knobs(Config))
 
 
-def test_the_page_of_knobs_is_current():
-    assert reference.PAGE.read_text() == reference.page(), "python -m conf.reference writes it anew"
+def test_the_page_of_knobs_is_current(load_script):
+    reference = load_script("reference")
+    assert reference.PAGE.read_text() == reference.page(), "python scripts/reference.py writes it anew"
 
 
 def test_the_default_is_digits():

@@ -12,16 +12,16 @@ from omegaconf import OmegaConf
 from pytorch_lightning.trainer.states import TrainerStatus
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
-from conf.errors import RequestError
-from conf.schema import Config
 from sequencer import distributed
+from sequencer.config.errors import RequestError
+from sequencer.config.schema import Config
 from sequencer.data import DataModule, check_images
 from sequencer.files import write_atomically
 from sequencer.models import read_checkpoint
+from sequencer.tracking.loggers import build_loggers, close_log, close_loggers, start_log
 from sequencer.training.checkpoints import find_checkpoint
 from sequencer.training.divergence import Diverged
 from sequencer.training.launch import launch, uses_gpu
-from sequencer.training.loggers import build_loggers, close_log, close_loggers, start_log
 from sequencer.training.module import Classifier, compile_in_place
 from sequencer.training.result import finish, print_summary
 from sequencer.training.setup import build_parts

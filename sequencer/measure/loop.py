@@ -4,6 +4,7 @@ import copy
 import itertools
 import time
 from collections.abc import Callable, Generator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -14,10 +15,10 @@ import torch
 from pytorch_lightning.callbacks import Callback
 from torch import nn
 
-from conf.schema import Config
+from sequencer.config.schema import Config
 from sequencer.data import DataModule, ImageSet
+from sequencer.measure.forecast import Clock, without_end
 from sequencer.training.optim import build_optimizer, build_schedule
-from sequencer.training.plan import Clock, without_end
 from sequencer.training.setup import build_parts
 
 
@@ -56,10 +57,9 @@ def measure_loader(config: Config, seconds: float) -> tuple[float, float]:
         batches.close()  # and with it the workers
         model = parts.model.to(device)
         optimizer = build_optimizer(model, config.optim)
-        dtype = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(config.trainer.precision)
 
         def step() -> None:
-            with torch.autocast(device.type, dtype, enabled=dtype is not None):
+            with parts.trainer.precision_plugin.forward_context():
                 loss = nn.functional.cross_entropy(model(images), labels)
             loss.backward()
             optimizer.step()
@@ -127,13 +127,14 @@ class _BareLoop(Callback):
             updates = self.batches * trainer.max_epochs  # type: ignore[operator]
             self.schedule = build_schedule(self.optimizer, self.config.optim, updates, self.batches)
             self.loader = self.data.train_dataloader()
-        self.seconds.append(self._epoch(pl_module.device))
+        self.seconds.append(self._epoch(pl_module.device, trainer.precision_plugin.forward_context))
 
-    def _epoch(self, device: torch.device) -> float:
+    def _epoch(self, device: torch.device, autocast: Callable[[], AbstractContextManager[None]]) -> float:
         start, total = _now(device), torch.zeros((), device=device)
         for number, (images, labels) in enumerate(self.loader):
             images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-            loss = nn.functional.cross_entropy(self.model(images), labels)
+            with autocast():
+                loss = nn.functional.cross_entropy(self.model(images), labels)
             loss.backward()
             if self.config.trainer.gradient_clip_val:
                 nn.utils.clip_grad_norm_(self.model.parameters(), self.config.trainer.gradient_clip_val)

@@ -9,8 +9,8 @@ from pathlib import Path
 from pytorch_lightning.loggers import Logger, TensorBoardLogger
 from rich.logging import RichHandler
 
-from conf.schema import Config
-from sequencer.training.wandb_guard import WandbGuard
+from sequencer.config.schema import Config
+from sequencer.tracking.wandb_guard import WandbGuard
 
 log = logging.getLogger("sequencer")
 

@@ -15,9 +15,10 @@ from threading import Event, Thread, Timer
 import pytest
 from pytorch_lightning.utilities import rank_zero_only
 
-from sequencer.training import run, wandb_guard
-from sequencer.training.loggers import close_log, start_log
-from sequencer.training.wandb_guard import WandbGuard, _start_worker
+from sequencer.tracking import wandb_guard
+from sequencer.tracking.loggers import close_log, start_log
+from sequencer.tracking.wandb_guard import WandbGuard, _start_worker
+from sequencer.training import run
 
 TRAIN = Path(__file__).parents[2] / "train.py"
 SMALL_MODEL = "model.kwargs={layers: [1], patch_sizes: [2], embed_dims: [16], hidden_sizes: [4]}"

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from conf.errors import RequestError
-from conf.request import compose, take_plan, to_config
-from conf.sources import Sources
-from sequencer.training import plan, run
+from sequencer.config.errors import RequestError
+from sequencer.config.request import compose, take_plan, to_config
+from sequencer.config.sources import Sources
+from sequencer.measure import plan
+from sequencer.training import run
 
 TRAIN = Path(__file__).parents[2] / "train.py"
 
