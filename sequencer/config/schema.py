@@ -6,7 +6,7 @@ checks of `sequencer.config.request` and the configuration reference read it.
 """
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from omegaconf import MISSING
@@ -23,9 +23,17 @@ def knob(
     choices: tuple[str, ...] | None = None,
     low: float | None = None,
     high: float | None = None,
+    ours: bool = False,
+    on_resume: bool = False,
 ) -> Any:
-    """A dataclass field with its documentation and its bounds (`low` and `high` are inclusive)."""
-    metadata = {"help": help, "choices": choices, "low": low, "high": high}
+    """A dataclass field with its documentation and its bounds.
+
+    Args:
+        low, high: smallest and largest legal value, or that of each entry of a list; both inclusive.
+        ours: in `TrainerConfig`, the key is not passed on to Lightning's Trainer.
+        on_resume: the value may change when a run is resumed.
+    """
+    metadata = {"help": help, "choices": choices, "low": low, "high": high, "ours": ours, "on_resume": on_resume}
     if isinstance(default, (list, dict)):
         return field(default_factory=lambda: type(default)(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -191,18 +199,18 @@ class OptimConfig:
 
 @dataclass
 class TrainerConfig:
-    """How the run is driven. Names without a note are those of Lightning's Trainer."""
+    """How the run is driven. Keys that are not marked `ours` carry the names of Lightning's Trainer."""
 
-    max_epochs: int = knob(10, "epochs", low=1)
+    max_epochs: int = knob(10, "epochs", low=1, on_resume=True)
     max_steps: int = knob(-1, "updates after which the run ends early; -1 sets no limit", low=-1)
     limit_train_batches: int | float | None = knob(
         None, "batches (int) or share (float) of an epoch; null takes all", low=0
     )
     limit_val_batches: int | float | None = knob(None, "likewise for validation", low=0)
     limit_test_batches: int | float | None = knob(None, "likewise for the test part", low=0)
-    accelerator: str = knob("auto", "device kind", choices=("auto", "cpu", "gpu", "cuda", "mps", "tpu"))
-    devices: int | str = knob(1, "number of devices, or auto for all")
-    num_nodes: int = knob(1, "number of machines", low=1)
+    accelerator: str = knob("auto", "device kind", choices=("auto", "cpu", "gpu", "cuda", "mps", "tpu"), on_resume=True)
+    devices: int | str = knob(1, "number of devices, or auto for all", on_resume=True)
+    num_nodes: int = knob(1, "number of machines", low=1, on_resume=True)
     strategy: str = knob("auto", "distribution strategy, e.g. ddp")
     precision: str = knob("32", "numeric precision", choices=("32", "bf16-mixed", "16-mixed"))
     gradient_clip_val: float | None = knob(None, "largest gradient norm; null turns clipping off", low=0.0)
@@ -210,26 +218,32 @@ class TrainerConfig:
     deterministic: bool = knob(False, "deterministic kernels only; an operation without one is an error")
     benchmark: bool = knob(False, "let cuDNN try its algorithms for the input shape")
     checkpoint_interval: float = knob(
-        300.0, "seconds between two saves within an epoch (ours); 0 saves after every update", low=0.0
+        300.0, "seconds between two saves within an epoch; 0 saves after every update", low=0.0, ours=True
     )
-    max_loss: float = knob(1000.0, "a larger training loss is divergence, as one that is not finite (ours)", low=0.0)
+    max_loss: float = knob(
+        1000.0, "a larger training loss is divergence, as one that is not finite", low=0.0, ours=True
+    )
     on_divergence: str = knob(
         "stop",
         "whether the run ends there or goes back to its last checkpoint and takes the images that follow in another "
-        "order (ours)",
+        "order",
         choices=("stop", "rollback"),
+        ours=True,
     )
     log_every_n_steps: int = knob(50, "updates between two logged training losses", low=1)
-    enable_progress_bar: bool = knob(True, "draw the progress bar; it is left out where the output is no terminal")
-    compile: bool = knob(False, "run the model through torch.compile (ours, not Lightning's)")
+    enable_progress_bar: bool = knob(
+        True, "draw the progress bar; it is left out where the output is no terminal", ours=True
+    )
+    compile: bool = knob(False, "run the model through torch.compile", ours=True)
     best_metric: str = knob(
         "val/top1",
-        "decides checkpoints/best.ckpt; epoch takes the last one (ours)",
+        "decides checkpoints/best.ckpt; epoch takes the last one",
         choices=("epoch", "val/top1", "val/top5", "val/loss", "val_ema/top1", "val_ema/top5", "val_ema/loss"),
+        ours=True,
     )
-    slot: str = knob("raw", "weights that model/ and the test metrics use (ours)", choices=("raw", "ema"))
+    slot: str = knob("raw", "weights that model/ and the test metrics use", choices=("raw", "ema"), ours=True)
     early_stopping_patience: int | None = knob(
-        None, "epochs without a better best_metric before the run ends (ours); null never", low=1
+        None, "epochs without a better best_metric before the run ends; null never", low=1, ours=True
     )
 
 
@@ -237,10 +251,10 @@ class TrainerConfig:
 class LoggerConfig:
     """Where metrics go besides metrics.csv, which every run writes."""
 
-    wandb: bool = knob(False, "log to Weights & Biases: online where a key is set, offline otherwise")
-    tensorboard: bool = knob(False, "write TensorBoard event files into the run folder")
-    project: str = knob("sequencer", "W&B project")
-    entity: str | None = knob(None, "W&B user or team; null takes the account's default")
+    wandb: bool = knob(False, "log to Weights & Biases: online where a key is set, offline otherwise", on_resume=True)
+    tensorboard: bool = knob(False, "write TensorBoard event files into the run folder", on_resume=True)
+    project: str = knob("sequencer", "W&B project", on_resume=True)
+    entity: str | None = knob(None, "W&B user or team; null takes the account's default", on_resume=True)
 
 
 @dataclass
@@ -259,3 +273,13 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
+
+
+def lower_is_better(metric: str) -> bool:
+    """Whether `trainer.best_metric` improves by falling."""
+    return metric.endswith("loss")
+
+
+def lightning_settings(section: TrainerConfig) -> dict[str, Any]:
+    """The keys of the section that are arguments of Lightning's Trainer, with their values."""
+    return {f.name: getattr(section, f.name) for f in fields(section) if not f.metadata["ours"]}
