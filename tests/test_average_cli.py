@@ -9,7 +9,7 @@ import torch
 
 from sequencer.export import export_graph, save_model_folder
 from sequencer.models import create_model, load_model
-from tests.test_evaluate_cli import DIGITS, exit_code, save_run
+from tests.helpers import DIGITS, exit_code, save_run
 
 
 @pytest.fixture

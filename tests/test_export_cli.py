@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from sequencer.export import recurrence
 from sequencer.models import create_model, load_model, load_weights, read_checkpoint, read_weights
-from tests.test_evaluate_cli import ARGS, DIGITS, SCRIPTS, exit_code, save_run
+from tests.helpers import ARGS, DIGITS, SCRIPTS, exit_code, save_run
 
 TRAIN = SCRIPTS.parent / "train.py"
 

@@ -1,7 +1,6 @@
 """scripts/predict.py: what it prints and writes, and how it ends."""
 
 import csv
-import importlib
 import io
 import json
 import subprocess
@@ -14,10 +13,10 @@ import torch
 from PIL import Image
 
 from sequencer.data import eval_transform, read_image
-from sequencer.evaluation import input_config, readable_names
+from sequencer.evaluation import input_config, prediction, readable_names
 from sequencer.export import export_graph
 from sequencer.models import load_model
-from tests.test_evaluate_cli import DIGITS, SCRIPTS, exit_code, save_run
+from tests.helpers import DIGITS, SCRIPTS, exit_code, save_run
 
 NAMES = [f"class {k}" for k in range(10)]
 
@@ -130,7 +129,7 @@ def test_a_failure_leaves_the_old_output(script, run_folder, images, monkeypatch
     def fail(*args):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(importlib.import_module("sequencer.evaluation.predict"), "_classify", fail)
+    monkeypatch.setattr(prediction, "_classify", fail)
     assert script.main([str(run_folder), "set", "--output", "out.csv"]) == 1
     assert "error: out of memory" in capsys.readouterr().err
     assert Path("out.csv").read_text() == "old"

@@ -120,7 +120,7 @@ def _load_run_checkpoint(checkpoint: dict[str, Any], path: Path, slot: str | Non
         **section["kwargs"],
     )
     load_weights(model, select_weights(checkpoint, slot), source=str(path))
-    cfg = preprocessing(config["data"])
+    cfg = timm_settings(config["data"])
     return LoadedModel(model.eval(), section["name"], slot, tuple(names), cfg, section["kwargs"], {"config": config})
 
 
@@ -170,8 +170,8 @@ def _names(config: dict[str, Any]) -> tuple[str, ...] | None:
     return tuple(names) if names else None
 
 
-def preprocessing(data: dict[str, Any]) -> dict[str, Any]:
-    """timm's preprocessing entries for a data section."""
+def timm_settings(data: dict[str, Any]) -> dict[str, Any]:
+    """timm's preprocessing settings (input size, mean, std, crop, interpolation) that a data section describes."""
     return {
         "input_size": (data["in_chans"], data["img_size"], data["img_size"]),
         "mean": tuple(data["mean"]),

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from sequencer.export import save_model_folder
-from sequencer.models import LoadedModel, create_model, load_model, preprocessing
-from tests.test_evaluate_cli import DIGITS, SCRIPTS, save_run
+from sequencer.models import LoadedModel, create_model, load_model, timm_settings
+from tests.helpers import DIGITS, SCRIPTS, save_run
 
 ALONE = """
 import sys
@@ -63,7 +63,7 @@ def test_what_a_folder_says(tmp_path):
     assert not {"slot", "metrics", "config"} & config["pretrained_cfg"].keys()
     again = load_model(tmp_path / "folder")
     assert (again.slot, again.about, again.pretrained_cfg["mean"]) == ("ema", config_of(about), (0.3,))
-    assert preprocessing(again.data)["input_size"] == (1, 8, 8)
+    assert timm_settings(again.data)["input_size"] == (1, 8, 8)
 
 
 def config_of(about: dict) -> dict:
