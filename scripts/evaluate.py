@@ -99,7 +99,7 @@ def show(evaluation: "Evaluation", output: Path) -> None:
     console = Console(highlight=False, markup=False)
     console.print("{arch} ({slot} weights) on {data}, {split} split, {total:,} images".format(**result))
     if result["unreadable"]:
-        console.print(f"{result['unreadable']:,} more cannot be read: {output / 'bad_samples.csv'}", soft_wrap=True)
+        console.print(f"{result['unreadable']:,} more could not be read: {output / 'bad_samples.csv'}", soft_wrap=True)
     console.print("top-1 {top1:.2%}   top-5 {top5:.2%}   loss {loss:.4f}".format(**result), style="bold")
     console.print("95% confidence: top-1 {top1_low:.2%} to {top1_high:.2%}".format(**result))
     console.print("{time/images_per_s:,.0f} images a second, loading included".format(**result))
