@@ -8,7 +8,8 @@ from typing import Any, get_args
 
 from omegaconf import MISSING
 
-from sequencer.config.request import GROUPS
+from sequencer.config import conf_dir
+from sequencer.config.conf_files import ConfigFiles
 from sequencer.config.schema import Config
 
 PAGE = Path(__file__).parents[1] / "docs" / "configuration.md"
@@ -31,7 +32,7 @@ def page() -> str:
 
 
 def _groups() -> str:
-    rows = [f"| `{group}=` | {', '.join(choices)} |" for group, choices in GROUPS.items()]
+    rows = [f"| `{group}=` | {', '.join(choices)} |" for group, choices in ConfigFiles(conf_dir()).groups.items()]
     return "\n".join(["## Groups", "", "| group | choices |", "| --- | --- |", *rows, ""])
 
 

@@ -5,13 +5,10 @@ only, so that a request is validated before torch is imported. `knob` carries wh
 checks of `sequencer.config.request` and the configuration reference read it.
 """
 
-import os
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 from omegaconf import MISSING
-
-from sequencer.config.errors import RequestError
 
 BACKENDS = ("auto", "triton", "fused", "torch", "reference")
 
@@ -37,16 +34,6 @@ def knob(
     if isinstance(default, (list, dict)):
         return field(default_factory=lambda: type(default)(default), metadata=metadata)
     return field(default=default, metadata=metadata)
-
-
-def check_environment() -> None:
-    """
-    Raises:
-        RequestError: SEQUENCER_BACKEND names no backend.
-    """
-    backend = os.environ.get("SEQUENCER_BACKEND", "auto")
-    if backend not in BACKENDS:
-        raise RequestError(f"SEQUENCER_BACKEND={backend}: there are {', '.join(BACKENDS)}")
 
 
 def leaves(node: Any, prefix: str = "") -> dict[str, Any]:
