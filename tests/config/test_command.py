@@ -1,5 +1,6 @@
 """The command line: parsed once, composed once, and looked up in the project's folder and in the user's."""
 
+import logging
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,8 @@ def started(monkeypatch, tmp_path) -> list[Request]:
     """Collects what `train.main` would train; the working directory is an empty folder."""
     requests: list[Request] = []
     monkeypatch.setattr(train, "train", requests.append)
+    monkeypatch.setattr(logging.root, "handlers", [])  # Hydra adds some for `--info`
+    monkeypatch.setattr(logging.root, "level", logging.WARNING)
     monkeypatch.chdir(tmp_path)
     return requests
 
