@@ -19,8 +19,8 @@ Every key of `python train.py key=value`. `python scripts/reference.py` writes t
 [`sequencer/config/schema.py`](../sequencer/config/schema.py).
 
 The defaults are those of the schema. The choices of the groups and the recipe override them, and the command line
-overrides all. `python train.py ... --cfg job` prints the resulting configuration. Keys marked (R) may change when a run is
-resumed; trainer keys marked (A) are additions to those of Lightning's Trainer.
+overrides all. `python train.py ... --cfg job` prints the resulting configuration. Keys marked (R) may change when a
+run is resumed; trainer keys marked (A) are additions to those of Lightning's Trainer.
 """
 
 

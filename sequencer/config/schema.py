@@ -88,8 +88,8 @@ class DataConfig:
     )
     root: str = knob(
         "data",
-        "folder of the data set; an image folder has train/, val/ and optionally test/; for shards also an http, https or "
-        "s3 address",
+        "folder of the data set; an image folder has train/, val/ and optionally test/; shards may also be at an http, "
+        "https or s3 address",
     )
     download: bool = knob(False, "let torchvision download the data set into data.root if it is missing")
     num_classes: int | None = knob(None, "number of classes; null takes what the data set has", low=1)
@@ -106,7 +106,7 @@ class DataConfig:
     default_model: str = knob(MISSING, "model that is built if model.name is not given")
     val_fraction: float = knob(
         0.1,
-        "fraction of the training images that is the validation split of data sets without one; it does not depend on seed",
+        "fraction of the training images that is the validation split of data sets without one, whatever the seed",
         low=0.0,
         high=0.9,
     )
@@ -183,7 +183,7 @@ class OptimConfig:
     )
     distill_from: str | None = knob(
         None,
-        "teacher for distillation: a run, model folder, checkpoint or timm name with the classes of the data; null has none",
+        "teacher for distillation: a run, model folder, checkpoint or timm name with the classes of the data, or null",
     )
     distill_weight: float = knob(
         0.5, "weight of the distillation loss; the training loss has one minus that", low=0.0, high=1.0
@@ -194,7 +194,7 @@ class OptimConfig:
 
 @dataclass
 class TrainerConfig:
-    """The training loop. Keys have the names and meanings of Lightning's Trainer unless they are marked as additions."""
+    """The training loop. Keys are those of Lightning's Trainer unless they are marked as additions."""
 
     max_epochs: int = knob(10, "epochs", low=1, on_resume=True)
     max_steps: int = knob(-1, "updates after which the run ends early; -1 sets no limit", low=-1)
@@ -225,7 +225,7 @@ class TrainerConfig:
     )
     on_divergence: str = knob(
         "stop",
-        "on divergence, end the run, or go back to the last checkpoint and continue with the remaining images of the epoch "
+        "on divergence, end the run, or go back to the last checkpoint and continue with the other images of the epoch "
         "in another order",
         choices=("stop", "rollback"),
         ours=True,
@@ -272,8 +272,7 @@ class Config:
     run_dir: str = knob("outputs/${name}/${now:%Y-%m-%d_%H-%M-%S}", "folder that the run writes to")
     init_from: str | None = knob(
         None,
-        "start from the weights of a run, model folder, checkpoint or timm name; a head with another number of classes is "
-        "replaced",
+        "start from the weights of a run, model folder, checkpoint or timm name; a head with other classes is replaced",
     )
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
