@@ -25,7 +25,7 @@ from _cli import Parser, integer, make_folder, need_onnx, pick_device, run
 from rich.console import Console
 from rich.table import Table
 
-from sequencer.config.request import compose, to_config
+from sequencer.config import compose
 
 if TYPE_CHECKING:
     import torch
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from sequencer.measure import Comparison, Settings
 
 MODEL_PEERS = ["timm", "convnext_tiny", "swin_tiny_patch4_window7_224", "resnet50"]
+LOOPS = {"cpu": ("cifar10_cpu", 60), "cuda": ("cifar10_gpu", 80)}  # recipe and batches per epoch
 COLUMNS = ("contender", "mode", "median ms", "p20-p80", "images/s", "times peer", "of floor", "peak MiB", "error")
 
 
@@ -210,9 +211,9 @@ def loop(args: Namespace) -> None:
     from sequencer.measure import measure_loops
 
     device = pick_device(args.device)
-    recipe, batches = ("cifar10_gpu", 80) if device.type == "cuda" else ("cifar10_cpu", 60)
+    recipe, batches = LOOPS[device.type]
     overrides = [f"experiment={recipe}", f"trainer.accelerator={device.type}", "data.num_workers=0"]
-    seconds = measure_loops(to_config(compose(overrides)), batches, args.rounds)
+    seconds = measure_loops(compose(overrides), batches, args.rounds)
     print_machine(device)
     print(f"{recipe}: {batches} steps per round, {args.rounds} rounds in turns")
     for name, values in seconds.items():
@@ -225,7 +226,7 @@ def data(args: Namespace) -> None:
     from sequencer.measure import measure_loader
 
     device = pick_device(args.device)
-    config = to_config(compose([f"trainer.accelerator={device.type}", *args.overrides]))
+    config = compose([f"trainer.accelerator={device.type}", *args.overrides])
     loader, model = measure_loader(config, args.seconds)
     print_machine(device)
     print(

@@ -24,6 +24,18 @@ DIGITS = DataConfig(
     num_workers=0,
 )
 
+# overrides of a run of two short epochs, which takes about a second
+SMALL = [
+    "trainer.accelerator=cpu",
+    "trainer.max_epochs=2",
+    "optim.warmup_epochs=0",
+    "trainer.limit_train_batches=4",
+    "trainer.enable_progress_bar=false",
+    "data.num_workers=0",
+    "data.batch_size=32",
+]
+SMALL_MODEL = "model.kwargs={layers: [1], patch_sizes: [2], embed_dims: [16], hidden_sizes: [4]}"
+
 
 def save_run(folder: Path, data: DataConfig, class_names: list[str], **entries) -> Path:
     """Writes the files of a run folder that evaluation reads: untrained weights and the configuration.

@@ -5,6 +5,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,9 +13,7 @@ import torch
 from torch import Tensor
 
 from sequencer import distributed
-from sequencer.config.errors import RequestError
-from sequencer.config.request import compose, to_config
-from sequencer.config.schema import DataConfig
+from sequencer.config import DataConfig, RequestError, compose
 from sequencer.data import Quarantine, eval_transform, evaluation_loader, open_dataset
 from sequencer.data.sets import has_test_part
 from sequencer.evaluation.inputs import check_img_size, data_section, data_settings
@@ -42,7 +41,7 @@ class Evaluation:
 
     def record(self) -> dict[str, Any]:
         """The settings and the metrics as one flat dictionary."""
-        about = {"arch": self.arch, "slot": self.slot, "data": self.data.name, "split": self.split}
+        about: dict[str, Any] = {"arch": self.arch, "slot": self.slot, "data": self.data.name, "split": self.split}
         about |= {"img_size": self.data.img_size, "crop_pct": self.data.crop_pct, "flip": self.flip}
         return about | self.metrics
 
@@ -63,7 +62,7 @@ def evaluation_data(loaded: LoadedModel, name: str | None = None, **changes: Any
     if section is None or name not in (None, section.name):
         if name is None:
             raise RequestError(f"the data set that {loaded.arch} was trained on is not known: name one (--data NAME)")
-        section = replace(to_config(compose([f"data={name}"])).data, **data_settings(loaded.pretrained_cfg))
+        section = replace(compose([f"data={name}"]).data, **data_settings(loaded.pretrained_cfg))
     return replace(section, **{key: value for key, value in changes.items() if value is not None})
 
 
@@ -101,7 +100,7 @@ def evaluate_model(
     if data.img_size != loaded.pretrained_cfg["input_size"][-1]:
         check_img_size(loaded, data.img_size)
     if bad_samples is not None:
-        distributed.one_by_one(lambda: distributed.is_first() and bad_samples.unlink(missing_ok=True))
+        distributed.one_by_one(partial(_remove, bad_samples))
         images.quarantine = Quarantine(bad_samples, chosen, len(images), data.max_bad_share)
     loader = evaluation_loader(images, data, distributed.rank(), distributed.world_size())
     network = (FlipAveraged(loaded.model) if flip else loaded.model).to(device)
@@ -114,6 +113,12 @@ def evaluate_model(
     return Evaluation(
         loaded.arch, loaded.slot, data, chosen, flip, values, per_class, found, images.ids, images.class_names
     )
+
+
+def _remove(path: Path) -> None:
+    """Removes a file, on rank 0 only: other ranks may already have written a new one."""
+    if distributed.is_first():
+        path.unlink(missing_ok=True)
 
 
 def _check_classes(loaded: LoadedModel, names: Sequence[str]) -> None:

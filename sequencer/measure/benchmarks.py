@@ -135,12 +135,12 @@ def compare(
         results = measure(contenders, case, mode, settings.rounds)
         for result in results:
             floor = max(result.flops / settings.flop_rate, least_bytes.get(mode, 0) / settings.byte_rate)
-            error = errors[result.contender]
+            deviation = errors[result.contender]
             ratios = {
-                "relative_error": error,
+                "relative_error": deviation,
                 "speed_over_first": results[0].median / result.median,
                 # torch counts the grouped convolutions of other networks wrongly
-                "share_of_floor": None if error is None else floor / result.median,
+                "share_of_floor": None if deviation is None else floor / result.median,
             }
             records.append(shape | result.record() | ratios)
     return Comparison(title, records)
