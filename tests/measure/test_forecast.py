@@ -17,6 +17,23 @@ from sequencer.training import run
 from tests.helpers import SMALL, SMALL_MODEL
 
 
+def test_sources_of_values():
+    sources = Sources(
+        parse_command(["experiment=ablation_hidden", "optim=sgd", "optim.lr=3e-3", "model.kwargs={cell: gru}"])
+    )
+    expected = {
+        "optim.lr": "command line",
+        "model.kwargs.cell": "command line",
+        "model.kwargs.layers": "conf/experiment/cifar10_cpu.yaml",
+        "trainer.max_epochs": "conf/experiment/ablation_hidden.yaml",
+        "optim.momentum": "conf/optim/sgd.yaml",
+        "data.mean": "conf/data/cifar10.yaml",
+        "model.name": "conf/data/cifar10.yaml",  # interpolates data.default_model
+        "seed": "schema",
+    }
+    assert {key: sources[key] for key in expected} == expected
+
+
 @pytest.fixture
 def planned(tmp_path, monkeypatch) -> Callable[..., tuple[Plan, Config]]:
     """`planned(*overrides)` plans a small run into `tmp_path / "run"`; returns the plan and the configuration."""
