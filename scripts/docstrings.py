@@ -25,10 +25,10 @@ def main() -> None:
 def docstrings(path: Path) -> Iterator[tuple[str, str]]:
     """Yields the place and the text of every docstring of a file."""
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            if text := ast.get_docstring(node):
-                name = "" if isinstance(node, ast.Module) else f":{node.name}"
-                yield f"{path.relative_to(PACKAGE.parent)}{name}", text
+        documented = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+        if documented and (text := ast.get_docstring(node)):
+            name = "" if isinstance(node, ast.Module) else f":{node.name}"
+            yield f"{path.relative_to(PACKAGE.parent)}{name}", text
 
 
 if __name__ == "__main__":
