@@ -92,7 +92,7 @@ def measurements() -> list[tuple[Callable[[Namespace], None], str, list[Parser]]
     debug = option("--debug", action="store_true", help="show the traceback of an error")
     passes = option("--rounds", type=integer(2), default=10, metavar="N", help="passes of each contender; default: 10")
     contest = [passes, option("--output", type=Path, metavar="DIR", help="default: outputs/benchmark/WHAT_TIME"), debug]
-    epochs = option("--rounds", **number, default=10, help="epochs of each; default: 10")
+    epochs = option("--rounds", type=integer(2), metavar="N", default=10, help="epochs of each; default: 10")
     seconds = option("--seconds", **number, default=10, help="duration of each measurement; default: 10")
     overrides = option("overrides", nargs="*", metavar="KEY=VALUE", help="the run, as train.py takes it")
     model_peers = option("--peer", **names, default=MODEL_PEERS, help=peers)
