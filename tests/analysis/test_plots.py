@@ -62,6 +62,9 @@ def test_curves(tmp_path, output, epochs):
     assert legend(loss) == ["training", "validation"]
     assert legend(top1) == [f"validation: best {1 - 0.9 / epochs:.2%}, epoch {epochs}"]
     assert lr.get_legend() is None
+    assert list(lr.lines[0].get_xdata()) == list(range(1, epochs + 1))
+    assert list(lr.lines[0].get_ydata()) == [1e-3] * epochs
+    assert lr.get_ylim()[0] == 0
     assert top1.get_xlim()[0] < 1
     assert top1.get_xlim()[1] > epochs
 
@@ -77,6 +80,7 @@ def test_curves_with_moving_average_and_missing_values(tmp_path, output):
     )
     loss, top1, _ = plot_curves(path, output).axes
     assert legend(loss) == ["training", "validation", "validation, EMA"]
+    np.testing.assert_array_equal(loss.lines[4].get_ydata(), [2, 1.5, np.nan, 1, 1])  # an infinite value is a gap
     assert legend(top1) == ["validation: best 70.00%, epoch 3", "validation, EMA: best 40.00%, epoch 4"]
     marked = [line.get_xydata().tolist() for line in top1.lines if line.get_marker() == "o"]
     assert marked == [[[3, 0.7]], [[1, 0.1], [3, 0.7], [5, 0.6]], [[4, 0.4]], []]

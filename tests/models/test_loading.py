@@ -192,6 +192,19 @@ def test_damaged_files(model, name, tmp_path):
     assert len(str(error.value).splitlines()) <= 2
 
 
+def test_altered_weights_are_damage(model, tmp_path):
+    """torch itself loads such a file."""
+    path = tmp_path / "altered.pth"
+    torch.save(model.state_dict(), path)
+    content = bytearray(path.read_bytes())
+    position = content.find(model.stem.proj.weight.detach().numpy().tobytes())
+    content[position] ^= 1
+    path.write_bytes(content)
+    torch.load(path, weights_only=True)
+    with pytest.raises(CheckpointError, match="is damaged or no checkpoint"):
+        read_checkpoint(path)
+
+
 def write_model_folder(folder: Path, model: torch.nn.Module) -> None:
     folder.mkdir(parents=True)
     save_file(model.state_dict(), folder / "model.safetensors")
@@ -244,6 +257,23 @@ def test_checkpoint_of_a_run(model, tmp_path):
         assert loaded.class_names == tuple("abcde")
         assert loaded.pretrained_cfg["input_size"] == (3, 8, 8)
     assert torch.equal(load_model(folder, slot="raw").model.norm.bias, model.norm.bias)
+
+
+def test_slot_of_a_run_folder(model, tmp_path):
+    """A model folder has the weights of one slot; the other one's are in the checkpoints, of which the best is read."""
+    run = tmp_path / "run"
+    write_model_folder(run / "model", model)  # slot: ema
+    with pytest.raises(CheckpointError, match="holds the ema weights alone, not the raw ones"):
+        load_model(run, slot="raw")
+    (run / "checkpoints").mkdir()
+    checkpoint = run_checkpoint(model)
+    torch.save(checkpoint, run / "checkpoints" / "last.ckpt")
+    checkpoint["state_dict"] = {name: tensor + 2 for name, tensor in checkpoint["state_dict"].items()}
+    torch.save(checkpoint, run / "checkpoints" / "best.ckpt")
+    loaded = load_model(run, slot="raw")
+    assert loaded.slot == "raw"
+    assert torch.equal(loaded.model.norm.bias, model.norm.bias + 2)
+    assert torch.equal(load_model(run, slot="ema").model.norm.bias, model.norm.bias)
 
 
 def test_weights_with_an_architecture(tmp_path):

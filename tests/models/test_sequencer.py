@@ -33,6 +33,13 @@ def test_stochastic_depth_grows_linearly(name):
     assert rates == [0.4 * k / (n - 1) for k in range(n)]
 
 
+def test_dropout_rates():
+    model = Sequencer2d(**TINY, img_size=8, drop_rate=0.1, proj_drop_rate=0.2)
+    rates = {name: module.p for name, module in model.named_modules() if isinstance(module, torch.nn.Dropout)}
+    mlps = {f"stages.{stage}.blocks.0.mlp_channels.drop{i}": 0.2 for stage in (0, 1) for i in (1, 2)}
+    assert rates == mlps | {"head.drop": 0.1}
+
+
 def test_stochastic_depth_of_one_block():
     model = Sequencer2d(layers=(1,), patch_sizes=(2,), embed_dims=(8,), hidden_sizes=(4,), drop_path_rate=0.4)
     assert model.stages[0].blocks[0].drop_path.drop_prob == 0
@@ -94,7 +101,9 @@ def test_position_embedding_at_other_sizes():
     torch.nn.init.normal_(embedding)
     assert model(x).shape == (2, 5)
     assert model.bfloat16()(x.bfloat16()).dtype == torch.bfloat16
-    assert VSequencer(**TINY, ape=True, img_size=(8, 12)).absolute_pos_embed.shape == (1, 4, 6, 8)
+    initial = VSequencer(**TINY, ape=True, img_size=(8, 12)).absolute_pos_embed
+    assert initial.shape == (1, 4, 6, 8)
+    assert initial.std().item() == pytest.approx(0.02, rel=0.3)
 
 
 def test_shuffle_permutes_all_images_alike_in_training_only():
