@@ -15,8 +15,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory, TemporaryFile
 from typing import TYPE_CHECKING, NoReturn
 
-from sequencer.config.errors import RequestError, SharedError, summarise_error
 from sequencer.config.command import check_environment
+from sequencer.config.errors import RequestError, SharedError, summarise_error
 
 if TYPE_CHECKING:
     import torch

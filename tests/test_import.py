@@ -22,7 +22,7 @@ CASES = {f"sequencer.{name} first": f"import sequencer.{name}, timm" for name in
 # Forks a process for each case, from one that has imported nothing but what is slow to import.
 RUN_CASES = """
 import json, os, sys, traceback
-import torch, torchvision
+import torch, torchvision, pytorch_lightning
 for name, code in json.loads(sys.argv[1]).items():
     if os.fork() == 0:
         try:
