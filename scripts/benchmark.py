@@ -174,7 +174,7 @@ def export(args: Namespace, device: Any, dtype: Any, rates: tuple[float, float],
     import onnx
     import torch
 
-    from sequencer.export import describe, to_onnx
+    from sequencer.export import describe_export, to_onnx
     from sequencer.measure import contest as benchmark
     from sequencer.models import LoadedModel, load_exported, pretrained_cfg
 
@@ -182,7 +182,9 @@ def export(args: Namespace, device: Any, dtype: Any, rates: tuple[float, float],
         args.model, args.img_size, backends(args, device, dtype), ["timm"], False, device
     )
     timm_model, ours = contenders[0].module, contenders[1].module
-    description = describe(LoadedModel(ours, args.model, "raw", None, pretrained_cfg(ours)), args.img_size, False)
+    description = describe_export(
+        LoadedModel(ours, args.model, "raw", None, pretrained_cfg(ours)), args.img_size, False
+    )
     nodes = {}
     with TemporaryDirectory() as folder:
         for name, module, arguments in (

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from sequencer.config.schema import DataConfig
 from sequencer.data import eval_transform, open_dataset
 from sequencer.export import save_model_folder
-from sequencer.models import LoadedModel, create_model, load_model, preprocessing
+from sequencer.models import LoadedModel, create_model, load_model, timm_preprocessing
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 ARGS = {"layers": [1], "patch_sizes": [2], "embed_dims": [16], "hidden_sizes": [4]}
@@ -44,7 +44,7 @@ def save_run(folder: Path, data: DataConfig, class_names: list[str], **entries) 
     model = create_model("sequencer2d_t_8", num_classes=len(class_names), **size, **ARGS)
     torch.nn.init.normal_(model.get_classifier().weight)
     about = {"config": {"data": asdict(data) | entries}}
-    cfg = preprocessing(asdict(data))
+    cfg = timm_preprocessing(asdict(data))
     loaded = LoadedModel(model, "sequencer2d_t_8", "raw", tuple(class_names), cfg, size | ARGS, about)
     save_model_folder(loaded, folder / "model")
     (folder / "config.yaml").touch()
@@ -174,7 +174,7 @@ def test_other_data_set_keeps_the_preprocessing_of_the_model(script, run_folder)
     args = script.parse([str(run_folder), "--data", "mnist", "--data-root", "a folder"])
     config = script.data_config(args, load_model(run_folder))
     assert (config.name, config.root) == ("mnist", "a folder")
-    assert preprocessing(asdict(config)) == preprocessing(asdict(DIGITS))
+    assert timm_preprocessing(asdict(config)) == timm_preprocessing(asdict(DIGITS))
 
 
 @pytest.fixture

@@ -40,13 +40,13 @@ def test_a_graph_and_its_certificate(script, run_folder, capsys, form, name):
     said = certificate("new/out")
     assert said["file"] == name
     assert said["sha256"] == hashlib.sha256(Path("new/out", name).read_bytes()).hexdigest()
-    assert said["images"] == "the test part of digits"
+    assert said["images"] == "the test split of digits"
     assert (said["batches"], said["top1_agreement"], said["input_size"]) == ([1, 3, 8], 1.0, [1, 8, 8])
     assert 0 < said["max_error"] <= said["tolerance"]
     assert {"sequencer", "torch", "timm", "onnx"} <= said["versions"].keys()
     printed = capsys.readouterr()
     assert printed.out.startswith(f"new/out/{name}: ")
-    assert "top-1 classes agree in 100% (on the test part of digits)" in printed.out
+    assert "top-1 classes agree in 100% (on the test split of digits)" in printed.out
     assert printed.err == ""
 
 
