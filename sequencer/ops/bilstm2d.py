@@ -1,147 +1,24 @@
 """Recurrences along one sequence (`rnn1d`) or along the columns and rows of a token map (`rnn2d`).
 
-This module is the only place that chooses a backend.
-
 Shape letters: `B` batch, `H W` token rows and columns, `C` channels, `N` sequences, `T` steps, `D` hidden size per
 direction, `K` output channels.
 """
 
-import functools
-import logging
-import os
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sequencer.ops import cpu, fused, reference, torch_rnn, triton_kernels
+from sequencer.ops import fused, torch_rnn
+from sequencer.ops.backends import BACKENDS, Settings, explain
 from sequencer.ops.packing import PackedWeights
-from sequencer.ops.reference import CELLS, Weights, autocast_dtype
-
-log = logging.getLogger("sequencer")
-
-BY_SPEED = ("triton", "fused", "torch", "reference")  # fastest first
-BACKENDS = ("auto", *BY_SPEED)
-Layers = list[tuple[Weights, ...]]  # first layer first; each layer holds (forward,) or (forward, backward)
-
-
-class Choice(NamedTuple):
-    """The backend that computes a recurrence, and the reason for its choice."""
-
-    backend: str
-    reason: str
-
-
-class _Settings:
-    backend: str | None = None
-    recompute: bool = False
-
-
-def configure(backend: str | None = None, recompute: bool = False) -> None:
-    """Sets the preferred backend and the memory mode of all recurrences in this process.
-
-    Args:
-        backend: One of `BACKENDS`. Inputs that it does not support are computed by the fastest backend that does; see
-            `explain`. `auto` prefers the fastest. None, the default, takes the value of the environment variable
-            SEQUENCER_BACKEND, or `auto` where it is not set.
-        recompute: If True, the `fused` and `triton` backends do not keep the activations of the recurrence but compute
-            them again in the backward pass, which takes less memory and more time.
-
-    Raises:
-        ValueError: The backend is unknown.
-    """
-    if backend is not None:
-        _check(backend)
-    _Settings.backend, _Settings.recompute = backend, recompute
-
-
-def explain(
-    cell: str = "lstm",
-    hidden_size: int = 48,
-    dtype: torch.dtype = torch.float32,
-    device: str | torch.device = "cpu",
-    backend: str | None = None,
-) -> Choice:
-    """Returns the backend that `rnn1d` and `rnn2d` use for given inputs, and the reason.
-
-    Args:
-        cell: One of `CELLS`.
-        hidden_size: Hidden size `D` per direction.
-        dtype: Data type of the inputs, or that of autocast where it is enabled.
-        device: Device of the inputs.
-        backend: The `backend` argument of `rnn1d` and `rnn2d`. It must support the inputs, whereas a backend preferred
-            by `configure` or the environment is replaced by another one where it does not.
-
-    Raises:
-        ValueError: The cell or the backend is unknown, or `backend` does not support the inputs.
-    """
-    preferred = _Settings.backend or os.environ.get("SEQUENCER_BACKEND", "auto")
-    return _choose(cell, hidden_size, dtype, torch.device(device).type, preferred, backend)
+from sequencer.ops.reference import CELLS, Layers, autocast_dtype
 
 
 @torch.compiler.assume_constant_result  # the choice is made when a graph is traced
 def _backend(cell: str, hidden_size: int, dtype: torch.dtype, device: str, backend: str | None) -> str:
     return explain(cell, hidden_size, dtype, device, backend).backend
-
-
-@functools.cache
-def _choose(
-    cell: str, hidden_size: int, dtype: torch.dtype, device: str, preferred: str, demanded: str | None
-) -> Choice:
-    if cell not in CELLS:
-        raise ValueError(f"unknown cell {cell!r}; there are {', '.join(CELLS)}")
-    first = demanded or preferred
-    _check(first)
-    refusals: dict[str, str] = {}
-    for candidate in [first, *(name for name in BY_SPEED if name != first)]:
-        if candidate == "auto":
-            continue
-        refusal = _refusal(candidate, cell, hidden_size, dtype, device, requested=candidate == first)
-        if refusal is None:
-            why = "the fastest that serves it" if first == "auto" else f"{first} was asked for"
-            return Choice(candidate, "; ".join([why, *(f"{name}: {reason}" for name, reason in refusals.items())]))
-        if candidate == demanded:
-            raise ValueError(f"the {demanded} backend cannot serve {cell}: {refusal}")
-        refusals[candidate] = refusal
-    raise AssertionError("the reference backend supports all inputs")
-
-
-def _check(backend: str) -> None:
-    if backend not in BACKENDS:
-        raise ValueError(f"unknown backend {backend!r}; there are {', '.join(BACKENDS)}")
-
-
-def _refusal(backend: str, cell: str, hidden_size: int, dtype: torch.dtype, device: str, requested: bool) -> str | None:
-    """Returns why a backend does not support the inputs, or None if it does.
-
-    Triton's interpreter, which is slow, is used only where the backend was `requested` by name.
-    """
-    if backend == "reference":
-        return None
-    if backend == "torch":
-        return None if cell in torch_rnn.FUNCTIONS else f"it has no {cell} cell"
-    if cell not in fused.CELLS:
-        return f"it serves {' and '.join(fused.CELLS)}"
-    if backend == "fused":
-        if device != "cpu":
-            return "it runs on a CPU"
-        return f"it has no {dtype}" if dtype not in cpu.DTYPES else _warn_once(cpu.unavailable())
-    if device != "cuda" and not (device == "cpu" and requested and triton_kernels.interpreted()):
-        return "it runs on a GPU"
-    low, high = triton_kernels.HIDDEN_SIZES
-    if not low <= hidden_size <= high:
-        return f"its hidden sizes are {low} to {high}"
-    return f"it has no {dtype}" if dtype not in triton_kernels.DTYPES else triton_kernels.unavailable()
-
-
-@functools.cache
-def _warn_once(refusal: str | None) -> str | None:
-    """Warns, once in a process, that the CPU kernel is not available; returns its argument."""
-    if refusal is not None:
-        log.warning("recurrences run on torch's slower kernels: %s", refusal)
-    return refusal
 
 
 def rnn1d(
@@ -209,11 +86,11 @@ def rnn2d(
         name = "torch" if cell in torch_rnn.FUNCTIONS else "reference"  # these run without this package
     elif torch.compiler.is_compiling() and name == "torch":
         name = "reference"  # inductor fails on oneDNN's LSTM primitive
-    if name in ("fused", "triton"):
+    rnn = BACKENDS[name].rnn
+    if rnn is None:
         joined = _run_fused(x, axes, name, packed)
         outputs = joined.chunk(2, dim=-1) if len(axes) == 2 and union == "add" else (joined,)
     else:
-        rnn = torch_rnn.rnn if name == "torch" else reference.rnn
         outputs = tuple(_run_axis(x, axis, layers, cell, rnn) for axis, layers in axes.items())
     if len(outputs) == 1:
         return outputs[0]
@@ -243,7 +120,7 @@ def _run_fused(x: Tensor, axes: dict[int, Layers], backend: str, packed: PackedW
             weight = fused.pack(weights)
         else:
             weight = packed.get((depth, *chosen), weights, backend, autocast_dtype(x.device.type) or x.dtype)
-        return fused.run(x, weight, directions, backend, _Settings.recompute)
+        return fused.run(x, weight, directions, backend, Settings.recompute)
 
     y = run(x, 0, list(axes))
     num_layers = len(next(iter(axes.values())))

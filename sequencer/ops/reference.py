@@ -31,6 +31,7 @@ class Weights(NamedTuple):
     weight_ch: Float[Tensor, " 3D"] | None = None  # peephole weights of i, f and o
 
 
+Layers = list[tuple[Weights, ...]]  # first layer first; each layer holds (forward,) or (forward, backward)
 State = tuple[Tensor, Tensor]  # h and c, each (N, D); a GRU and a plain RNN return c unchanged
 
 
@@ -165,7 +166,7 @@ def scan(x: Float[Tensor, "N T C"], w: Weights, cell: str, reverse: bool = False
     return torch.stack(outputs, dim=1).to(gates.dtype)
 
 
-def rnn(x: Float[Tensor, "N T C"], layers: list[tuple[Weights, ...]], cell: str) -> Float[Tensor, "N T K"]:
+def rnn(x: Float[Tensor, "N T C"], layers: Layers, cell: str) -> Float[Tensor, "N T K"]:
     """Runs stacked layers of one or two directions each; `K` is `D` times the number of directions."""
     for directions in layers:
         outputs = [scan(x, w, cell, reverse=bool(index)) for index, w in enumerate(directions)]
