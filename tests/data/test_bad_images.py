@@ -247,7 +247,7 @@ def test_a_run_goes_on_and_its_evaluation_counts_what_it_read(root, tmp_path):
     script = TRAIN.parent / "scripts" / "evaluate.py"
     done = subprocess.run([sys.executable, script, "run"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "val part, 12 images" in done.stdout
+    assert "val split, 12 images" in done.stdout
     assert "2 more could not be read" in done.stdout
     result = json.loads((tmp_path / "run" / "evaluation" / "evaluation.json").read_text())
     assert (result["total"], result["unreadable"]) == (12, 2)

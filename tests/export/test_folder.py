@@ -15,7 +15,7 @@ from huggingface_hub import constants
 
 from sequencer.export import save_model_folder
 from sequencer.models import LoadedModel, create_model, load_model, timm_preprocessing
-from tests.test_evaluate_cli import DIGITS, save_run
+from tests.helpers import DIGITS, save_run
 
 WITHOUT_THIS_PACKAGE = """
 import sys
