@@ -24,11 +24,16 @@ def main() -> None:
 
 def docstrings(path: Path) -> Iterator[tuple[str, str]]:
     """Yields the place and the text of every docstring of a file."""
+    place = str(path.relative_to(PACKAGE.parent))
     for node in ast.walk(ast.parse(path.read_text())):
-        documented = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
-        if documented and (text := ast.get_docstring(node)):
-            name = "" if isinstance(node, ast.Module) else f":{node.name}"
-            yield f"{path.relative_to(PACKAGE.parent)}{name}", text
+        if isinstance(node, ast.Module):
+            name = place
+        elif isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            name = f"{place}:{node.name}"
+        else:
+            continue
+        if text := ast.get_docstring(node):
+            yield name, text
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import torch
 
 from sequencer.config.schema import DataConfig
 from sequencer.export import save_model_folder
-from sequencer.models import LoadedModel, create_model, timm_settings
+from sequencer.models import LoadedModel, create_model, timm_preprocessing
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 ARGS = {"layers": [1], "patch_sizes": [2], "embed_dims": [16], "hidden_sizes": [4]}  # of a model small enough for tests
@@ -47,7 +47,7 @@ def save_run(folder: Path, data: DataConfig, class_names: list[str], **entries) 
     model = create_model("sequencer2d_t_8", num_classes=len(class_names), **size, **ARGS)
     torch.nn.init.normal_(model.get_classifier().weight)
     about = {"config": {"data": asdict(data) | entries}}
-    cfg = timm_settings(asdict(data))
+    cfg = timm_preprocessing(asdict(data))
     loaded = LoadedModel(model, "sequencer2d_t_8", "raw", tuple(class_names), cfg, size | ARGS, about)
     save_model_folder(loaded, folder / "model")
     (folder / "config.yaml").touch()

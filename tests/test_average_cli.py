@@ -82,7 +82,7 @@ def test_the_same_shapes_in_another_cell(script, runs, capsys):
         torch.nn.init.normal_(model.get_classifier().weight)  # it begins at zero
         save_model_folder(replace(loaded, model=model, model_args=args), Path(cell))
     assert script.main(["rnn", "rnn_relu", "--output", "soup"]) == 2
-    assert "they do other things with the same weights" in capsys.readouterr().err
+    assert "with equal weights they compute different outputs" in capsys.readouterr().err
 
 
 def test_wrong_requests(script, runs, tmp_path, capsys):

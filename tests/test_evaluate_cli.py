@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from sequencer.data import eval_transform, open_dataset
 from sequencer.evaluation import evaluation_data
-from sequencer.models import create_model, load_model, timm_settings
+from sequencer.models import create_model, load_model, timm_preprocessing
 from tests.helpers import DIGITS, SCRIPTS, exit_code, read_csv, save_run
 
 
@@ -137,7 +137,7 @@ def test_other_data_set_keeps_the_preprocessing_of_the_model(run_folder):
     config = evaluation_data(load_model(run_folder), "mnist", root="a folder", eval_batch_size=7, num_workers=None)
     assert (config.name, config.root, config.eval_batch_size) == ("mnist", "a folder", 7)
     assert config.num_workers is not None
-    assert timm_settings(asdict(config)) == timm_settings(asdict(DIGITS))
+    assert timm_preprocessing(asdict(config)) == timm_preprocessing(asdict(DIGITS))
 
 
 @pytest.fixture

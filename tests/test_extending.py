@@ -4,16 +4,10 @@ import re
 from pathlib import Path
 
 import pytest
-import torch
 
 from sequencer import names
-from sequencer.config import RequestError, compose
 from sequencer.data import sets
-from sequencer.evaluation import evaluate_model
-from sequencer.export import export_graph
-from sequencer.models import load_model
-from sequencer.ops import CELLS, bilstm2d, rnn1d
-from sequencer.training import run
+from sequencer.ops import CELLS, bilstm2d
 
 PAGE = (Path(__file__).parents[1] / "docs" / "extending.md").read_text()
 SHORT = (

@@ -28,7 +28,7 @@ def input_config(loaded: LoadedModel) -> DataConfig:
 def data_settings(pretrained_cfg: dict[str, Any]) -> dict[str, Any]:
     """The keys of `DataConfig` that describe the preprocessing in timm's configuration of a model.
 
-    The inverse of `sequencer.models.timm_settings`. Missing entries get timm's defaults.
+    The inverse of `sequencer.models.timm_preprocessing`. Missing entries get timm's defaults.
     """
     entries = resolve_data_config(pretrained_cfg=pretrained_cfg)
     in_chans, img_size, _ = entries["input_size"]

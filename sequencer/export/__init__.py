@@ -1,6 +1,6 @@
-"""Models in forms that leave this project."""
+"""Export of models: model folders, ONNX graphs, torch.export programs and weight files."""
 
-from sequencer.export.describe import describe
+from sequencer.export.description import describe_export
 from sequencer.export.export import GRAPHS, WEIGHTS, export_graph, export_weights
 from sequencer.export.folder import push, save_model_folder, write_model_folder
 from sequencer.export.formats import to_onnx
@@ -12,7 +12,7 @@ __all__ = [
     "WEIGHTS",
     "Mismatch",
     "commit",
-    "describe",
+    "describe_export",
     "export_graph",
     "export_weights",
     "push",

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from sequencer.config.errors import RequestError
-from sequencer.export import describe, to_onnx
+from sequencer.export import describe_export, to_onnx
 from sequencer.layers import RNN2d
 from sequencer.models import LoadedModel, load_exported, pretrained_cfg
 from sequencer.ops import configure, explain
@@ -224,7 +224,7 @@ def export_contenders(
 
     found = model_contenders(name, backends, ["timm"], False, torch.device("cpu"))
     theirs, ours = found[0].module, found[1].module
-    description = describe(LoadedModel(ours, name, "raw", None, pretrained_cfg(ours)), img_size, False)
+    description = describe_export(LoadedModel(ours, name, "raw", None, pretrained_cfg(ours)), img_size, False)
     nodes = {}
     with TemporaryDirectory() as folder:
         paths = {"ONNX": Path(folder, "ours.onnx"), "timm, ONNX": Path(folder, "theirs.onnx")}

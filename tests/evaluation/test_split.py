@@ -13,7 +13,7 @@ from sequencer.config import RequestError
 from sequencer.data import eval_transform, open_dataset
 from sequencer.evaluation import data_settings, evaluate_model, evaluation_data, write_evaluation
 from sequencer.evaluation.split import _wilson_interval
-from sequencer.models import LoadedModel, create_model, load_model, pretrained_cfg, timm_settings
+from sequencer.models import LoadedModel, create_model, load_model, pretrained_cfg, timm_preprocessing
 from tests.helpers import ARGS, DIGITS, read_csv, save_run
 
 
@@ -98,7 +98,7 @@ def test_settings_of_timm_and_of_a_data_section_are_inverse():
         "crop_pct": 0.8,
         "interpolation": "bilinear",
     }
-    assert data_settings(timm_settings(settings)) == settings
+    assert data_settings(timm_preprocessing(settings)) == settings
     cfg = pretrained_cfg(create_model("sequencer2d_s"))
-    found = timm_settings(data_settings(cfg))
+    found = timm_preprocessing(data_settings(cfg))
     assert found == {name: cfg[name] for name in found}
