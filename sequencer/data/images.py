@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from sequencer.config.errors import first_line
+
 
 class UnreadableImage(Exception):
     """An image that cannot be read, with its path and the reason in one line."""
@@ -17,7 +19,7 @@ class UnreadableImage(Exception):
 
 
 def read_image(path: str | Path, file: BytesIO | None = None) -> Image.Image:
-    """Decode a whole image as RGB with eight bits per channel.
+    """Decodes a whole image as RGB with eight bits per channel.
 
     The first frame of an animated image is taken and transparency is dropped. Grey images of 16 bits are scaled to
     eight, where Pillow would clip them at 255.
@@ -40,9 +42,8 @@ def read_image(path: str | Path, file: BytesIO | None = None) -> Image.Image:
 
 
 def reason_of(error: BaseException) -> str:
-    """What an error says, in one line."""
-    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return (reason.splitlines() or [""])[0] or type(error).__name__
+    """Returns what an error says, in one line."""
+    return (error.strerror if isinstance(error, OSError) else None) or first_line(error)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

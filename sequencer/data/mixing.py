@@ -36,7 +36,7 @@ def build_mixup(augment: AugmentConfig, num_classes: int) -> MixFunction | None:
 def _mix(
     mixup: Mixup, images: Float[Tensor, "B C H W"], labels: Int[Tensor, " B"]
 ) -> tuple[Float[Tensor, "B C H W"], Float[Tensor, "B classes"]]:
-    """Mix `images` in place; timm requires an even number, so the last image of an odd batch is not mixed."""
+    """Mixes `images` in place; timm requires an even number, so the last image of an odd batch is not mixed."""
     even = len(images) - len(images) % 2
     _, mixed_targets = mixup(images[:even], labels[:even])
     last_target = mixup_target(labels[even:], mixup.num_classes, smoothing=mixup.label_smoothing)

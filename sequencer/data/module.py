@@ -22,8 +22,9 @@ class DataModule(pl.LightningDataModule):
     """Serves the splits of a data set in batches of normalised images.
 
     Training batches `(images, labels)`, float32 `B C H W` and int64 `B`, are shuffled and augmented as functions of
-    (seed, epoch). Evaluation batches `(images, labels, indices)` hold every readable image once, in order. With several ranks each is given its share of every training batch and of the evaluation images; a
-    plain `Trainer` of several devices then needs `use_distributed_sampler=False`.
+    (seed, epoch). Evaluation batches `(images, labels, indices)` hold every readable image once, in order. With several
+    ranks each serves its share of every training batch and of the evaluation images; a plain `Trainer` of several
+    devices then needs `use_distributed_sampler=False`.
 
     Args:
         config: the `data` section.
@@ -70,7 +71,7 @@ class DataModule(pl.LightningDataModule):
         }
 
     def reshuffle(self, times: int) -> None:
-        """Reorder the unseen rest of the resumed epoch `times` times; call before training."""
+        """Reorders the unseen rest of the resumed epoch `times` times; call before training."""
         self._reshuffles = times
         self.load_state_dict(dict(self._position))
 
@@ -85,7 +86,7 @@ class DataModule(pl.LightningDataModule):
         return sampler.images_of(epoch, batch)
 
     def setup(self, stage: str | None = None) -> None:
-        """Open every split, once, for all stages.
+        """Opens every split, once, for all stages.
 
         Raises:
             RequestError: a split is missing or incomplete, or the configuration does not fit the images.
@@ -125,7 +126,7 @@ class DataModule(pl.LightningDataModule):
         return len(self.class_names)
 
     def count_readable(self, show_progress: bool = False) -> int:
-        """Decode every image of every split; returns how many can be read.
+        """Decodes every image of every split and returns how many can be read.
 
         Raises:
             TooManyBadImages: more images of a split are unreadable than `data.max_bad_share` allows.

@@ -33,7 +33,7 @@ class Quarantine:
         self.path, self.split, self.images, self.max_share = path, split, images, max_share
 
     def report(self, found: UnreadableImage) -> None:
-        """Add an image to the file unless it is listed already.
+        """Adds an image to the file unless it is listed already.
 
         Raises:
             TooManyBadImages: the file now lists more images of the split than allowed.

@@ -67,7 +67,7 @@ class EpochSampler(Sampler[Key]):
         self.batches_done, self.reshuffles = batches, tuple(reshuffles)
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch that the next iteration serves; Lightning's Trainer calls this before every epoch."""
+        """Chooses the epoch that the next iteration serves; Lightning's Trainer calls this before every epoch."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -112,7 +112,7 @@ def own_random_states() -> AbstractContextManager[None]:
 
 
 def seed_transforms(seed: int, epoch: int, index: int) -> None:
-    """Seed the three global generators, from all of which timm's transforms draw."""
+    """Seeds the three global generators, from all of which timm's transforms draw."""
     random.seed(f"{seed} {epoch} {index}")  # a string is hashed (SHA-512)
     np.random.seed(random.getrandbits(32))
     torch.default_generator.manual_seed(random.getrandbits(63))  # torch.manual_seed would reseed CUDA too

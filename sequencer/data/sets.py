@@ -60,7 +60,7 @@ class DataSet:
 
 
 def open_split(config: DataConfig, name: SplitName, transform: Transform) -> Split:
-    """Open one split of a data set; `transform` is applied to its images.
+    """Opens one split of a data set; `transform` is applied to its images.
 
     Of a set without a validation split a fixed, stratified share (`data.val_fraction`) of the training images is held
     out, independent of the seed.
@@ -97,7 +97,7 @@ def has_test_split(config: DataConfig) -> bool:
 
 
 def stratified_split(labels: np.ndarray, fraction: float) -> tuple[np.ndarray, np.ndarray]:
-    """Hold out the same `fraction` of every class; returns the indices (kept, held out), both sorted.
+    """Holds out the same `fraction` of every class; returns the indices (kept, held out), both sorted.
 
     The result is a function of the arguments alone: NumPy promises never to change the stream of `RandomState`, while
     scikit-learn's `train_test_split` may split otherwise in another version.

@@ -61,19 +61,19 @@ def train_transform(config: DataConfig) -> Compose:
 
 
 def to_channels(image: Image.Image | Tensor, in_chans: int) -> Image.Image | Tensor:
-    """Convert an image to grey (luma of ITU-R 601-2) or RGB, and repeat the channel of a tensor `in_chans` times."""
+    """Converts an image to grey (luma of ITU-R 601-2) or RGB, and repeats the channel of a tensor `in_chans` times."""
     if isinstance(image, Tensor):
         return image.repeat(in_chans, 1, 1)
     return image.convert("L" if in_chans == 1 else "RGB")
 
 
 def to_8bit(image: Image.Image | Tensor) -> Image.Image:
-    """Convert a tensor in [0, 1] to an eight-bit image, on which timm's policies work; other images stay as they are."""
+    """Converts a tensor in [0, 1] to an eight-bit image, as timm's policies need; other images are unchanged."""
     return to_pil_image(image.mul(255).round().byte()) if isinstance(image, Tensor) else image
 
 
 def _allow_posterize_to_black(policy: Any) -> None:
-    """Replace timm's posterize in a policy: it may keep 0 bits, which Pillow refuses from version 13 on."""
+    """Replaces timm's posterize in a policy: it may keep 0 bits, which Pillow refuses from version 13 on."""
     for op in policy.ops if hasattr(policy, "ops") else chain.from_iterable(policy.policy):
         if op.name.startswith("Posterize"):
             op.aug_fn = posterize
