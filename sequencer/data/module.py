@@ -32,7 +32,7 @@ class DataModule(pl.LightningDataModule):
         rank, world_size: this process, and how many there are.
         device: device that trains; small sets are kept there if it has room.
         bad_samples: CSV file that unreadable images are listed in; None lists none and allows any number.
-        splits: open splits to serve in place of those that `config` names.
+        splits: open splits, with their transforms, to serve in place of those that `config` names.
 
     Attributes:
         splits: the open splits by name, after `setup`; `test` is missing where the set has none.

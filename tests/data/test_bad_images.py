@@ -173,10 +173,10 @@ def test_a_file_that_vanishes_between_two_batches(root, tmp_path):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_too_many_are_an_error(root, tmp_path, workers):
-    loader = listing(config(root, workers, share=0.05), tmp_path / "bad.csv").train_dataloader()
+    data = listing(config(root, workers, share=0.05), tmp_path / "bad.csv")
     limit = r"2 of 26 train images cannot be read, more than data\.max_bad_share=0\.05"
     with pytest.raises(TooManyBadImages, match=limit) as error:
-        list(loader)
+        list(data.train_dataloader())
     traceback.clear_frames(error.tb)  # they hold the workers, whose end the garbage collector awaits for 5 seconds each
 
 
