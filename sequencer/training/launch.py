@@ -43,6 +43,11 @@ def uses_gpu(config: Config) -> bool:
     return config.trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
 
 
+def training_device(config: Config) -> torch.device:
+    """The device that this process trains on."""
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if uses_gpu(config) else torch.device("cpu")
+
+
 def _check_batch(config: Config, processes: int) -> None:
     if config.data.batch_size % processes:
         raise RequestError(
