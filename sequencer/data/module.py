@@ -16,6 +16,7 @@ from sequencer.data.seeding import EpochSampler, SeededSet
 from sequencer.data.sets import ImageSet, has_test_part, open_dataset
 from sequencer.data.shards import ShardSet, StreamSampler, StreamSet, Stretches
 from sequencer.data.transforms import eval_transform, train_transform
+from sequencer.lightning_internals import training_progress
 
 
 class DataModule(pl.LightningDataModule):
@@ -50,15 +51,9 @@ class DataModule(pl.LightningDataModule):
     def state_dict(self) -> dict[str, Any]:
         """Part of every checkpoint: the epoch, how many of its batches have been trained on, and their order."""
         assert self.trainer is not None
-        loop: Any = self.trainer.fit_loop
-        epoch = loop.epoch_progress.current
-        ended = epoch.processed == epoch.started  # the batches counted are those of the epoch before
-        same = epoch.processed == self._position["epoch"]
-        return {
-            "epoch": epoch.processed,
-            "batches": 0 if ended else loop.epoch_loop.batch_progress.current.ready,
-            "reshuffles": self._position["reshuffles"] if same else [],
-        }
+        epoch, batches = training_progress(self.trainer)
+        same = epoch == self._position["epoch"]
+        return {"epoch": epoch, "batches": batches, "reshuffles": self._position["reshuffles"] if same else []}
 
     def reshuffle(self, times: int) -> None:
         """To be called before training starts: draws the rest of the epoch that it starts in anew, so many times."""
