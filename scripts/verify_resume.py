@@ -132,7 +132,7 @@ def updates(run_dir: Path) -> int:
 def compare(whole: Path, broken: Path) -> Iterator[tuple[str, bool]]:
     for name in ("last.ckpt", "best.ckpt"):
         a, b = (read(folder / "checkpoints" / name) for folder in (whole, broken))
-        for part in ("state_dict", "state_dict_ema", "optimizer_states", "ranks"):
+        for part in ("state_dict", "state_dict_ema", "optimizer_states", "ranks", "train_totals"):
             if part in a or part in b:
                 yield f"{name}: {part}", digest(a.get(part)) == digest(b.get(part))
     yield "metrics.csv", rows(whole) == rows(broken)
