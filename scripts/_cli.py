@@ -15,8 +15,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory, TemporaryFile
 from typing import TYPE_CHECKING, NoReturn
 
-from sequencer.config.errors import RequestError, SharedError, say
-from sequencer.config.schema import check_environment
+from sequencer.config.command import check_environment
+from sequencer.config.errors import RequestError, SharedError, summarise_error
 
 if TYPE_CHECKING:
     import torch
@@ -69,7 +69,7 @@ def _explain(error: BaseException) -> tuple[int, str]:
         return 130, "interrupted"
     if isinstance(error, RequestError):
         return 2, f"error: {error}"
-    return 1, f"error: {say(error)}\nadd --debug for the traceback"
+    return 1, f"error: {summarise_error(error)}\nadd --debug for the traceback"
 
 
 def load(source: str, arch: str | None = None, slot: str | None = None) -> "LoadedModel":

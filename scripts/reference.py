@@ -8,15 +8,19 @@ from typing import Any, get_args
 
 from omegaconf import MISSING
 
-from sequencer.config.request import GROUPS
+from sequencer.config import conf_dir
+from sequencer.config.conf_files import ConfigFiles
 from sequencer.config.schema import Config
 
 PAGE = Path(__file__).parents[1] / "docs" / "configuration.md"
 INTRODUCTION = """# Configuration
 
-Every key of `python train.py key=value`, made from [`sequencer/config/schema.py`](../sequencer/config/schema.py) by `python scripts/reference.py`.
-The defaults are those of the schema; what a group's choice or a recipe sets comes on top, and the command line last.
-`python train.py ... --cfg job` prints what a request comes to.
+Every key of `python train.py key=value`. `python scripts/reference.py` writes this page from
+[`sequencer/config/schema.py`](../sequencer/config/schema.py).
+
+The defaults are those of the schema. The choices of the groups and the recipe override them, and the command line
+overrides all. `python train.py ... --cfg job` prints the resulting configuration. Keys marked (R) may change when a
+run is resumed; trainer keys marked (A) are additions to those of Lightning's Trainer.
 """
 
 
@@ -31,7 +35,7 @@ def page() -> str:
 
 
 def _groups() -> str:
-    rows = [f"| `{group}=` | {', '.join(choices)} |" for group, choices in GROUPS.items()]
+    rows = [f"| `{group}=` | {', '.join(choices)} |" for group, choices in ConfigFiles(conf_dir()).groups.items()]
     return "\n".join(["## Groups", "", "| group | choices |", "| --- | --- |", *rows, ""])
 
 
@@ -46,7 +50,7 @@ def _nodes(node: type, prefix: str) -> Iterator[tuple[str, type]]:
 def _section(prefix: str, node: type) -> str:
     """One table."""
     rows = [
-        f"| `{prefix}{field.name}` | {_kind(field)} | {_default(field)} | {_cell(field.metadata['help'])} |"
+        f"| `{prefix}{field.name}` | {_kind(field)} | {_default(field)} | {_cell(_help(field))} |"
         for field in dataclasses.fields(node)
         if not dataclasses.is_dataclass(field.type)
     ]
@@ -64,6 +68,12 @@ def _kind(field: "dataclasses.Field[Any]") -> str:
         f", {low} to {high}" if low and high else f", {low} or more" if low else f", {high} at most" if high else ""
     )
     return _type(field.type) + bounds
+
+
+def _help(field: "dataclasses.Field[Any]") -> str:
+    """Returns the meaning of a key and its marks."""
+    marks = [mark for name, mark in (("on_resume", "R"), ("ours", "A")) if field.metadata[name]]
+    return " ".join([field.metadata["help"], *(f"({mark})" for mark in marks)])
 
 
 def _number(value: float | None) -> str | None:

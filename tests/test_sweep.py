@@ -13,16 +13,18 @@ from pathlib import Path
 import pytest
 
 from sequencer.analysis import write_sweep
+from sequencer.config import conf_dir
+from sequencer.config.command import parse_command
+from sequencer.config.conf_files import ConfigFiles
 from sequencer.config.errors import RequestError
-from sequencer.config.request import GROUPS
-from sequencer.config.sweep import _folder_name, is_sweep, prepare_sweep
+from sequencer.config.sweep import Sweep, _folder_name, prepare_sweep
 
 TRAIN = Path(__file__).parents[1] / "train.py"
 QUICK = [
     "trainer.accelerator=cpu", "data.num_workers=0", "optim.warmup_epochs=0", "trainer.limit_train_batches=2",
     "trainer.max_epochs=1", "model.kwargs={layers: [1], patch_sizes: [2], embed_dims: [16], hidden_sizes: [4]}",
 ]  # fmt: skip
-ABLATIONS = [name for name in GROUPS["experiment"] if name.startswith("ablation_")]
+ABLATIONS = [name for name in ConfigFiles(conf_dir()).groups["experiment"] if name.startswith("ablation_")]
 
 
 def start(*arguments: str, cwd: Path) -> subprocess.Popen[str]:
@@ -38,11 +40,21 @@ def sweep(*arguments: str, cwd: Path) -> tuple[int, str]:
     return process.returncode, output
 
 
-def test_what_is_a_sweep():
-    assert is_sweep(["seed=1,2"], multirun=True)
-    assert not is_sweep(["seed=1"], multirun=False)
-    assert is_sweep(["experiment=ablation_cell"], multirun=False)
-    assert not is_sweep(["experiment=ablation_cell", "hydra.mode=RUN"], multirun=False)  # one of its trials
+def prepare(*arguments: str) -> Sweep:
+    command = parse_command(["-m", *arguments])
+    return prepare_sweep(command, command.compose())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["seed=1"], False),
+        (["experiment=ablation_cell"], True),
+        (["experiment=ablation_cell", "hydra.mode=RUN"], False),  # one of its trials
+    ],
+)
+def test_a_recipe_may_be_a_sweep(arguments, expected):
+    assert parse_command(arguments).compose().multirun is expected
 
 
 @pytest.mark.parametrize(
@@ -59,15 +71,15 @@ def test_what_is_a_sweep():
 )
 def test_every_value_is_checked_before_a_sweep_starts(overrides, message):
     with pytest.raises(RequestError) as error:
-        prepare_sweep(overrides)
+        prepare(*overrides)
     assert message in str(error.value)
 
 
 @pytest.mark.parametrize("name", ABLATIONS)
 def test_every_ablation_can_start(name):
-    folder, overrides = prepare_sweep([f"experiment={name}", "data.root=somewhere"])
-    assert folder == Path("outputs", name)
-    assert f"run_dir='outputs/{name}'" in overrides
+    wanted = prepare(f"experiment={name}", "data.root=somewhere")
+    assert wanted.folder == Path("outputs", name)
+    assert f"run_dir='outputs/{name}'" in wanted.lines
 
 
 def test_the_ablations():
@@ -75,20 +87,20 @@ def test_the_ablations():
 
 
 def test_the_folder_of_a_sweep_does_not_change_while_it_lasts():
-    folder, overrides = prepare_sweep(["seed=1,2"])
-    assert folder.match("outputs/digits/20*")
-    assert f"run_dir='{folder}'" in overrides
+    wanted = prepare("seed=1,2")
+    assert wanted.folder.match("outputs/digits/20*")
+    assert f"run_dir='{wanted.folder}'" in wanted.lines
 
 
 def test_what_all_trials_share_is_in_no_name():
-    _, overrides = prepare_sweep(["data=cifar10", "optim.lr=1e-3", "seed=1,2"])  # brings its recipe
-    assert overrides[-1] == "hydra.job.config.override_dirname.exclude_keys=[data,experiment,optim.lr,run_dir]"
+    wanted = prepare("data=cifar10", "optim.lr=1e-3", "seed=1,2")  # brings its recipe
+    assert wanted.lines[-1] == "hydra.job.config.override_dirname.exclude_keys=[data,experiment,optim.lr,run_dir]"
 
 
 def test_a_sweep_is_started_without_torchrun(monkeypatch):
     monkeypatch.setenv("RANK", "0")
     with pytest.raises(RequestError, match=r"without torchrun"):
-        prepare_sweep(["seed=1,2"])
+        prepare("seed=1,2")
 
 
 def test_a_trial_is_named_by_what_it_varies():

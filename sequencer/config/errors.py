@@ -1,8 +1,8 @@
-"""The one exception that means: the request was wrong, not the work; and how errors are said."""
+"""Errors that a command reports in one or two lines."""
 
 
 class SharedError(Exception):
-    """Raised by every process of a run alike: the first one says it for all."""
+    """An error that is raised identically on every rank; rank 0 prints it."""
 
 
 class RequestError(SharedError, ValueError):
@@ -12,10 +12,18 @@ class RequestError(SharedError, ValueError):
     """
 
 
-def say(error: BaseException) -> str:
-    """An error in one or two lines."""
+def summarise_error(error: BaseException) -> str:
+    """Summarises an error in at most two lines.
+
+    A loader worker passes on its whole traceback as the message, of which the last line is the original error.
+    """
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    if lines[0].startswith("Caught "):  # a loader process hands on its whole traceback, whose last line is the error
+    if lines[0].startswith("Caught "):
         name, _, reason = lines[-1].partition(": ")
         return reason or name
     return "\n".join(lines[:2])
+
+
+def first_line(error: object) -> str:
+    """Returns the first line of an error's message, or the name of its class if it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,6 +1,7 @@
-"""Where each value of a configuration comes from."""
+"""The origin of each value of a configuration."""
 
 import re
+from pathlib import Path
 from typing import Any
 
 from hydra import initialize_config_dir
@@ -8,43 +9,49 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
-from sequencer.config.request import KEYS, ROOT, check_overrides, parse_overrides
+from sequencer.config.command import CommandLine
+from sequencer.config.hydra_internals import VERSION_BASE
+from sequencer.config.overrides import KEYS
 from sequencer.config.schema import Config, leaves
 
-SCHEMA = "conf/schema.py"
+SCHEMA = "schema"
 COMMAND_LINE = "command line"
 DEFAULTS = leaves(OmegaConf.to_container(OmegaConf.structured(Config), resolve=False))
 
 
 class Sources:
-    """The last place that gives a key its value: the schema, a file of conf/ or the command line.
+    """The place that gives each key its final value: the schema, a YAML file or the command line.
 
     Args:
-        overrides: those of a valid request.
+        command: a valid command; of values that are swept over, the first counts.
     """
 
-    def __init__(self, overrides: list[str]) -> None:
-        overrides = check_overrides(overrides)
-        with initialize_config_dir(str(ROOT), version_base="1.3"):
+    def __init__(self, command: CommandLine) -> None:
+        files = command.files
+        with initialize_config_dir(str(files.main.absolute()), version_base=VERSION_BASE):
             loader = GlobalHydra.instance().config_loader()
-            files = loader.compute_defaults_list("config", overrides, RunMode.RUN).defaults
-        self._places: dict[str, tuple[str, Any]] = {}  # by key: the place and what stands there
-        for file in files:
-            path = ROOT / f"{file.config_path}.yaml"
-            if path.is_file():  # not Hydra's own, nor the schema
+            chosen = loader.compute_defaults_list(files.name, [*command.first_lines, *files.lines], RunMode.RUN)
+        self._places: dict[str, tuple[str, Any]] = {}  # by key: its source and the value there
+        for entry in chosen.defaults:
+            path = files.find(str(entry.config_path))
+            if path is not None:  # neither the schema nor one of Hydra's own files
                 loaded = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
-                for key, value in leaves(loaded, file.package or "").items():
-                    self._places[key] = (f"conf/{file.config_path}.yaml", value)
-        for override in parse_overrides(overrides):
+                for key, value in leaves(loaded, entry.package or "").items():
+                    self._places[key] = (_shown(path, files.main), value)
+        for override in command.overrides:
             key = override.key_or_group
             if key in KEYS or key.startswith("model.kwargs."):
-                given = override.value()
-                for leaf, value in leaves(given, key).items():
+                for leaf, value in leaves(override.value(), key).items():
                     self._places[leaf] = (COMMAND_LINE, value)
 
     def __getitem__(self, key: str) -> str:
-        """A key that stands for another one has that one's place."""
+        """Returns the source of a key; of a key that interpolates another one, the source of that."""
         place, value = self._places.get(key, (SCHEMA, DEFAULTS.get(key)))
         if isinstance(value, str) and (found := re.fullmatch(r"\$\{([\w.]+)\}", value)):
             return self[found[1]]
         return place
+
+
+def _shown(path: Path, main: Path) -> str:
+    """Returns the path of one of the project's own files from `conf/` on, and of a user's file as given."""
+    return str(Path("conf", path.relative_to(main))) if path.is_relative_to(main) else str(path)

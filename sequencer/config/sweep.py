@@ -1,13 +1,12 @@
-"""Sweeps: every trial is `python train.py` with overrides of its own, in a process and a folder of its own.
+"""Sweeps over hyper-parameters.
 
-The process gives back all that a trial took, and a trial can be repeated by hand. The folder is named by what the
-trial varies, so that the same command goes on with a sweep that was broken off: trials that are done say so at once.
-Standard library, omegaconf and hydra only.
+Every trial is `python train.py` with overrides of its own, in a process and a folder of its own. The process frees all
+memory that a trial took, and a trial can be repeated by hand. The folder is named by what the trial varies, so that the
+same command resumes an interrupted sweep: finished trials return their results at once.
 """
 
 import ctypes
 import hashlib
-import importlib.util
 import json
 import math
 import os
@@ -15,116 +14,154 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.types import IntervalSweep, Override
-from hydra.types import RunMode
 from omegaconf import DictConfig
 
+from sequencer.config.command import CommandLine
+from sequencer.config.composition import Composed, compose_lines, to_config
 from sequencer.config.errors import RequestError
-from sequencer.config.request import check_overrides, compose, parse_overrides, to_config
+from sequencer.config.overrides import parse_overrides, quoted, swept_values, to_line
+from sequencer.config.schema import Config, lower_is_better
 
 LONGEST_NAME = 150  # characters; file systems allow 255
 INTERRUPTED = (130, 143, -signal.SIGINT, -signal.SIGTERM)
 
 
-def is_sweep(overrides: list[str], multirun: bool) -> bool:
-    """Whether the request is for several runs: by `-m`, or by a recipe that says so."""
-    _check_sweeper(overrides)
-    return multirun or compose(overrides, with_hydra=True).hydra.mode == RunMode.MULTIRUN
+@dataclass(frozen=True)
+class Sweep:
+    """A sweep that can start."""
+
+    command: CommandLine  # with what the recipe varies
+    config: Config  # of the first trial
+    trials: int
+    lines: list[str]  # the overrides for Hydra
+
+    @property
+    def folder(self) -> Path:
+        """The folder that holds the trials' folders."""
+        return Path(self.config.run_dir)
 
 
-def prepare_sweep(overrides: list[str]) -> tuple[Path, list[str]]:
-    """The sweep's folder, and the overrides for Hydra, after every value of every key was checked with the first
-    values of the others.
+def prepare_sweep(command: CommandLine, composed: Composed) -> Sweep:
+    """Checks every value that is swept over, each with the first values of the other keys.
+
+    Args:
+        composed: what `command` composes to.
 
     Raises:
-        RequestError: as `sequencer.config.request.compose` and `to_config`.
+        RequestError: An illegal value, or a sweep that cannot start.
     """
     if "RANK" in os.environ:
         raise RequestError("a sweep is started without torchrun: trainer.devices=N gives every trial its devices")
-    parsed, params = parse_overrides(overrides), _params(overrides)
-    if params and any(override.key_or_group == "experiment" and override.is_sweep_override() for override in parsed):
+    params = parse_overrides([f"{key}={value}" for key, value in (composed.sweeper.get("params") or {}).items()])
+    swept = [override for override in command.overrides if override.is_sweep_override()]
+    if params and any(override.key_or_group == "experiment" for override in swept):
         raise RequestError("a recipe that is a sweep stands alone: give one experiment=")
-    config = to_config(compose([*params, *overrides]))
-    _check_direction(compose(overrides, with_hydra=True).hydra.sweeper.get("direction"), config.trainer.best_metric)
-    folder = Path(config.run_dir)
-    for override in parse_overrides(params) + parsed:
+    whole = replace(command, overrides=(*params, *command.overrides))
+    config = to_config(whole.compose().config if params else composed.config)
+    _check_direction(composed.sweeper.get("direction"), config.trainer.best_metric)
+    for override in (*params, *swept):
         if override.is_sweep_override():
-            for value in _values(override):
-                to_config(compose([*params, *overrides, f"{override.get_key_element()}={value}"]))
-    completed = check_overrides(overrides)
-    constant = {override.key_or_group for override in parse_overrides(completed) if not override.is_sweep_override()}
+            for value in swept_values(override):
+                to_config(_with_value(whole, override, value).config)
+    return Sweep(whole, config, _count(whole, composed), _hydra_lines(command, config.run_dir))
+
+
+def _with_value(command: CommandLine, override: Override, value: Any) -> Composed:
+    """Composes the first trial with another value for one of its keys."""
+    return compose_lines([*command.first_lines, to_line(override, value)], command.files)
+
+
+def _count(command: CommandLine, composed: Composed) -> int:
+    """Returns the number of trials; that of a search is its own setting."""
+    last = {override.key_or_group: override for override in command.overrides if override.is_sweep_override()}
+    if any(isinstance(override.value(), IntervalSweep) for override in last.values()):
+        return int(composed.sweeper.get("n_trials", 1))
+    return math.prod(len(list(swept_values(override))) for override in last.values())
+
+
+def _hydra_lines(command: CommandLine, run_dir: str) -> list[str]:
+    """Returns the overrides for Hydra, with the sweep's folder and the keys that name no trial."""
+    lines = command.lines
+    constant = {override.key_or_group for override in parse_overrides(lines) if not override.is_sweep_override()}
     excluded = ",".join(sorted({*constant, "run_dir"}))
-    fixed = [f"run_dir={_quoted(folder)}", f"hydra.job.config.override_dirname.exclude_keys=[{excluded}]"]
-    return folder, [*completed, *fixed]
+    return [*lines, f"run_dir={quoted(run_dir)}", f"hydra.job.config.override_dirname.exclude_keys=[{excluded}]"]
 
 
 def start_folder(folder: Path) -> None:
-    """The sweep's folder, without what was noted of failed trials, which are tried again.
+    """Makes the sweep's folder and deletes the records of failed trials, which are tried again.
 
     Raises:
-        RequestError: it cannot be made.
+        RequestError: The folder cannot be made.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for noted in folder.glob("*.failed"):
-            noted.unlink()
+        for record in folder.glob("*.failed"):
+            record.unlink()
     except OSError as error:
         raise RequestError(f"run_dir={folder} cannot be written: {error.strerror}") from error
 
 
-def first_trial(overrides: list[str]) -> tuple[list[str], int]:
-    """The overrides of a sweep's first trial, and how many trials there are."""
-    parsed = parse_overrides([*_params(overrides), *overrides])
-    swept = {override.key_or_group: override for override in parsed if override.is_sweep_override()}
-    if any(isinstance(override.value(), IntervalSweep) for override in swept.values()):
-        trials = compose(overrides, with_hydra=True).hydra.sweeper.get("n_trials", 1)
-    else:
-        trials = math.prod(len(list(_values(override))) for override in swept.values())
-    return [*_params(overrides), *overrides], trials
+def check_trials(folder: Path) -> None:
+    """Checks that no trial of a finished sweep has failed.
 
-
-def _params(overrides: list[str]) -> list[str]:
-    """What a recipe that is a sweep varies."""
-    params = compose(overrides, with_hydra=True).hydra.sweeper.get("params") or {}
-    return [f"{key}={value}" for key, value in params.items()]
+    Raises:
+        RuntimeError: Some have; the message names the first three.
+    """
+    if failed := sorted(path.stem for path in folder.glob("*.failed")):
+        listed = f"{'; '.join(failed[:3])}{'; ...' if len(failed) > 3 else ''}"
+        raise RuntimeError(f"{len(failed)} of the trials failed, and are tried again by the same command: {listed}")
 
 
 def run_trial(script: str, composed: DictConfig) -> float | None:
-    """Runs the trial that Hydra has composed; returns its best metric, or None where it failed.
+    """Runs the trial that Hydra has composed, as a command of its own.
+
+    Args:
+        script: path of `train.py`.
+
+    Returns:
+        The best metric of the trial, or None if it failed.
 
     Raises:
-        SystemExit: the trial was interrupted, and so is the sweep; or the very first one was refused, as the others
+        SystemExit: The trial was interrupted, and with it the sweep; or the first trial was refused, as the others
             would be.
     """
-    job = HydraConfig.get()
-    folder = Path(composed.run_dir, _folder_name(job.job.override_dirname))
-    overrides = [override for override in job.overrides.task if not override.startswith("run_dir=")]
+    hydra = HydraConfig.get()
+    folder = Path(composed.run_dir, _folder_name(hydra.job.override_dirname))
+    overrides = [override for override in hydra.overrides.task if not override.startswith("run_dir=")]
     print(f"\n{folder}", flush=True)
-    command = [sys.executable, script, *overrides, f"run_dir={_quoted(folder)}", "hydra.mode=RUN"]
+    command = [sys.executable, script, *_flags(hydra), *overrides, f"run_dir={quoted(str(folder))}", "hydra.mode=RUN"]
     code = _run(command)
     if code == 0:
         return _value(json.loads((folder / "summary.json").read_text()), composed.trainer)
     if code in INTERRUPTED:
         raise SystemExit(code if code > 0 else 128 - code)
-    if code == 2 and job.job.num == 0 and job.runtime.choices["hydra/launcher"] == "basic":
+    if code == 2 and hydra.job.num == 0 and hydra.runtime.choices["hydra/launcher"] == "basic":
         raise SystemExit(code)
     folder.with_name(f"{folder.name}.failed").write_text(f"exit code {code}\n")
     return None
 
 
+def _flags(hydra: Any) -> list[str]:
+    """Returns the flags that name the files which the sweep is composed from."""
+    folders = {source.provider: source.path for source in hydra.runtime.config_sources if source.path}
+    flags = [f"--config-path={folders['main']}", f"--config-name={hydra.job.config_name}"]
+    return flags + ([f"--config-dir={folders['command-line']}"] if "command-line" in folders else [])
+
+
 def _value(summary: dict[str, Any], trainer: DictConfig) -> float:
-    """What a search is for: the best metric, or top-1 of the slot where the last epoch was taken."""
+    """Returns the metric that a search optimises; where the last epoch is taken as the best, the top-1 of its slot."""
     last = "val_ema/top1" if trainer.slot == "ema" else "val/top1"
     return float(summary[last if trainer.best_metric == "epoch" else trainer.best_metric])
 
 
 def _run(command: list[str]) -> int:
-    """The exit code; a signal that ends the sweep is passed on, and waited for while the trial saves."""
+    """Runs a command and returns its exit code; passes SIGTERM on to it and waits while it saves."""
     terminate = signal.getsignal(signal.SIGTERM)
     process = subprocess.Popen(command, preexec_fn=_end_with_parent)
     signal.signal(signal.SIGTERM, lambda *_: process.terminate())
@@ -132,26 +169,20 @@ def _run(command: list[str]) -> int:
         while True:
             try:
                 return process.wait()
-            except KeyboardInterrupt:  # the terminal has told the trial too
+            except KeyboardInterrupt:  # the terminal has sent it to the trial too
                 continue
     finally:
         signal.signal(signal.SIGTERM, terminate)
 
 
 def _end_with_parent() -> None:
-    """Has Linux send SIGTERM when the sweep is killed, so that no trial goes on behind the back of the next sweep."""
+    """Asks Linux to send SIGTERM to this process when the sweep dies, so that no trial outlives its sweep."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 
 
-def _values(override: Override) -> Iterator[Any]:
-    value = override.value()
-    if isinstance(value, IntervalSweep):
-        return iter((value.start, value.end))
-    return iter(override.sweep_string_iterator())
-
-
 def _folder_name(overrides: str) -> str:
+    """Returns the name of a trial's folder, from Hydra's text of the overrides that vary."""
     name = re.sub(r"[{}\[\]'\"+ ]", "", overrides).replace(":", "=")
     name = re.sub(r"[^\w.,=-]", "-", name) or "trial"
     if len(name) > LONGEST_NAME:
@@ -159,27 +190,11 @@ def _folder_name(overrides: str) -> str:
     return name
 
 
-def _quoted(path: Path) -> str:
-    """In Hydra's grammar."""
-    return "'" + str(path).replace("\\", "\\\\").replace("'", "\\'") + "'"
-
-
-def _check_direction(direction: str | None, metric: str) -> None:
-    """A search the wrong way would find the worst."""
-    wanted = "minimize" if metric.endswith("loss") else "maximize"
-    if (direction := getattr(direction, "name", direction)) not in (None, wanted):  # the plugin has an enum
+def _check_direction(direction: Any, metric: str) -> None:
+    """Refuses a search that would look for the worst value of the metric."""
+    wanted = "minimize" if lower_is_better(metric) else "maximize"
+    if (direction := getattr(direction, "name", direction)) not in (None, wanted):  # the plugin's type is an enum
         raise RequestError(
             f"hydra.sweeper.direction={direction}, but trainer.best_metric={metric}: add "
             f"hydra.sweeper.direction={wanted}, or choose another metric"
         )
-
-
-def _check_sweeper(overrides: list[str]) -> None:
-    for override in parse_overrides(overrides):
-        for key, package in (("hydra/sweeper", "hydra_optuna_sweeper"), ("hydra/launcher", "hydra_submitit_launcher")):
-            needed = override.key_or_group == key and override.value() not in ("basic", None)
-            if needed and importlib.util.find_spec(f"hydra_plugins.{package}") is None:
-                raise RequestError(
-                    f"{key}={override.value()} needs {package}: install the extra 'sweep', e.g. "
-                    "python -m pip install -e '.[sweep]'"
-                )

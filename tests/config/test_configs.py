@@ -11,17 +11,22 @@ import pytest
 from omegaconf import OmegaConf
 
 from sequencer import ops
-from sequencer.config import schema
+from sequencer.config import compose, conf_dir, schema
+from sequencer.config.command import parse_command
+from sequencer.config.conf_files import ConfigFiles
 from sequencer.config.errors import RequestError
-from sequencer.config.request import GROUPS, KEYS, compose, request, resume_request, to_config
+from sequencer.config.overrides import KEYS
+from sequencer.config.request import request, resume_request
 from sequencer.config.schema import Config
+
+GROUPS = ConfigFiles(conf_dir()).groups
 
 
 @pytest.mark.parametrize(
     ("group", "choice"), [(group, choice) for group, choices in GROUPS.items() for choice in choices]
 )
 def test_every_choice_composes(group, choice):
-    config = to_config(compose([f"{group}={choice}"]))
+    config = compose([f"{group}={choice}"])
     assert group == "experiment" or config.model.name == config.data.default_model
     again = choice.startswith("ablation_")  # the same command finds its trials again
     assert config.run_dir.startswith(f"outputs/{config.name}" + ("" if again else f"/{time.strftime('%Y')}"))
@@ -31,7 +36,7 @@ def test_every_choice_composes(group, choice):
 def test_a_recipe_is_a_document(choice):
     text = (Path("conf/experiment") / f"{choice}.yaml").read_text()
     assert "# Command: python train.py" in text
-    assert to_config(compose([f"experiment={choice}"])).name == choice
+    assert compose([f"experiment={choice}"]).name == choice
 
 
 def test_every_knob_is_explained():
@@ -52,24 +57,24 @@ def test_the_page_of_knobs_is_current(load_script):
 
 
 def test_the_default_is_digits():
-    config = to_config(compose([]))
+    config = compose([])
     assert (config.name, config.data.name, config.model.name) == ("digits", "digits", "sequencer2d_t_8")
 
 
 def test_a_data_set_brings_its_own_recipe_or_none():
-    digits, cifar, mnist = (to_config(compose(o)) for o in ([], ["data=cifar10"], ["data=mnist"]))
+    digits, cifar, mnist = (compose(o) for o in ([], ["data=cifar10"], ["data=mnist"]))
     assert cifar.name == "cifar10"
-    assert cifar == dataclasses.replace(to_config(compose(["experiment=cifar10"])), run_dir=cifar.run_dir)
+    assert cifar == dataclasses.replace(compose(["experiment=cifar10"]), run_dir=cifar.run_dir)
     assert mnist.name == "mnist"
     assert (mnist.optim.lr, mnist.trainer.max_epochs) == (1e-3, 10)
     assert digits.optim.lr != mnist.optim.lr
-    assert to_config(compose(["data=mnist", "experiment=digits"])).data.name == "mnist"
+    assert compose(["data=mnist", "experiment=digits"]).data.name == "mnist"
 
 
 def test_data_brings_what_the_model_needs():
-    config = to_config(compose(["data=cifar100"]))
+    config = compose(["data=cifar100"])
     assert (config.model.num_classes, config.model.in_chans, config.model.img_size) == (100, 3, 32)
-    assert to_config(compose(["data=cifar100", "data.img_size=64"])).model.img_size == 64
+    assert compose(["data=cifar100", "data.img_size=64"]).model.img_size == 64
 
 
 def test_backends_are_those_of_the_operators():
@@ -77,15 +82,15 @@ def test_backends_are_those_of_the_operators():
 
 
 def test_several_loggers():
-    logger = to_config(compose(["logger=[wandb,tensorboard]"])).logger
+    logger = compose(["logger=[wandb,tensorboard]"]).logger
     assert logger.wandb
     assert logger.tensorboard
-    assert not to_config(compose([])).logger.wandb
+    assert not compose([]).logger.wandb
 
 
 def test_model_arguments_may_be_added():
     for override in ("model.kwargs.cell=gru", "model.kwargs={cell: gru}", "+model.kwargs.cell=gru"):
-        assert to_config(compose([override])).model.kwargs == {"cell": "gru"}
+        assert compose([override]).model.kwargs == {"cell": "gru"}
 
 
 @pytest.mark.parametrize(
@@ -118,7 +123,7 @@ def test_model_arguments_may_be_added():
 )
 def test_wrong_requests(overrides, message):
     with pytest.raises(RequestError) as error:
-        to_config(compose(overrides))
+        compose(overrides)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -128,39 +133,36 @@ def run_dir(tmp_path):
     """A run of two epochs that has written its configuration."""
     folder = tmp_path / "run"
     folder.mkdir()
-    config = to_config(compose([f"run_dir={folder}", "trainer.max_epochs=2", "optim.lr=0.5"]))
+    config = compose([f"run_dir={folder}", "trainer.max_epochs=2", "optim.lr=0.5"])
     OmegaConf.save(OmegaConf.structured(config), folder / "config.yaml")
     return folder
 
 
 def test_resuming_takes_the_runs_own_configuration(run_dir):
-    wanted = resume_request([f"resume={run_dir}", "trainer.max_epochs=7", "logger=tensorboard"])
-    assert wanted is not None
+    wanted = resume_request(parse_command([f"resume={run_dir}", "trainer.max_epochs=7", "logger=tensorboard"]))
     assert wanted.resume
     assert (wanted.config.optim.lr, wanted.config.trainer.max_epochs) == (0.5, 7)
     assert wanted.config.logger.tensorboard
-    assert resume_request(["optim.lr=1"]) is None
 
 
 def test_a_moved_run_is_resumed_where_it_is(run_dir, tmp_path):
     moved = run_dir.rename(tmp_path / "moved")
-    wanted = resume_request([f"resume={moved}"])
-    assert wanted is not None
+    wanted = resume_request(parse_command([f"resume={moved}"]))
     assert wanted.config.run_dir == str(moved)
 
 
 @pytest.mark.parametrize("override", ["optim.lr=1", "data=cifar10", "seed=3", "trainer.precision=bf16-mixed"])
 def test_resuming_changes_nothing_else(run_dir, override):
     with pytest.raises(RequestError, match="cannot change when a run is resumed"):
-        resume_request([f"resume={run_dir}", override])
+        resume_request(parse_command([f"resume={run_dir}", override]))
 
 
 def test_resuming_what_is_no_run(tmp_path):
     with pytest.raises(RequestError, match="not a run folder"):
-        resume_request([f"resume={tmp_path}"])
+        resume_request(parse_command([f"resume={tmp_path}"]))
     (tmp_path / "config.yaml").write_text("optim: [broken")
     with pytest.raises(RequestError, match="damaged or of another version"):
-        resume_request([f"resume={tmp_path}"])
+        resume_request(parse_command([f"resume={tmp_path}"]))
 
 
 def test_starting_into_a_run_dir_in_use(run_dir, tmp_path):
@@ -184,5 +186,5 @@ def test_keys_are_complete():
 def test_a_logger_that_is_not_installed(monkeypatch, spec):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
     with pytest.raises(RequestError, match=r"^logger\.wandb=true, but wandb is not installed"):
-        to_config(compose(["logger=wandb"]))
-    assert not to_config(compose([])).logger.wandb
+        compose(["logger=wandb"])
+    assert not compose([]).logger.wandb

@@ -1,0 +1,89 @@
+"""From overrides to a typed configuration, by Hydra's composition."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.errors import ConfigCompositionException, HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
+
+from sequencer.config.conf_files import ConfigFiles, conf_dir
+from sequencer.config.errors import RequestError, first_line
+from sequencer.config.hydra_internals import VERSION_BASE
+from sequencer.config.overrides import complete, parse_overrides
+from sequencer.config.schema import Config
+from sequencer.config.validation import validate
+
+ConfigStore.instance().store(name="schema", node=Config)
+
+
+def compose(overrides: Sequence[str] = (), config_dir: str | Path | None = None) -> Config:
+    """Composes the configuration that `python train.py OVERRIDES...` would run with.
+
+    Args:
+        overrides: as on the command line, e.g. `["data=cifar10", "optim.lr=1e-3"]`; no sweep.
+        config_dir: a second folder with groups, as `--config-dir`.
+
+    Raises:
+        RequestError: An unknown key or choice, or an illegal value.
+    """
+    files = ConfigFiles(conf_dir(), None if config_dir is None else Path(config_dir))
+    return to_config(compose_lines(complete(parse_overrides(overrides), files.groups), files).config)
+
+
+@dataclass(frozen=True)
+class Composed:
+    """A composed configuration, and what Hydra's own node says of sweeps."""
+
+    config: DictConfig
+    multirun: bool  # a recipe asks for a sweep
+    sweeper: dict[str, Any]
+
+
+def compose_lines(lines: list[str], files: ConfigFiles) -> Composed:
+    """Composes overrides that `complete` has checked, in which nothing is swept over.
+
+    Raises:
+        RequestError: A value of the wrong type, or another error of the composition.
+    """
+    try:
+        with initialize_config_dir(str(files.main.absolute()), version_base=VERSION_BASE):
+            node = hydra_compose(files.name, overrides=[*lines, *files.lines], return_hydra_config=True)
+    except ConfigCompositionException as error:
+        raise _from_omegaconf(error.__cause__ or error) from error
+    except HydraException as error:
+        raise RequestError(first_line(error)) from error
+    mode, sweeper = node.hydra.mode, OmegaConf.to_container(node.hydra.sweeper, resolve=False)
+    assert isinstance(sweeper, dict)
+    with open_dict(node):
+        del node["hydra"]
+    return Composed(node, mode == RunMode.MULTIRUN, {str(key): value for key, value in sweeper.items()})
+
+
+def to_config(node: DictConfig) -> Config:
+    """Resolves a composed configuration into its dataclasses and checks its values.
+
+    Raises:
+        RequestError: A value is missing, ill-typed or illegal, values contradict each other, or a logger is not
+            installed.
+    """
+    try:
+        config = OmegaConf.to_object(node)
+    except OmegaConfBaseException as error:
+        raise _from_omegaconf(error) from error
+    if not isinstance(config, Config):
+        raise RequestError("the primary configuration file has to name `schema` first among its defaults")
+    validate(config)
+    return config
+
+
+def _from_omegaconf(error: BaseException) -> RequestError:
+    key = getattr(error, "full_key", None)
+    message = first_line(getattr(error, "msg", None) or error)
+    return RequestError(f"{key}: {message}" if key else message)

@@ -1,0 +1,132 @@
+"""The command line: parsed once, composed once, and looked up in the project's folder and in the user's."""
+
+import logging
+from pathlib import Path
+
+import pytest
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra.core.override_parser.overrides_parser import OverridesParser
+
+import train
+from sequencer.config import RequestError, compose, conf_dir
+from sequencer.config.command import parse_command
+from sequencer.config.request import Request, refuse_sweep, resume_request
+from sequencer.config.sources import Sources
+
+
+@pytest.fixture
+def started(monkeypatch, tmp_path) -> list[Request]:
+    """Collects what `train.main` would train; the working directory is an empty folder."""
+    requests: list[Request] = []
+    monkeypatch.setattr(train, "train", requests.append)
+    monkeypatch.setattr(logging.root, "handlers", [])  # Hydra adds some for `--info`
+    monkeypatch.setattr(logging.root, "level", logging.WARNING)
+    monkeypatch.chdir(tmp_path)
+    return requests
+
+
+@pytest.fixture
+def recipes(tmp_path) -> Path:
+    """A user's folder with one recipe."""
+    folder = tmp_path / "my recipes"
+    (folder / "experiment").mkdir(parents=True)
+    (folder / "experiment" / "mine.yaml").write_text("# @package _global_\nname: mine\noptim:\n  lr: 0.125\n")
+    return folder
+
+
+def test_one_run_is_parsed_and_composed_once(monkeypatch, started):
+    calls: list[str] = []
+
+    def count(owner: type, name: str) -> None:
+        original = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *args, **kwargs: calls.append(name) or original(*args, **kwargs))
+
+    count(ConfigLoaderImpl, "load_configuration")
+    count(OverridesParser, "parse_overrides")
+    train.main(parse_command(["optim.lr=1e-3", "data=cifar10"]))
+    assert started[0].config.optim.lr == 1e-3
+    assert calls == ["parse_overrides", "load_configuration", "parse_overrides"]  # the last one is Hydra's own
+
+
+def test_plan_and_resume_are_no_overrides():
+    command = parse_command(["seed=1", "plan=true", "optim.lr=1"])
+    assert command.plan
+    assert command.lines == ["seed=1", "optim.lr=1"]
+    assert not parse_command(["seed=1"]).plan
+    assert parse_command(["resume=runs/a"]).resume == Path("runs/a")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--frobnicate"], "unrecognized arguments: --frobnicate"),
+        (["-cn", "nosuch"], "--config-name nosuch: there is no nosuch.yaml in"),
+        (["-cd", "/nonexistent"], "--config-dir /nonexistent: there is no such folder"),
+        (["-cp", "/nonexistent"], "--config-path /nonexistent: there is no such folder"),
+        (["--cfg", "everything"], "invalid choice: 'everything'"),
+        (["-m", "--cfg", "job"], "--multirun and --cfg exclude each other"),
+        (["--resolve"], "--resolve needs --cfg or --help"),
+        (["--experimental-rerun", "job.pickle"], "--experimental-rerun is not supported"),
+        (["plan=yess"], "it is true or false"),
+        (["plan=true", "resume=runs/a"], "not for one that is resumed"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_wrong_commands(arguments, message):
+    with pytest.raises(RequestError) as error:
+        parse_command(arguments)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("arguments", [["--cfg", "job"], ["--info", "defaults"]], ids=" ".join)
+def test_what_hydra_answers(arguments, started, capsys):
+    train.main(parse_command(arguments))
+    assert "digits" in capsys.readouterr().out
+    assert not started
+
+
+def test_a_package_that_does_not_exist(started, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        train.main(parse_command(["--cfg", "job", "-p", "nosuch"]))
+    assert capsys.readouterr().err == "package 'nosuch' not found in config\n"
+
+
+def test_completion(started, capsys):
+    train.main(parse_command(["-sc", "install=bash"]))
+    assert "complete -o nospace" in capsys.readouterr().out
+    with pytest.raises(RequestError, match="Expecting one subcommand"):
+        train.main(parse_command(["-sc", "seed=1"]))
+
+
+def test_several_values_are_a_sweep_or_a_list():
+    with pytest.raises(RequestError, match=r"seed=1,2: add -m for a sweep, or write seed=\[1,2\] for a list"):
+        refuse_sweep(parse_command(["seed=1,2"]))
+    with pytest.raises(RequestError, match="resumes one run"):
+        resume_request(parse_command(["-m", "resume=runs/a"]))
+
+
+def test_a_recipe_of_the_users_own(recipes, started):
+    arguments = ["--config-dir", str(recipes), "experiment=mine", "data=mnist"]
+    train.main(parse_command(arguments))
+    assert (started[0].config.name, started[0].config.optim.lr) == ("mine", 0.125)
+    assert compose(["experiment=mine"], config_dir=recipes).optim.lr == 0.125
+    sources = Sources(parse_command(arguments))
+    assert sources["optim.lr"] == str(recipes / "experiment" / "mine.yaml")
+    assert sources["data.img_size"] == "conf/data/mnist.yaml"
+    with pytest.raises(RequestError, match="experiment=mine does not exist"):
+        compose(["experiment=mine"])
+
+
+def test_a_recipe_in_both_places_is_refused(recipes):
+    (recipes / "experiment" / "digits.yaml").write_text("name: other\n")
+    with pytest.raises(RequestError) as error:
+        parse_command(["--config-dir", str(recipes)])
+    for folder in (conf_dir(), recipes):
+        assert str(folder / "experiment" / "digits.yaml") in str(error.value)
+
+
+def test_what_a_library_user_composes():
+    config = compose(["data=cifar10", "optim.lr=1e-2"])
+    assert (config.data.name, config.optim.lr) == ("cifar10", 0.01)
+    assert compose().data.name == "digits"

@@ -1,0 +1,75 @@
+"""`import sequencer` is cheap and registers the models with timm, whichever is imported first."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "sequencer"
+SUBPACKAGES = sorted(path.parent.name for path in PACKAGE.glob("*/__init__.py"))
+CASES = {f"sequencer.{name} first": f"import sequencer.{name}, timm" for name in SUBPACKAGES} | {
+    "timm first": "import timm, sequencer",
+    "timm last": "import sequencer, timm",
+    "timm.models first": "import timm.models, sequencer",
+    "looked for before": "import importlib.util, sequencer; assert importlib.util.find_spec('timm'); import timm",
+    "looked for between": "import importlib.util as u; assert u.find_spec('timm'); import sequencer, timm",
+    "reloaded before": "import importlib, sequencer; importlib.reload(sequencer); import timm",
+    "reloaded after": "import importlib, sequencer, timm; importlib.reload(sequencer)",
+    "a layer alone": "from sequencer.layers import RNN2d; import timm",
+}
+# Forks a process for each case, from one that has imported nothing but what is slow to import.
+RUN_CASES = """
+import json, os, sys, traceback
+import torch, torchvision, pytorch_lightning
+for name, code in json.loads(sys.argv[1]).items():
+    if os.fork() == 0:
+        try:
+            exec(code, {})
+            model = sys.modules["timm"].create_model("gru_sequencer2d_s", layers=(1, 1, 1, 1))
+            assert type(model).__module__ == "sequencer.models.sequencer"
+            assert sys.modules["timm"].model_entrypoint("sequencer2d_s").__module__ == "sequencer.variants"
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    if os.wait()[1]:
+        print(name)
+"""
+
+
+def python(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, cwd=cwd or PACKAGE.parent)
+
+
+def test_the_models_are_registered_in_every_order():
+    result = python("-W", "error", "-c", RUN_CASES, json.dumps(CASES))
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == "", result.stderr
+
+
+def test_the_models_are_registered_in_spawned_workers(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text("""
+import multiprocessing
+import sequencer
+
+def build(name):
+    import timm
+    return type(timm.create_model(name)).__module__
+
+if __name__ == "__main__":
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        print(*pool.map(build, ["sequencer2d_t_8"]))
+""")
+    result = python(str(script))
+    assert result.stdout.strip() == "sequencer.models.sequencer", result.stderr
+
+
+@pytest.mark.parametrize("name", ["sequencer", "sequencer.config"])
+def test_the_import_is_cheap(name):
+    code = f"import sys, {name}; print(*sorted(sys.modules))"
+    modules = python("-c", code).stdout.split()
+    assert name in modules
+    assert not {"torch", "timm", "torchvision", "pytorch_lightning", "numpy", "wandb"} & set(modules)
