@@ -37,7 +37,7 @@ def run(config: Config, resume: bool = False) -> dict[str, Any]:
     With several devices it starts the current command again under torchrun.
 
     Args:
-        config: the run; `sequencer.config.request.to_config` makes one.
+        config: the run; `sequencer.config.compose` makes one from overrides.
         resume: whether to go on from the last checkpoint in the folder, or from the start where there is none yet.
 
     Returns:
