@@ -17,6 +17,7 @@ from sequencer.config.errors import RequestError
 from sequencer.config.schema import Config
 from sequencer.data import DataModule, check_images
 from sequencer.files import write_atomically
+from sequencer.lightning_internals import stop_loader_workers
 from sequencer.models import read_checkpoint
 from sequencer.tracking.loggers import build_loggers, close_log, close_loggers, start_log
 from sequencer.training.checkpoints import CHECKPOINTS, find_checkpoint
@@ -152,3 +153,5 @@ def _fit(trainer: pl.Trainer, module: Classifier, data: DataModule, checkpoint: 
         if trainer.state.status == TrainerStatus.INTERRUPTED:
             raise KeyboardInterrupt from None
         raise
+    finally:
+        stop_loader_workers(trainer)
