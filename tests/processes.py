@@ -4,6 +4,7 @@ import atexit
 import multiprocessing
 import os
 import runpy
+import shutil
 import signal
 import socket
 import sys
@@ -22,8 +23,8 @@ class Command:
     """`python train.py ARGUMENTS...` in a process group of its own, with the interface of `subprocess.Popen`."""
 
     def __init__(self, arguments: Sequence[str], cwd: Path, environment: Mapping[str, str] | None = None) -> None:
-        self._folder = tempfile.TemporaryDirectory()
-        self._outputs = [Path(self._folder.name, name) for name in ("stdout", "stderr")]
+        self._folder = tempfile.mkdtemp()
+        self._outputs = [Path(self._folder, name) for name in ("stdout", "stderr")]
         command = [str(TRAIN), *map(str, arguments)]
         self._process = _context.Process(
             target=_run, args=(command, str(cwd), {**os.environ, **(environment or {})}, self._outputs)
@@ -42,18 +43,21 @@ class Command:
         return self.returncode
 
     def send_signal(self, number: int) -> None:
-        os.kill(self.pid, number)
+        if self.poll() is None:
+            os.kill(self.pid, number)
 
     def communicate(self, timeout: float | None = None) -> tuple[str, str]:
-        """Waits for the end and returns standard output and standard error."""
+        """Waits for the end and returns standard output and standard error.
+
+        Raises:
+            TimeoutError: the process was killed after `timeout` seconds.
+        """
         self._process.join(timeout)
+        output, errors = (path.read_text() if path.exists() else "" for path in self._outputs)
         if self.returncode is None:
             self._process.kill()
-            raise TimeoutError(f"not finished after {timeout} s: {self._read()}")
-        return self._read()
-
-    def _read(self) -> tuple[str, str]:
-        output, errors = (path.read_text() for path in self._outputs)
+            raise TimeoutError(f"not finished after {timeout} s: {output}{errors}")
+        shutil.rmtree(self._folder)
         return output, errors
 
 
