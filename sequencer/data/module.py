@@ -16,6 +16,7 @@ from sequencer.data.seeding import START, Position
 from sequencer.data.sets import has_test_split, open_split
 from sequencer.data.split import CPU, Split, SplitName
 from sequencer.data.transforms import eval_transform, train_transform
+from sequencer.lightning_internals import training_progress
 
 
 class DataModule(pl.LightningDataModule):
@@ -60,15 +61,9 @@ class DataModule(pl.LightningDataModule):
     def state_dict(self) -> dict[str, Any]:
         """The epoch, how many of its batches have been trained on, and its reshuffles; part of every checkpoint."""
         assert self.trainer is not None
-        loop: Any = self.trainer.fit_loop
-        epoch = loop.epoch_progress.current
-        ended = epoch.processed == epoch.started  # the batches counted are those of the epoch before
-        same = epoch.processed == self._position["epoch"]
-        return {
-            "epoch": epoch.processed,
-            "batches": 0 if ended else loop.epoch_loop.batch_progress.current.ready,
-            "reshuffles": self._position["reshuffles"] if same else [],
-        }
+        epoch, batches = training_progress(self.trainer)
+        same = epoch == self._position["epoch"]
+        return {"epoch": epoch, "batches": batches, "reshuffles": self._position["reshuffles"] if same else []}
 
     def reshuffle(self, times: int) -> None:
         """Reorders the unseen rest of the resumed epoch `times` times; call before training."""
