@@ -7,7 +7,7 @@ import torch
 
 from sequencer.config import compose
 from sequencer.measure import benchmarks
-from sequencer.ops import bilstm2d, triton_kernels
+from sequencer.ops import backends, triton_kernels
 
 
 @pytest.fixture
@@ -106,7 +106,7 @@ def test_no_speed_without_equal_outputs(script, tmp_path, monkeypatch, capsys, w
 )
 def test_wrong_requests(script, tmp_path, capsys, monkeypatch, arguments, message):
     monkeypatch.setattr(triton_kernels, "interpreted", lambda: False)
-    bilstm2d._choose.cache_clear()
+    backends._choose.cache_clear()
     (tmp_path / "a_file").touch()
     assert script.main([*arguments, "--rounds", "2"]) == 2
     error = capsys.readouterr().err
