@@ -1,8 +1,8 @@
-"""Repeats the update at which a run diverged, from the last checkpoint before it and in a folder of its own.
+"""Repeats the update at which a run diverged, from the last checkpoint before it, in the folder RUN/replay.
 
     python scripts/replay.py RUN
 
-prints what RUN/divergence.json says beside what happens now. Exit code 0: it happened again; 1: it did not.
+compares what happens with RUN/divergence.json. Exit code 0: it diverged in the same way again; 1: it did not.
 """
 
 import dataclasses
@@ -14,6 +14,7 @@ from typing import Any
 
 from _cli import Parser, run
 
+from sequencer.config.command import parse_command
 from sequencer.config.errors import RequestError
 from sequencer.config.request import resume_request
 
@@ -32,11 +33,16 @@ def parse(argv: list[str] | None) -> Namespace:
 
 
 def work(args: Namespace) -> None:
+    """Replays the update and compares the records.
+
+    Raises:
+        RequestError: the run has not diverged.
+        RuntimeError: the replay did not diverge, or in another way.
+    """
     path, copy = args.run / "divergence.json", args.run / "replay"
     if not path.is_file():
-        raise RequestError(f"{args.run} has no divergence.json: it has not diverged, or is no run folder")
-    wanted = resume_request([f"resume={args.run}"])
-    assert wanted is not None
+        raise RequestError(f"{args.run} has no divergence.json: it has not diverged, or is not a run folder")
+    wanted = resume_request(parse_command([f"resume={args.run}"]))
     record = json.loads(path.read_text())
     from sequencer.training import Diverged
     from sequencer.training import run as train
@@ -48,16 +54,22 @@ def work(args: Namespace) -> None:
     try:
         train(config, resume=True)
     except Diverged as error:
-        differing = [key for key in EQUAL if same(record[key]) != same(error.record[key])]
+        differing = [key for key in EQUAL if comparable(record[key]) != comparable(error.record[key])]
         if not differing:
             print(f"the same again: {record['reason']} at epoch {record['epoch'] + 1}, update {record['update']}")
             return
-        raise RuntimeError(f"it diverged otherwise: {', '.join(differing)} differ; see {copy / path.name}") from error
+        raise RuntimeError(
+            f"it diverged in another way: {', '.join(differing)} differ; see {copy / path.name}"
+        ) from error
     raise RuntimeError(f"the run did not diverge again; see {copy}")
 
 
 def prepare(run_dir: Path, copy: Path, reshuffles: list[int]) -> None:
-    """What the run had when it diverged, in a new folder."""
+    """Writes the checkpoint that the run had when it diverged, with its order of images, to a new run folder.
+
+    Raises:
+        RequestError: the run was reordered before its first checkpoint.
+    """
     import torch
 
     from sequencer.models import read_checkpoint
@@ -70,11 +82,11 @@ def prepare(run_dir: Path, copy: Path, reshuffles: list[int]) -> None:
         checkpoint["DataModule"]["reshuffles"] = reshuffles
         torch.save(checkpoint, copy / "checkpoints" / "last.ckpt")
     elif reshuffles:
-        raise RequestError(f"{run_dir} was on its second attempt at the first updates, which cannot be replayed")
+        raise RequestError(f"{run_dir} was rolled back to its start, after which it cannot be replayed")
 
 
-def same(value: Any) -> str:
-    """A form in which NaN equals NaN."""
+def comparable(value: Any) -> str:
+    """Encodes a value so that NaN equals NaN."""
     return json.dumps(value)
 
 

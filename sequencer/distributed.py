@@ -1,4 +1,4 @@
-"""Several processes, one a device, as torchrun starts them."""
+"""Collective operations of the ranks of a run, one device each, as torchrun starts them; trivial for a single rank."""
 
 import atexit
 import os
@@ -13,36 +13,38 @@ T = TypeVar("T")
 
 
 def rank() -> int:
-    return int(os.environ.get("RANK", 0))
+    """Rank of this process: that of its process group or, before there is one, of the environment."""
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
 
 
 def world_size() -> int:
-    return int(os.environ.get("WORLD_SIZE", 1))
+    """Number of ranks: that of the process group or, before there is one, of the environment."""
+    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
 
 
 def is_first() -> bool:
-    """Whether this process is the one that writes and speaks."""
+    """Whether this is rank 0, which writes the files and prints."""
     return rank() == 0
 
 
 def join(gpu: bool) -> None:
-    """Meets the other processes, if there are any, to compute on GPUs or on CPUs."""
+    """Initializes the process group, if there are several ranks, for computation on GPUs or on CPUs."""
     if world_size() == 1 or dist.is_initialized():
         return
     if gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     store, *_ = next(rendezvous("env://"))
-    # torchrun keeps one store for all its restarts: without a name of its own for each, the processes of one would look
-    # for those of the one before
+    # torchrun keeps one store over all restarts; without a prefix for each, restarted ranks would read the keys of
+    # those before them
     own = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-    # objects travel through the CPU's backend, gradients through that of their device
+    # Python objects are sent through gloo, gradients through the backend of their device
     backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"
     dist.init_process_group(backend, store=own, rank=rank(), world_size=world_size())
     atexit.register(dist.destroy_process_group)
 
 
 def from_first(value: T) -> T:
-    """What the first process has for `value`."""
+    """Broadcasts the value of rank 0."""
     if world_size() == 1:
         return value
     holder: list[Any] = [value]
@@ -51,7 +53,7 @@ def from_first(value: T) -> T:
 
 
 def gather(value: T) -> list[T]:
-    """What every process has for `value`, by rank."""
+    """Gathers the values of all ranks on every rank, in the order of ranks."""
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()
@@ -59,13 +61,8 @@ def gather(value: T) -> list[T]:
     return values
 
 
-def any_of(flag: bool) -> bool:
-    """Whether the flag is set in any process; all of them ask."""
-    return any(gather(flag))
-
-
 def one_by_one(work: Callable[[], T]) -> T:
-    """The first process works before the others, so that what it downloads or builds is there for them."""
+    """Calls `work` on rank 0 and then on the others, so that they find what it downloads or builds."""
     if is_first():
         result = work()
     if world_size() > 1:

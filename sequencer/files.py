@@ -1,4 +1,4 @@
-"""Writing files so that a reader finds the old one or the new one, never half of either."""
+"""Writing files atomically: a reader finds the old file or the new one, never part of either."""
 
 import os
 from collections.abc import Callable
@@ -6,7 +6,12 @@ from pathlib import Path
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Calls `write` on a temporary file in the same folder, syncs it to disk and renames it to `path`."""
+    """Writes a file under a temporary name in the same folder, syncs it to disk and renames it to `path`.
+
+    Args:
+        path: the file; its folder is created where it does not exist.
+        write: writes the content to the path that it is given.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.partial")
     try:

@@ -18,6 +18,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import beartype._check.code.codemain as beartype_code
 import numpy as np
@@ -28,8 +29,18 @@ from torchvision import datasets
 # checked would not be the run that users have
 beartype_code.getrandbits = random.Random(0).getrandbits
 
+pytest.register_assert_rewrite("tests.helpers", "tests.processes")
+
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 REAL_DATA = Path(__file__).parents[2] / "shared" / "data"
+
+
+@pytest.fixture
+def config(tmp_path) -> Callable[..., Any]:
+    """`config(*overrides, run_dir="run")` composes a small run on the digits into `tmp_path / run_dir`."""
+    from tests.helpers import small_config  # after the line above that seeds the run-time type checks
+
+    return lambda *overrides, run_dir="run": small_config(tmp_path / run_dir, *overrides)
 
 
 @pytest.fixture

@@ -1,15 +1,23 @@
 """What several test modules share."""
 
 import csv
+import importlib
+import os
+import signal
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
+import pytest
+import pytorch_lightning as pl
 import torch
 
-from sequencer.config.schema import DataConfig
+from sequencer.config import Config, DataConfig, compose
 from sequencer.export import save_model_folder
-from sequencer.models import LoadedModel, create_model, timm_preprocessing
+from sequencer.models import LoadedModel, create_model, read_checkpoint, timm_preprocessing
+from sequencer.training import run
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 ARGS = {"layers": [1], "patch_sizes": [2], "embed_dims": [16], "hidden_sizes": [4]}  # of a model small enough for tests
@@ -35,6 +43,12 @@ SMALL = [
     "data.batch_size=32",
 ]
 SMALL_MODEL = "model.kwargs={layers: [1], patch_sizes: [2], embed_dims: [16], hidden_sizes: [4]}"
+EMA = ["optim.ema_decay=0.9", "trainer.slot=ema", "trainer.best_metric=val_ema/top1"]
+# everything that draws random numbers
+RANDOM = ["data.augment.mixup=0.4", "data.augment.crop_padding=1", "model.drop_path_rate=0.3", "model.drop_rate=0.2"]
+# everything that a checkpoint has to hold; what interrupted and resumed runs are compared with
+STATEFUL = [*RANDOM, *EMA, "trainer.max_epochs=3", "trainer.accumulate_grad_batches=2"]
+STATEFUL += ["trainer.early_stopping_patience=5"]
 
 
 def save_run(folder: Path, data: DataConfig, class_names: list[str], **entries) -> Path:
@@ -65,3 +79,79 @@ def exit_code(script: ModuleType, arguments: list[str]) -> int:
 def read_csv(path: Path) -> list[dict[str, str]]:
     with open(path, newline="") as file:
         return list(csv.DictReader(file))
+
+
+def small_config(run_dir: Path, *overrides: str) -> Config:
+    """Composes a small run on the digits."""
+    model = [] if any(override.startswith("model.name=") for override in overrides) else [SMALL_MODEL]
+    return compose([*SMALL, *model, f"run_dir={run_dir}", *overrides])
+
+
+def read_rows(run_dir: Path) -> list[dict[str, str]]:
+    """Reads metrics.csv."""
+    return read_csv(run_dir / "metrics.csv")
+
+
+def read_last(run_dir: Path) -> dict[str, Any]:
+    """Reads the last checkpoint of a run."""
+    return read_checkpoint(run_dir / "checkpoints" / "last.ckpt")
+
+
+def equal_tensors(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    """Whether two state dicts are equal bit for bit."""
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def assert_same_run(whole: Path, broken: Path) -> None:
+    """Compares weights, averages, optimizer states, random states and rows bit for bit."""
+    for name in ("last.ckpt", "best.ckpt"):
+        a, b = (read_checkpoint(folder / "checkpoints" / name) for folder in (whole, broken))
+        assert equal_tensors(a["state_dict"], b["state_dict"])
+        assert equal_tensors(a["state_dict_ema"], b["state_dict_ema"])
+        for x, y in zip(*(c["optimizer_states"][0]["state"].values() for c in (a, b)), strict=True):
+            assert equal_tensors(x, y)
+        for x, y in zip(a["ranks"], b["ranks"], strict=True):
+            assert torch.equal(x["random"].pop("torch"), y["random"].pop("torch"))
+            assert x == y
+        assert a["train_totals"] == b["train_totals"]
+    untimed = [
+        [{key: value for key, value in row.items() if not key.startswith("time/")} for row in read_rows(folder)]
+        for folder in (whole, broken)
+    ]
+    assert untimed[0] == untimed[1]
+
+
+class Interrupt(pl.Callback):
+    """Calls `action` in the second epoch of a run: before its third batch, or as its validation begins."""
+
+    def __init__(self, action: Callable[[], None], hook: str) -> None:
+        self.action, self.hook = action, hook
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+        if self.hook == "training" and trainer.current_epoch == 1 and batch_idx == 2:
+            self.action()
+
+    def on_validation_batch_start(self, trainer, *args) -> None:
+        if self.hook == "validation" and trainer.current_epoch == 1:
+            self.action()
+
+
+def run_interrupted(
+    config: Config, action: Callable[[], None], expected: type[BaseException], hook: str = "training"
+) -> BaseException:
+    """Runs until `action` interrupts the second epoch; returns the exception, which has to be of the expected type."""
+    module = importlib.import_module("sequencer.training.setup")
+    build = module._build_trainer
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_build_trainer", lambda c, callbacks: build(c, [Interrupt(action, hook), *callbacks]))
+        with pytest.raises(expected) as error:
+            run(config)
+    return error.value
+
+
+def fail() -> None:
+    raise RuntimeError("power failure")
+
+
+def terminate() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)

@@ -17,7 +17,7 @@ from sequencer.config.command import parse_command
 from sequencer.config.errors import RequestError
 from sequencer.config.schema import leaves
 from sequencer.config.sources import Sources
-from sequencer.data import open_dataset
+from sequencer.data import open_split
 from sequencer.measure import forecast, plan
 from sequencer.models import create_model
 from sequencer.training import run
@@ -206,7 +206,7 @@ def test_twenty_updates(name, made, tmp_path):
 
 def test_flowers_have_three_splits(made):
     config = compose(["data=flowers102", f"data.root={made('flowers102')}"]).data
-    splits = {name: open_dataset(config, name, lambda image: image) for name in ("train", "val", "test")}
+    splits = {name: open_split(config, name, lambda image: image) for name in ("train", "val", "test")}
     assert {name: len(images) for name, images in splits.items()} == {"train": 204, "val": 102, "test": 102}
     assert splits["train"].class_names[0] == "pink primrose"
     image, label = splits["val"][3]
@@ -216,7 +216,7 @@ def test_flowers_have_three_splits(made):
 
 def test_a_tenth_of_the_training_images_of_cars_validates(made):
     config = compose(["data=stanford_cars", f"data.root={made('stanford_cars')}"]).data
-    splits = {name: open_dataset(config, name, lambda image: image) for name in ("train", "val", "test")}
+    splits = {name: open_split(config, name, lambda image: image) for name in ("train", "val", "test")}
     assert {name: len(images) for name, images in splits.items()} == {"train": 1764, "val": 196, "test": 196}
     assert sorted(splits["val"].labels) == list(range(196))
     assert splits["test"].class_names[195] == "car 195"
@@ -230,7 +230,7 @@ def test_a_tenth_of_the_training_images_of_cars_validates(made):
 def test_missing_set(name, what, tmp_path):
     config = compose([f"data={name}", f"data.root={tmp_path}"]).data
     with pytest.raises(RequestError, match=what) as error:
-        open_dataset(config, "train", lambda image: image)
+        open_split(config, "train", lambda image: image)
     assert len(str(error.value).splitlines()) == 2
 
 

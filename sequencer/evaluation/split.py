@@ -14,8 +14,7 @@ from torch import Tensor
 
 from sequencer import distributed
 from sequencer.config import DataConfig, RequestError, compose
-from sequencer.data import Quarantine, eval_transform, evaluation_loader, open_dataset
-from sequencer.data.sets import has_test_part
+from sequencer.data import Quarantine, eval_transform, has_test_split, open_split
 from sequencer.evaluation.inputs import check_img_size, data_section, data_settings
 from sequencer.evaluation.loop import FlipAveraged, evaluate
 from sequencer.evaluation.metrics import ClassResult, Outcome
@@ -94,15 +93,15 @@ def evaluate_model(
             of this size. Nothing has been written.
         TooManyBadImages: More images cannot be read than `data.max_bad_share` allows.
     """
-    chosen: Literal["val", "test"] = split or ("test" if has_test_part(data) else "val")
-    images = distributed.one_by_one(lambda: open_dataset(data, chosen, eval_transform(data)))
+    chosen: Literal["val", "test"] = split or ("test" if has_test_split(data) else "val")
+    images = distributed.one_by_one(lambda: open_split(data, chosen, eval_transform(data)))
     _check_classes(loaded, images.class_names)
     if data.img_size != loaded.pretrained_cfg["input_size"][-1]:
         check_img_size(loaded, data.img_size)
     if bad_samples is not None:
         distributed.one_by_one(partial(_remove, bad_samples))
         images.quarantine = Quarantine(bad_samples, chosen, len(images), data.max_bad_share)
-    loader = evaluation_loader(images, data, distributed.rank(), distributed.world_size())
+    loader = images.evaluation_loader(data, distributed.rank(), distributed.world_size())
     network = (FlipAveraged(loaded.model) if flip else loaded.model).to(device)
     found: list[Outcome] = []
     start = time.perf_counter()

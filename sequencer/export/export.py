@@ -48,6 +48,7 @@ def export_graph(
 
     Raises:
         Mismatch: The outputs of the graph differ from those of the model.
+        RequestError: ONNX has no operator for the model's cell.
     """
     path = folder / GRAPHS[form]
     description = describe_export(loaded, img_size, with_preprocessing)

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from sequencer.config.errors import RequestError
 from sequencer.layers import RNN, RNN1d, RNN2d
 from sequencer.ops import Weights
 
@@ -163,8 +164,15 @@ class OnnxMixer(nn.Module):
 
 
 def use_nodes(model: nn.Module) -> None:
-    """Replaces every token mixer of a model by one whose recurrences are ONNX operators, in place."""
+    """Replaces every token mixer of a model by one whose recurrences are ONNX operators, in place.
+
+    Raises:
+        RequestError: A cell has no ONNX operator.
+    """
     use_lstms(model)
+    for module in model.modules():
+        if isinstance(module, RNN) and module.cell not in NODES:
+            raise RequestError(f"ONNX has no operator for the cell {module.cell!r}: use --format torch_export or timm")
     for name, module in list(model.named_modules()):
         if isinstance(module, RNN1d | RNN2d):
             model.set_submodule(name, OnnxMixer(module))

@@ -48,7 +48,6 @@ def plan(config: Config, sources: Sources, trials: int = 1) -> Plan:
     with TemporaryDirectory(prefix="plan") as folder:
         folder = distributed.from_first(folder)
         parts = build_parts(dataclasses.replace(config, run_dir=str(Path(folder, "whole"))))
-        parts.data.trainer = parts.trainer  # which knows this rank's share of the data
         problems = find_data_problems(parts.data, config)
         batches, val_batches, test_batches = _count_batches(parts.data, config)
         updates, per_epoch = _count_updates(config, batches)

@@ -15,9 +15,10 @@ from pytorch_lightning.callbacks import Callback
 from torch import nn
 
 from sequencer.config.schema import Config
-from sequencer.data import DataModule, ImageSet
+from sequencer.data import DataModule, MemorySplit
 from sequencer.measure.machine import now
 from sequencer.measure.short_run import Clock, without_end
+from sequencer.training.launch import training_device
 from sequencer.training.optim import build_optimizer, build_schedule
 from sequencer.training.setup import build_parts
 
@@ -61,7 +62,6 @@ def measure_loader(config: Config, seconds: float) -> tuple[float, float]:
     """
     with TemporaryDirectory() as folder:
         parts = build_parts(without_end(config, Path(folder, "run")))
-        parts.data.trainer = parts.trainer  # which knows the device
         device = parts.trainer.strategy.root_device
         batches = _endless(parts.data.train_dataloader())
         images, labels = (tensor.to(device) for tensor in next(batches))
@@ -98,24 +98,13 @@ def _rate(work: Callable[[], object], device: torch.device, warmup: int, seconds
     return calls / elapsed
 
 
-class _Noise:
-    """Images of noise in the shape of CIFAR-10's, with torchvision's attributes."""
-
-    def __init__(self, number: int, classes: int) -> None:
-        random = np.random.RandomState(0)
-        self.data = random.randint(256, size=(number, 32, 32, 3), dtype=np.uint8)
-        self.targets = (np.arange(number) % classes).tolist()
-        self.classes = [str(label) for label in range(classes)]
-
-    def __len__(self) -> int:
-        return len(self.targets)
-
-
 def _noise_data(config: Config, batches: int) -> DataModule:
-    """Noise for `batches` training batches; the same images are the validation split."""
-    source = _Noise(batches * config.data.batch_size, 10)
-    images = ImageSet(source, np.arange(len(source)), lambda image: image)
-    return DataModule.of_parts(config.data, config.seed, train=images, val=images)
+    """Noise in the shape of CIFAR-10's images for `batches` batches; training and validation split are the same."""
+    number, classes = batches * config.data.batch_size, [str(label) for label in range(10)]
+    images = np.random.RandomState(0).randint(256, size=(number, 32, 32, 3), dtype=np.uint8)
+    split = MemorySplit(images, np.arange(number) % len(classes), classes, "noise")
+    device = training_device(config)
+    return DataModule(config.data, config.seed, device=device, splits={"train": split, "val": split})
 
 
 class _BareLoop(Callback):

@@ -1,1 +1,1 @@
-"""The log of a run and the services that its metrics are sent to."""
+"""The log of a run and the loggers that its metrics are sent to."""

@@ -1,4 +1,4 @@
-"""The log of a run, and the services that metrics go to besides metrics.csv."""
+"""The log of a run, and the loggers that receive its metrics besides metrics.csv."""
 
 import logging
 import os
@@ -16,7 +16,7 @@ log = logging.getLogger("sequencer")
 
 
 def start_log(path: Path) -> None:
-    """Sends the package's log to the console, above a progress bar, and appends it with times to `path`."""
+    """Sends the package's log to the console, above a progress bar, and appends it with timestamps to `path`."""
     close_log()
     console = RichHandler(show_time=False, show_level=False, show_path=False, markup=False, highlighter=None)
     file = logging.FileHandler(path)
@@ -26,13 +26,17 @@ def start_log(path: Path) -> None:
 
 
 def close_log() -> None:
+    """Closes what `start_log` opened."""
     for handler in list(log.handlers):
         handler.close()
         log.removeHandler(handler)
 
 
 def build_loggers(config: Config, run_dir: Path) -> list[Logger]:
-    """TensorBoard and W&B as configured. W&B is never asked for a key: without one it logs offline."""
+    """Builds and starts the loggers that `config.logger` asks for, TensorBoard and W&B.
+
+    W&B never prompts for an API key: without one it logs offline.
+    """
     loggers: list[Logger] = []
     if config.logger.tensorboard:
         loggers.append(TensorBoardLogger(run_dir, name="tensorboard", version=""))
@@ -53,7 +57,7 @@ def build_loggers(config: Config, run_dir: Path) -> list[Logger]:
 
 
 def close_loggers(loggers: list[Logger]) -> None:
-    """Waits, for a limited time, for what works in the background."""
+    """Ends loggers that work in the background; waits for them a limited time."""
     for logger in loggers:
         if isinstance(logger, WandbGuard):
             logger.close()
@@ -70,7 +74,7 @@ def _has_wandb_key() -> bool:
 
 
 def _wandb_id(run_dir: Path) -> str:
-    """The id under which a resumed run goes on, kept beside it."""
+    """Returns the W&B id of a run, which is kept in its folder so that a resumed run continues the same W&B run."""
     path = run_dir / "wandb_id"
     if not path.exists():
         path.write_text(os.urandom(4).hex())

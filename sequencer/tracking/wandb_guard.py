@@ -1,4 +1,4 @@
-"""Weights & Biases behind a guard: training neither waits for it nor dies of it."""
+"""A Weights & Biases logger that can neither block nor fail training."""
 
 import logging
 import os
@@ -20,28 +20,32 @@ from pytorch_lightning.utilities import rank_zero_only
 
 log = logging.getLogger("sequencer")
 
-INIT_LIMIT = 20.0  # s until an offline run takes the place of one that does not start
-SEND_LIMIT = 20.0  # s that wandb is given to send what is left; then it closes its file, which can be sent later
-FINISH_LIMIT = 30.0  # s from the end of training until the run ends without W&B
-INTERRUPT_LIMIT = 5.0  # s likewise where training failed or was interrupted: schedulers kill soon after SIGTERM
+INIT_LIMIT = 20.0  # s that wandb has to start a run; then an offline run takes its place
+SEND_LIMIT = 20.0  # s that wandb has at the end to send what is left; then it closes its file, which can be sent later
+FINISH_LIMIT = 30.0  # s that the end of training waits for W&B
+INTERRUPT_LIMIT = 5.0  # the same where training failed or was interrupted: schedulers kill soon after SIGTERM
 
-Message = tuple[dict[str, Any], int | None] | int  # a row and its step, or, last, the exit code
+Message = tuple[dict[str, Any], int | None] | int  # a row and its step; the last message is the exit code
 
 
 class WandbGuard(Logger):
-    """Logs to W&B through a queue, a daemon thread and a process of wandb's own.
+    """Logs to W&B through a queue, a daemon thread and a worker process.
 
-    A process, because wandb cannot be given up from within: its service holds on to the run's id after a failed
-    `init`, so that no offline run can take it, and is waited for when Python exits. What fails before the end is told
-    again, from the first row, to an offline run of the same id.
+    wandb runs in a process of its own because it cannot be abandoned from within: after a failed `init` its service
+    keeps the id of the run, so that no offline run can use it, and Python waits for the service at exit. When the
+    worker fails before the end, all rows are sent again to an offline run with the same id.
     """
 
     def __init__(self, mode: str, **arguments: Any) -> None:
-        """`mode` and `arguments` are those of `wandb.init`."""
+        """
+        Args:
+            mode: of `wandb.init`: `online`, `offline` or `disabled`.
+            arguments: further arguments of `wandb.init`.
+        """
         super().__init__()
         self._mode, self._arguments = mode, arguments
         self._queue: SimpleQueue[Message] = SimpleQueue()
-        self._told: list[Message] = []
+        self._sent: list[Message] = []
         self._folder: str | None = None
         self._deadline: float | None = None
         self._closed = False
@@ -57,6 +61,7 @@ class WandbGuard(Logger):
 
     @rank_zero_only
     def start(self) -> None:
+        """Starts the thread, which starts the worker."""
         self._thread.start()
 
     @rank_zero_only
@@ -64,11 +69,11 @@ class WandbGuard(Logger):
         self._queue.put((dict(metrics), step))
 
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
-        """Does nothing: the whole configuration is among the arguments of `wandb.init`."""
+        """Does nothing: the arguments of `wandb.init` include the configuration."""
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        """Ends the W&B run, which goes on in the background until `close`."""
+        """Tells W&B that the run has ended; it finishes in the background until `close`."""
         if self._deadline is None:
             succeeded = status == "success"
             self._deadline = time.monotonic() + (FINISH_LIMIT if succeeded else INTERRUPT_LIMIT)
@@ -76,10 +81,10 @@ class WandbGuard(Logger):
 
     @rank_zero_only
     def close(self) -> None:
-        """Waits for W&B, within the limit that `finalize` set; a run that was not finalized has failed."""
+        """Waits for W&B up to the limit that `finalize` set; a run that was not finalized has failed."""
         self.finalize("failed")
         assert self._deadline is not None
-        with suppress(KeyboardInterrupt):  # the run has ended: its exit code stands, only the waiting stops
+        with suppress(KeyboardInterrupt):  # training has ended and its exit code stands; Ctrl-C only ends the wait
             self._thread.join(1)
             if self._thread.is_alive():
                 rest = max(0.0, self._deadline - time.monotonic())
@@ -91,14 +96,16 @@ class WandbGuard(Logger):
 
     @property
     def _sync(self) -> str:
+        """Tells how to send the rows that W&B lacks."""
         return f"; send what it lacks with: wandb sync {shlex.quote(str(self._folder))}"
 
     def _serve(self) -> None:
+        """Sends everything to a run in the given mode or, where that fails, to an offline run."""
         problem: Exception | None = None
         for mode in dict.fromkeys((self._mode, "offline")):
             try:
-                self._tell(mode, problem)
-            except Exception as error:  # whatever it is, the training goes on
+                self._send_all(mode, problem)
+            except Exception as error:  # of any kind: training goes on
                 problem = error
             else:
                 return
@@ -106,10 +113,12 @@ class WandbGuard(Logger):
                 return
         log.warning("W&B is given up (%s); metrics.csv has every row", problem)
 
-    def _tell(self, mode: str, problem: Exception | None) -> None:
-        """
+    def _send_all(self, mode: str, problem: Exception | None) -> None:
+        """Starts a worker and sends it every message from the first to the exit code.
+
         Args:
-            problem: why an offline run takes the place of another one.
+            mode: of `wandb.init`.
+            problem: why the run before this one failed, if there was one.
 
         Raises:
             Exception: W&B failed before the end.
@@ -138,12 +147,12 @@ class WandbGuard(Logger):
             log.info("W&B logs %s%s", mode, self._sync if mode == "offline" else "")
 
     def _messages(self) -> Iterator[Message]:
-        """What was told before, then what comes, up to the exit code."""
+        """Yields the messages that were sent before, then new ones, up to the exit code."""
         position = 0
         while True:
-            if position == len(self._told):
-                self._told.append(self._queue.get())
-            message = self._told[position]
+            if position == len(self._sent):
+                self._sent.append(self._queue.get())
+            message = self._sent[position]
             yield message
             if isinstance(message, int):
                 return
@@ -151,13 +160,14 @@ class WandbGuard(Logger):
 
 
 def _start_worker() -> tuple[subprocess.Popen[bytes], Connection]:
+    """Starts the worker process; returns it and the connection to it."""
     ours, theirs = Pipe()
     settings = {
         "WANDB_CONSOLE": "off",
         "WANDB_FINISH_TIMEOUT": str(SEND_LIMIT),
         "WANDB_FINISH_TIMEOUT_RAISES": "true",
         "WANDB_PROGRAM": sys.argv[0],
-        "WANDB_X_STATS_PID": str(os.getpid()),  # system metrics are to show the training
+        "WANDB_X_STATS_PID": str(os.getpid()),  # system metrics are those of the training process
     }
     with theirs:
         script = Path(__file__).with_name("wandb_worker.py")
@@ -166,9 +176,9 @@ def _start_worker() -> tuple[subprocess.Popen[bytes], Connection]:
             env=os.environ | settings,
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,  # wandb's service must not hold a pipe open that someone reads to its end
+            stdout=subprocess.DEVNULL,  # wandb's service, which lives on, must not keep a pipe of the training open
             stderr=subprocess.DEVNULL,
-            start_new_session=True,  # Ctrl-C is for the training
+            start_new_session=True,  # Ctrl-C goes to the training process only
         )
     return process, ours
 
@@ -177,11 +187,16 @@ def _send(worker: Connection, message: Message) -> None:
     try:
         worker.send(message)
     except OSError:
-        _answer(worker, 0)  # says why it is gone
+        _answer(worker, 0)  # raises the reason, if the worker sent one
         raise
 
 
 def _answer(worker: Connection, limit: float) -> Any:
+    """Receives the worker's answer.
+
+    Raises:
+        RuntimeError: none came within `limit` seconds, the worker died, or wandb failed.
+    """
     if not worker.poll(limit):
         raise RuntimeError(f"no answer within {limit:g} s")
     try:

@@ -1,7 +1,7 @@
-"""The process that runs wandb on behalf of `sequencer.tracking.wandb_guard`, which starts this file by its path.
+"""The process that runs wandb for `sequencer.tracking.wandb_guard`, which starts this file by its path.
 
-Standard library and wandb only: importing the package would cost torch. It is never alone for longer than its limits:
-a guard that dies without a word ends the run as failed.
+It imports the standard library and wandb only, since importing the package would import torch. When the training
+process dies it ends the W&B run as failed, and it outlives that process by its limits at most.
 """
 
 import os
@@ -14,10 +14,13 @@ from typing import Any
 
 
 def main(guard: Connection) -> None:
-    """Answers with the folder of the run, then, after rows and an exit code, with whether all of it was sent.
+    """Runs wandb on the messages that come through `guard`.
+
+    It answers twice: with the folder of the W&B run when it has started and, after the exit code, with whether every
+    row was sent.
 
     Raises:
-        Exception: whatever wandb raises before the end.
+        Exception: wandb failed.
     """
     limits, arguments = guard.recv()
     starting = _end_after(limits["init"])
@@ -35,6 +38,7 @@ def main(guard: Connection) -> None:
 
 
 def _end_after(seconds: float) -> Timer:
+    """Ends this process with exit code 1 after some seconds, unless the timer is cancelled."""
     timer = Timer(seconds, os._exit, [1])
     timer.start()
     return timer
@@ -50,7 +54,7 @@ def _start(arguments: dict[str, Any]) -> Any:
 
 
 def _log_rows(guard: Connection, run: Any) -> int:
-    """Logs until the exit code comes, and returns it."""
+    """Logs rows until the exit code comes, and returns it."""
     try:
         while not isinstance(message := guard.recv(), int):
             row, step = message
@@ -67,4 +71,4 @@ if __name__ == "__main__":
     except BaseException as error:
         with suppress(OSError):  # the guard may be gone
             guard.send(RuntimeError((str(error).strip().splitlines() or [type(error).__name__])[0]))
-    os._exit(0)  # wandb's own exit hook would wait for its service, as long as that takes
+    os._exit(0)  # skips wandb's exit hook, which waits for its service without limit

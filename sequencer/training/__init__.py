@@ -1,6 +1,7 @@
-"""Training: the step, and a run from its configuration to its result."""
+"""Training: the LightningModule, and the life of a run from its configuration to its result."""
 
 from sequencer.training.divergence import Diverged
 from sequencer.training.lifecycle import run
+from sequencer.training.module import Classifier
 
-__all__ = ["Diverged", "run"]
+__all__ = ["Classifier", "Diverged", "run"]

@@ -1,4 +1,4 @@
-"""`last.ckpt`, `previous.ckpt` and `best.ckpt` of a run: whole or not there, and enough to go on exactly."""
+"""The checkpoints of a run, `last.ckpt`, `previous.ckpt` and `best.ckpt`: written atomically, exact to resume from."""
 
 import logging
 import math
@@ -11,12 +11,14 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from lightning_fabric.plugins import CheckpointIO
 from pytorch_lightning.callbacks import Checkpoint
+from pytorch_lightning.plugins import CheckpointIO
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 from sequencer import distributed
+from sequencer.config.schema import lower_is_better
 from sequencer.files import write_atomically
+from sequencer.lightning_internals import restart_validation
 from sequencer.models import CheckpointError, read_checkpoint
 from sequencer.training.interruption import Interruption
 from sequencer.training.module import Classifier
@@ -24,27 +26,29 @@ from sequencer.training.random_state import get_random_state, seed_rank, set_ran
 
 log = logging.getLogger("sequencer")
 
-RANKS_KEY = "ranks"  # what differs from process to process
+CHECKPOINTS = "checkpoints"  # folder of a run
+RANKS_KEY = "ranks"  # in a checkpoint: the random states of every rank
 
 
 class SaveError(RuntimeError):
-    """A checkpoint could not be written; the ones before it stand."""
+    """A checkpoint could not be written; earlier ones are unchanged."""
 
 
 class SafeCheckpointIO(CheckpointIO):
-    """How the Trainer's checkpoints get to disk and back."""
+    """Writes the Trainer's checkpoints atomically and verifies them when they are read."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """
+        """Writes a checkpoint; on failure an existing file at `path` stays.
+
         Raises:
-            SaveError: the disk is full, or something like it.
+            SaveError: the checkpoint cannot be written, as on a full disk.
         """
         path = Path(path)
         try:
             write_atomically(path, partial(torch.save, checkpoint))
         except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError of several lines
             reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
-            raise SaveError(f"{path} could not be written: {reason}\n{_good(path.parent)}") from error
+            raise SaveError(f"{path} could not be written: {reason}\n{_remedy(path.parent)}") from error
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         return read_checkpoint(path)
@@ -53,16 +57,20 @@ class SafeCheckpointIO(CheckpointIO):
         Path(path).unlink(missing_ok=True)
 
 
-def _good(folder: Path) -> str:
+def _remedy(folder: Path) -> str:
+    """Says which checkpoint is intact and how to resume from it, if there is one."""
     last = folder / "last.ckpt"
     return f"{last} is the last good one; make room and go on with resume={folder.parent}" if last.exists() else ""
 
 
 def find_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint of a run that can be read, None where there is none.
+    """Finds the newest readable checkpoint in a run's checkpoint folder.
+
+    Returns:
+        Its path, or None where the folder has no checkpoint.
 
     Raises:
-        CheckpointError: there are some, and none of them can be read.
+        CheckpointError: there are checkpoints, and none can be read.
     """
     damaged: list[CheckpointError] = []
     for path in (folder / "last.ckpt", folder / "previous.ckpt"):
@@ -84,15 +92,22 @@ def find_checkpoint(folder: Path) -> Path | None:
 class RunCheckpoints(Checkpoint):
     """Saves after every epoch, within an epoch every `interval` seconds, and when the run is told to stop.
 
-    What is saved is the state between two updates, or before or after a validation, with the best value so far and
-    the random states of every process; a run resumed from it goes on as the interrupted one would have, and its best
-    never gets worse. Derived from Lightning's `Checkpoint` so that it comes last among the callbacks, when the
-    epoch's metrics stand.
+    A checkpoint is taken between two updates, or before or during a validation, which a resumed run then repeats. It
+    holds the best value so far and the random states of every rank, so that a resumed run continues exactly as the
+    interrupted one would have. A subclass of Lightning's `Checkpoint`, whose hooks are called after those of the other
+    callbacks, when the metrics of the epoch are known.
     """
 
     def __init__(self, folder: Path, best_metric: str, interval: float, seed: int) -> None:
+        """
+        Args:
+            folder: where the checkpoints are written.
+            best_metric: decides `best.ckpt`, see `trainer.best_metric`.
+            interval: seconds between two saves within an epoch; 0 saves after every update.
+            seed: of the run, from which the random states of several ranks are made.
+        """
         self.folder, self.best_metric, self.interval, self.seed = folder, best_metric, interval, seed
-        self.sign = -1.0 if best_metric.endswith("loss") else 1.0
+        self.sign = -1.0 if lower_is_better(best_metric) else 1.0
         self.best_value: float | None = None
         self.best_epoch: int | None = None
         self.interruption = Interruption()
@@ -118,41 +133,40 @@ class RunCheckpoints(Checkpoint):
             self._random_state = None
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Classifier, *args: Any) -> None:
-        updated = trainer.global_step > self._updates  # not in the middle of an accumulation
+        updated = trainer.global_step > self._updates  # false between the batches of one update
         self._updates = trainer.global_step
-        if updated and not trainer.is_last_batch:  # after the last one comes validation, which knows where it stands
+        if updated and not trainer.is_last_batch:  # the last one is followed by validation, which saves at its start
             self._save_or_stop(trainer)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: Classifier) -> None:
         self._save_or_stop(trainer)
 
     def on_validation_batch_end(self, trainer: pl.Trainer, pl_module: Classifier, *args: Any) -> None:
-        if trainer.world_size == 1:  # several processes need not have the same number of batches to meet at
+        if trainer.world_size == 1:  # ranks may have different numbers of batches, and would wait for each other
             self._save_or_stop(trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Classifier) -> None:
         metrics = {"epoch": trainer.current_epoch} | trainer.callback_metrics
         value = float(metrics[self.best_metric])
         best = self.best_value
-        # NaN compares false, so it replaces nothing; a first epoch of NaN still leaves a checkpoint
+        # NaN compares false, so it replaces nothing; a first value of NaN is saved, and replaced by any later one
         improved = best is None or math.isnan(best) or self.sign * value > self.sign * best
         if improved:
             self.best_value, self.best_epoch = value, trainer.current_epoch
-            # before last.ckpt: a run killed between the two does the epoch again and finds the same best
+            # before last.ckpt: a run killed between the two repeats the epoch and finds the same best value
             trainer.save_checkpoint(self.folder / "best.ckpt")
         self._save(trainer)
-        self._stop_if_told(self._signal())
+        signals = distributed.gather(self.interruption.signal)
+        self._stop_if_told(next((number for number in signals if number is not None), None))
 
     def _save_or_stop(self, trainer: pl.Trainer) -> None:
+        """Saves where the interval has passed on rank 0 or a signal has come on any rank, which also ends the run."""
         due = time.monotonic() - self._saved_at >= self.interval
-        wishes = distributed.gather((self.interruption.signal, due))
-        told = next((number for number, _ in wishes if number is not None), None)
-        if told is not None or wishes[0][1]:
+        states = distributed.gather((self.interruption.signal, due))
+        received = next((number for number, _ in states if number is not None), None)
+        if received is not None or states[0][1]:
             self._save(trainer)
-        self._stop_if_told(told)
-
-    def _signal(self) -> int | None:
-        return next((number for number in distributed.gather(self.interruption.signal) if number is not None), None)
+        self._stop_if_told(received)
 
     def _stop_if_told(self, number: int | None) -> None:
         if number == signal.SIGINT:
@@ -167,35 +181,25 @@ class RunCheckpoints(Checkpoint):
         self._saved_at = time.monotonic()
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: Classifier, checkpoint: dict[str, Any]) -> None:
-        # what was loaded holds until the next training batch, and so over a validation that is done again
-        random = self._random_state or get_random_state()
-        own = {"random": random, "totals": pl_module.train_totals.tolist()}
-        checkpoint[RANKS_KEY] = distributed.gather(own)
-        if trainer.validating:  # a resumed run does the validation over from its first batch
-            progress = checkpoint["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]
-            for part in ("total", "current"):
-                progress[part] |= {"ready": 1, "started": 1, "processed": 0, "completed": 0}
+        # the state loaded at the start holds until the next training batch, even if a validation is repeated before it
+        checkpoint[RANKS_KEY] = distributed.gather({"random": self._random_state or get_random_state()})
+        if trainer.validating:
+            restart_validation(checkpoint)
 
     def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: Classifier, checkpoint: dict[str, Any]) -> None:
         ranks = checkpoint[RANKS_KEY]
-        if len(ranks) == trainer.world_size:
-            own = ranks[trainer.global_rank]
-            self._random_state = own["random"]
-            totals = own["totals"]
-        else:  # sums of all go on in the first process, random states begin anew
-            totals = [sum(part) for part in zip(*(one["totals"] for one in ranks), strict=True)]
-            totals = totals if trainer.is_global_zero else [0.0] * len(totals)
-        pl_module.train_totals = torch.tensor(totals, dtype=torch.float64)
+        if len(ranks) == trainer.world_size:  # otherwise the random states start anew
+            self._random_state = ranks[trainer.global_rank]["random"]
 
 
 def keep(last: Path, previous: Path) -> None:
-    """Gives a checkpoint a second name, under which it survives the one that is to take its place."""
+    """Gives a checkpoint a second name, under which it survives when the first name is written again."""
     if not last.exists():
         return
     link = previous.with_name(f".{previous.name}.partial")
     link.unlink(missing_ok=True)
     try:
         os.link(last, link)
-    except OSError:  # a file system without links
+    except OSError:  # the file system has no hard links
         link = last
     os.replace(link, previous)

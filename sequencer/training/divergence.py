@@ -1,4 +1,4 @@
-"""A loss or a gradient that is not finite, or a loss that explodes: caught before the update, with a record."""
+"""Detection of divergence before an update is applied: a loss or gradient that is not finite, or a large loss."""
 
 import json
 import math
@@ -18,11 +18,14 @@ from sequencer.training.checkpoints import keep
 from sequencer.training.module import Classifier
 
 RECORD = "divergence.json"
-BEFORE = "before_divergence.ckpt"  # what the record is replayed from
+BEFORE = "before_divergence.ckpt"  # the checkpoint that scripts/replay.py starts from
 
 
 class Diverged(SharedError):
-    """Training has diverged; the update was not applied. `record` is what stands in the run's divergence.json."""
+    """Training has diverged, and the update was not applied; raised identically on every rank.
+
+    `record` is the content of the run's divergence.json.
+    """
 
     def __init__(self, record: dict[str, Any], run_dir: Path) -> None:
         self.record = record
@@ -34,21 +37,30 @@ class Diverged(SharedError):
 
 
 class DivergenceGuard(Callback):
-    """Looks at the losses of every update and at its gradient before it is applied.
+    """Checks the losses and the gradient of every update before it is applied, and raises `Diverged`.
 
-    A float16 gradient may overflow, which its scaler is there for; only the loss is looked at then.
+    A float16 gradient may overflow, which the gradient scaler handles: in this precision only the loss is checked.
     """
 
-    def __init__(self, run_dir: Path, max_loss: float) -> None:
-        self.run_dir, self.max_loss = run_dir, max_loss
+    def __init__(self, run_dir: Path, max_loss: float, data: DataModule) -> None:
+        """
+        Args:
+            run_dir: folder that divergence.json is written to.
+            max_loss: a larger training loss is divergence.
+            data: names the images of a batch.
+        """
+        self.run_dir, self.max_loss, self.data = run_dir, max_loss, data
+        self._batch = 0
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Classifier, batch: Any, batch_idx: int) -> None:
+        self._batch = batch_idx
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: Classifier, optimizer: torch.optim.Optimizer
     ) -> None:
         # the norm first: its kernels are queued while a GPU is still busy with the backward pass
         norm = float(get_total_norm([p.grad for p in pl_module.parameters() if p.grad is not None]))
-        losses = torch.stack(pl_module.window_losses).tolist()
-        pl_module.window_losses.clear()
+        losses = pl_module.take_window_losses()
         reason = self._reason(losses, norm, str(trainer.precision))
         reasons = [found for found in distributed.gather(reason) if found]
         if reasons:
@@ -67,16 +79,15 @@ class DivergenceGuard(Callback):
     def _record(
         self, trainer: pl.Trainer, pl_module: Classifier, reason: str, losses: list[float], norm: float
     ) -> dict[str, Any]:
-        data: DataModule = trainer.datamodule  # type: ignore[attr-defined]
-        last = trainer.fit_loop.batch_idx
+        first = self._batch + 1 - len(losses)
         record = {
             "reason": reason,
             "epoch": trainer.current_epoch,
             "update": trainer.global_step + 1,
-            "reshuffles": data.state_dict()["reshuffles"],
+            "reshuffles": self.data.state_dict()["reshuffles"],
             "batches": [
-                {"batch": batch, "loss": loss, "images": data.images_of(trainer.current_epoch, batch)}
-                for batch, loss in enumerate(losses, start=last + 1 - len(losses))
+                {"batch": batch, "loss": loss, "images": self.data.images_of(trainer.current_epoch, batch)}
+                for batch, loss in enumerate(losses, start=first)
             ],
             "gradient_norm": norm,
             "weight_norm": float(get_total_norm([p.detach() for p in pl_module.parameters()])),

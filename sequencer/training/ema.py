@@ -1,4 +1,4 @@
-"""The moving average of the weights, beside the raw ones and never in their place."""
+"""Exponential moving average of the weights (EMA), kept beside the raw weights."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,12 +15,21 @@ CHECKPOINT_KEY = "state_dict_ema"  # timm's name for the slot
 
 
 class WeightEma(Callback):
-    """Averages after every update, validates the average on the same batches as the raw weights, and saves it
-    under a key of its own."""
+    """Updates the average after every update of the weights, validates it on the same batches and saves it.
 
-    average: ModelEmaV3  # from the start of the fit, when the model is on its device
+    Its metrics are logged as `val_ema/loss`, `val_ema/top1` and `val_ema/top5`; its weights stand in the checkpoint
+    under `state_dict_ema`.
+    """
+
+    average: ModelEmaV3  # built in `on_fit_start`, when the model is on its device
 
     def __init__(self, decay: float, warmup: bool, num_classes: int) -> None:
+        """
+        Args:
+            decay: weight of the old average in an update.
+            warmup: whether the decay rises from 0 in the first updates.
+            num_classes: number of logits.
+        """
         self.decay, self.warmup = decay, warmup
         self.metrics = ClassificationMetrics(num_classes)
         self._restored: dict[str, Tensor] | None = None
@@ -42,14 +51,20 @@ class WeightEma(Callback):
             self._updates = trainer.global_step
             self.average.update(pl_module.model, step=self._updates)
 
+    def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: Classifier) -> None:
+        self.metrics.reset()
+
     def on_validation_batch_end(
         self, trainer: pl.Trainer, pl_module: Classifier, outputs: Any, batch: Sequence[Tensor], *args: Any
     ) -> None:
-        images, labels, _ = batch
-        if not len(labels):
+        images, labels = batch[:2]
+        if not len(labels):  # every image of the batch was unreadable
             return
         with trainer.precision_plugin.forward_context():
             self.metrics.update(self.average.module(images), labels)
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: Classifier) -> None:
+        pl_module.log_metrics("val_ema", self.metrics)
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: Classifier, checkpoint: dict[str, Any]) -> None:
         checkpoint[CHECKPOINT_KEY] = self.average.module.state_dict()

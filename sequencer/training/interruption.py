@@ -1,21 +1,21 @@
-"""Ctrl-C and SIGTERM as a wish that the run honours as soon as it can save."""
+"""Ctrl-C and SIGTERM as requests to stop as soon as a checkpoint can be saved."""
 
 import signal
 import time
 from types import FrameType
 
-PATIENCE = 1.0  # s in which a Ctrl-C is the first one again: a terminal sends it, and torchrun hands it on
+PATIENCE = 1.0  # s in which a repeated SIGINT counts as the same Ctrl-C: terminal and torchrun both send it
 
 
 class Interruption:
-    """Notes the first signal; a second Ctrl-C, by hand, interrupts at once."""
+    """Records the first SIGINT or SIGTERM in `signal`; a second Ctrl-C raises KeyboardInterrupt at once."""
 
     def __init__(self) -> None:
         self.signal: int | None = None
         self._since = 0.0
 
     def listen(self) -> None:
-        """In place of whatever handlers there are; the Trainer puts those back when it ends."""
+        """Replaces the signal handlers, unless they ignore the signal; the Trainer restores its caller's at the end."""
         for number in (signal.SIGINT, signal.SIGTERM):
             if signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, self._note)

@@ -1,4 +1,4 @@
-"""How a request becomes processes: one request, one folder, one result."""
+"""Starting the ranks of a run, one a device, by torchrun."""
 
 import os
 import sys
@@ -13,10 +13,10 @@ from sequencer.distributed import world_size
 
 
 def launch(config: Config) -> None:
-    """Starts this command anew under torchrun where the run is to have several devices and one process.
+    """Starts this command again under torchrun where the run wants several devices and was started without it.
 
     Raises:
-        RequestError: the batches cannot be shared evenly, or torchrun was started with another number of processes.
+        RequestError: `trainer.devices` is no number of devices, or does not divide `data.batch_size`.
     """
     if "RANK" not in os.environ:
         devices = _devices(config)
@@ -40,19 +40,28 @@ def _devices(config: Config) -> int:
 
 
 def uses_gpu(config: Config) -> bool:
+    """Whether the run trains on a GPU."""
     return config.trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
 
 
-def _check_batch(config: Config, processes: int) -> None:
-    if config.data.batch_size % processes:
+def training_device(config: Config) -> torch.device:
+    """The device that this process trains on."""
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if uses_gpu(config) else torch.device("cpu")
+
+
+def _check_batch(config: Config, devices: int) -> None:
+    if config.data.batch_size % devices:
         raise RequestError(
-            f"data.batch_size={config.data.batch_size} cannot be shared evenly by {processes} devices: it counts the "
+            f"data.batch_size={config.data.batch_size} cannot be shared evenly by {devices} devices: it counts the "
             "images of all of them"
         )
 
 
 class Ddp(DDPStrategy):
-    """Lightning's, but for validation without the wrapper, which would have the processes meet at every batch."""
+    """DDP that validates the bare module: DDP's wrapper would synchronise the ranks at every batch.
+
+    Ranks may have different numbers of validation batches, since evaluation does not pad its shards.
+    """
 
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
         with self.precision_plugin.val_step_context():
@@ -62,7 +71,7 @@ class Ddp(DDPStrategy):
 
 
 def trainer_settings(config: Config) -> dict[str, Any]:
-    """The Trainer's arguments for what torchrun has started."""
+    """Returns the Trainer's arguments for the ranks that torchrun has started."""
     local = int(os.environ["LOCAL_WORLD_SIZE"])
     strategy = Ddp() if config.trainer.strategy in ("auto", "ddp") else config.trainer.strategy
     return {"devices": local, "num_nodes": world_size() // local, "strategy": strategy}

@@ -1,4 +1,4 @@
-"""A run from its configuration to its result."""
+"""The life of a run, from its configuration to its result."""
 
 import json
 import logging
@@ -15,11 +15,12 @@ from pytorch_lightning.utilities.exceptions import SIGTERMException
 from sequencer import distributed
 from sequencer.config.errors import RequestError
 from sequencer.config.schema import Config
-from sequencer.data import DataModule, check_images
+from sequencer.data import DataModule
 from sequencer.files import write_atomically
+from sequencer.lightning_internals import stop_loader_workers
 from sequencer.models import read_checkpoint
 from sequencer.tracking.loggers import build_loggers, close_log, close_loggers, start_log
-from sequencer.training.checkpoints import find_checkpoint
+from sequencer.training.checkpoints import CHECKPOINTS, find_checkpoint
 from sequencer.training.divergence import Diverged
 from sequencer.training.launch import launch, uses_gpu
 from sequencer.training.module import Classifier, compile_in_place
@@ -32,12 +33,20 @@ MOST_ROLLBACKS = 3  # to one checkpoint
 
 
 def run(config: Config, resume: bool = False) -> dict[str, Any]:
-    """Trains, evaluates and writes `config.run_dir`; returns what stands in its `summary.json`.
+    """Trains and evaluates a model and writes the run folder `config.run_dir`.
 
-    With `resume` the run goes on from its last checkpoint, or from the start where there is none yet.
+    With several devices it starts the current command again under torchrun.
+
+    Args:
+        config: the run; `sequencer.config.compose` makes one from overrides.
+        resume: whether to go on from the last checkpoint in the folder, or from the start where there is none yet.
+
+    Returns:
+        The content of the run's `summary.json`.
 
     Raises:
-        RequestError: what was asked for cannot be had; nothing was written.
+        RequestError: the configuration cannot be realised; nothing was written.
+        Diverged: training has diverged, with `trainer.on_divergence=stop` or after the last rollback.
         KeyboardInterrupt: interrupted; the run can be resumed.
         SystemExit: with 143, on SIGTERM; the run can be resumed.
     """
@@ -52,21 +61,38 @@ def _run(config: Config, resume: bool) -> dict[str, Any]:
         if distributed.is_first():
             print_summary(summary, run_dir)
         return summary
-    diverged: Diverged | None = None
-    rollbacks: Counter[int] = Counter()  # by the update that was gone back to
-    while True:
-        try:
-            return _train(config, resume, diverged, rollbacks)
-        except Diverged as error:
-            if config.trainer.on_divergence == "stop" or error is diverged:
-                raise
-            diverged, resume = error, True
+    rollbacks: Counter[int] = Counter()  # by the number of updates of the checkpoint
+    reshuffles = 0
+    try:
+        while True:
+            try:
+                return _train(config, resume, reshuffles)
+            except Diverged as error:
+                checkpoint = find_checkpoint(run_dir / CHECKPOINTS)
+                updates = read_checkpoint(checkpoint)["global_step"] if checkpoint else 0
+                if config.trainer.on_divergence == "stop" or rollbacks[updates] == MOST_ROLLBACKS:
+                    raise
+                rollbacks[updates] += 1
+                resume, reshuffles = True, rollbacks[updates]
+                log.warning(
+                    "%s; back at update %d, attempt %d of %d: the images that follow come in another order",
+                    str(error).split(";")[0],
+                    updates,
+                    reshuffles,
+                    MOST_ROLLBACKS,
+                )
+    finally:
+        close_log()
 
 
-def _train(config: Config, resume: bool, diverged: Diverged | None, rollbacks: Counter[int]) -> dict[str, Any]:
-    """
-    Raises:
-        Diverged: `diverged` itself, where one checkpoint has been gone back to often enough.
+def _train(config: Config, resume: bool, reshuffles: int) -> dict[str, Any]:
+    """Trains once, from the start or the last checkpoint, and writes the result.
+
+    Args:
+        reshuffles: number of times that the unseen rest of the resumed epoch is reordered.
+
+    Returns:
+        The content of the run's `summary.json`.
     """
     run_dir = Path(config.run_dir)
     parts = build_parts(config)
@@ -78,14 +104,13 @@ def _train(config: Config, resume: bool, diverged: Diverged | None, rollbacks: C
         for line in parts.description:
             log.info(line)
         if config.data.check and distributed.is_first():
-            readable = check_images(config.data.name, data.parts, config.data.num_workers, sys.stdout.isatty())
-            log.info("checked: %d of %d images can be read", readable, sum(map(len, data.parts.values())))
+            readable = data.count_readable(sys.stdout.isatty())
+            log.info("checked: %d of %d images can be read", readable, sum(map(len, data.splits.values())))
         trainer.loggers = build_loggers(config, run_dir) if distributed.is_first() else []
         if config.trainer.compile:
             compile_in_place(model)
         checkpoint = find_checkpoint(checkpoints.folder) if resume else None
-        if diverged:
-            _go_back(diverged, rollbacks, checkpoint, data)
+        data.reshuffle(reshuffles)
         _fit(trainer, parts.module, data, checkpoint)
         summary = finish(config, model, data, trainer.strategy.root_device, checkpoints, parts.report)
         if distributed.is_first():
@@ -93,26 +118,10 @@ def _train(config: Config, resume: bool, diverged: Diverged | None, rollbacks: C
         return summary
     finally:
         close_loggers(trainer.loggers)
-        close_log()
-
-
-def _go_back(diverged: Diverged, rollbacks: Counter[int], checkpoint: Path | None, data: DataModule) -> None:
-    updates = read_checkpoint(checkpoint)["global_step"] if checkpoint else 0
-    if rollbacks[updates] == MOST_ROLLBACKS:
-        raise diverged
-    rollbacks[updates] += 1
-    data.reshuffle(rollbacks[updates])
-    log.warning(
-        "%s; back at update %d, attempt %d of %d: the images that follow come in another order",
-        str(diverged).split(";")[0],
-        updates,
-        rollbacks[updates],
-        MOST_ROLLBACKS,
-    )
 
 
 def _finished(run_dir: Path, config: Config) -> dict[str, Any] | None:
-    """The summary of a run that has done all the epochs it is asked for."""
+    """Returns the summary of a run that has done all the epochs it is asked for, otherwise None."""
     path = run_dir / "summary.json"
     if not path.exists():
         return None
@@ -122,6 +131,11 @@ def _finished(run_dir: Path, config: Config) -> dict[str, Any] | None:
 
 
 def _start_folder(config: Config, run_dir: Path) -> None:
+    """Creates the run folder with its `config.yaml`.
+
+    Raises:
+        RequestError: the folder cannot be written.
+    """
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         write_atomically(run_dir / "config.yaml", lambda path: OmegaConf.save(OmegaConf.structured(config), path))
@@ -130,7 +144,7 @@ def _start_folder(config: Config, run_dir: Path) -> None:
 
 
 def _fit(trainer: pl.Trainer, module: Classifier, data: DataModule, checkpoint: Path | None) -> None:
-    """Lightning's fit, with the exit codes of an interrupted run in place of its own 1 and 0."""
+    """Fits the module; an interruption ends with KeyboardInterrupt or SystemExit(143), not Lightning's exit codes."""
     try:
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     except SIGTERMException:
@@ -139,3 +153,5 @@ def _fit(trainer: pl.Trainer, module: Classifier, data: DataModule, checkpoint: 
         if trainer.state.status == TrainerStatus.INTERRUPTED:
             raise KeyboardInterrupt from None
         raise
+    finally:
+        stop_loader_workers(trainer)

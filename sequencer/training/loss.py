@@ -1,4 +1,4 @@
-"""What a training step minimises: cross-entropy or binary cross-entropy, and the distance from a teacher."""
+"""The training loss: cross-entropy or binary cross-entropy, and distillation from a teacher."""
 
 import torch
 import torch.nn.functional as F
@@ -13,8 +13,12 @@ from sequencer.models import CheckpointError, LoadedModel, load_model
 
 
 def build_criterion(config: OptimConfig, smoothing: float) -> nn.Module:
-    """Loss of logits `B K` and of labels `B`, which it smooths, or of soft targets `B K`, which it takes as they are
-    but for the threshold of binary cross-entropy."""
+    """Builds the loss of logits `B K` and labels `B` or soft targets `B K`.
+
+    Args:
+        config: its `loss` is cross-entropy or binary cross-entropy, `bce_target_thresh` applies to the latter.
+        smoothing: label smoothing; soft targets are taken as they are.
+    """
     if config.loss == "bce":
         return BinaryCrossEntropy(smoothing=smoothing, target_threshold=config.bce_target_thresh)
     return _CrossEntropy(smoothing)
@@ -31,28 +35,42 @@ class _CrossEntropy(nn.Module):
 
 
 class Teacher:
-    """A fixed model that a student learns from (Hinton et al. 2015, arXiv 1503.02531).
+    """A fixed model that the trained one, the student, learns from (Hinton et al. 2015, arXiv 1503.02531).
 
-    No module, so that its weights are in no checkpoint and no optimizer. It is shown the student's images, mixed or
-    augmented as they are, at the size and with the mean and deviation of its own preprocessing.
+    It is not an `nn.Module`, so that its weights are in no checkpoint and no optimizer. It is given the student's
+    images, mixed or augmented as they are, resized and normalised as its own preprocessing would.
     """
 
     def __init__(self, loaded: LoadedModel, student: DataConfig, temperature: float) -> None:
+        """
+        Args:
+            loaded: the teacher, with its preprocessing.
+            student: the student's preprocessing.
+            temperature: divides the logits of both.
+        """
         self.model, self.temperature = loaded.model.requires_grad_(False), temperature
         cfg = loaded.pretrained_cfg
         self.size = list(cfg["input_size"][-2:])
         mean, std = channel_statistics(student)
-        # z of the student's images is z * scale + shift of the teacher's
+        # normalised pixels z of the student are z * scale + shift for the teacher
         self.scale = _channels(std) / _channels(cfg["std"])
         self.shift = (_channels(mean) - _channels(cfg["mean"])) / _channels(cfg["std"])
 
     def to(self, device: torch.device) -> None:
+        """Moves the teacher to a device, in place."""
         self.model.to(device)
         self.scale, self.shift = self.scale.to(device), self.shift.to(device)
 
     def distance(self, images: Float[Tensor, "B C H W"], logits: Float[Tensor, "B K"]) -> Float[Tensor, ""]:
-        """Mean Kullback-Leibler divergence of the student's softened probabilities from the teacher's, times the
-        temperature squared, which makes its gradient independent of the temperature."""
+        """Computes the Kullback-Leibler divergence of the student's softened probabilities from the teacher's.
+
+        The mean over the batch times the squared temperature, which makes the scale of its gradient independent of the
+        temperature (section 2 of the paper).
+
+        Args:
+            images: as the student sees them.
+            logits: the student's, of the same images.
+        """
         with torch.no_grad():
             seen = images * self.scale + self.shift
             if list(seen.shape[-2:]) != self.size:
@@ -63,9 +81,10 @@ class Teacher:
 
 
 def build_teacher(config: OptimConfig, data: DataConfig, class_names: list[str]) -> Teacher | None:
-    """
+    """Loads the teacher `optim.distill_from` and checks that it fits the data; None where there is none.
+
     Raises:
-        RequestError: the teacher cannot be loaded, or it knows other classes or images of other channels.
+        RequestError: the teacher cannot be loaded, or takes other classes or images of other channels.
     """
     if config.distill_from is None:
         return None

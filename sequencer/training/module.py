@@ -1,46 +1,80 @@
-"""What one step does: the model, its loss, its metrics, its optimizer."""
+"""The LightningModule: a model with its loss, metrics, optimizer and learning-rate schedule."""
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from jaxtyping import Float
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
 
+from sequencer import distributed
 from sequencer.config.schema import Config
 from sequencer.data.mixing import build_mixup
 from sequencer.evaluation import ClassificationMetrics
 from sequencer.training.loss import Teacher, build_criterion
 from sequencer.training.optim import build_optimizer, build_schedule
 
+TOTALS_KEY = "train_totals"  # in a checkpoint: what every rank has summed up in the running epoch
+
 
 class Classifier(pl.LightningModule):
-    """Trains `model` on `(images B C H W, labels B)`.
+    """Trains and evaluates a model on batches of images `B C H W` and labels `B`.
 
-    Validation metrics of the weights as they are stand in `self.val_metrics`; the sum of this process's training
-    losses in the epoch, and how many images they are of, in `self.train_totals`. Both are read and reset by the epoch
-    report.
+    It works in any `Trainer`, with or without the callbacks of this package: evaluation also takes batches with a
+    third entry, such as the images' indices, and logs `val/loss`, `val/top1`, `val/top5` (or `test/...`) at the end.
+    Metrics are means over images and over all ranks, also where batches differ in size.
     """
 
     def __init__(
-        self, model: nn.Module, config: Config, class_names: list[str], teacher: Teacher | None = None
+        self,
+        model: nn.Module,
+        config: Config,
+        class_names: list[str],
+        teacher: Teacher | None = None,
+        log_to_loggers: bool = True,
     ) -> None:
+        """
+        Args:
+            model: gives logits `B K`.
+            config: its sections `data.augment` and `optim` are used.
+            class_names: names of the K classes, saved in checkpoints.
+            teacher: model to learn from, see `optim.distill_from`.
+            log_to_loggers: whether metrics go to the Trainer's loggers; False where a callback sends them.
+        """
         super().__init__()
         self.model, self.config, self.class_names, self.teacher = model, config, class_names, teacher
+        self.log_to_loggers = log_to_loggers
         self.criterion = build_criterion(config.optim, config.data.augment.smoothing)
         self.mix = build_mixup(config.data.augment, len(class_names))
-        self.train_totals = torch.zeros(2, dtype=torch.float64)
-        self.window_losses: list[Tensor] = []  # since the last update
-        self.val_metrics = ClassificationMetrics(len(class_names))
+        self.eval_metrics = ClassificationMetrics(len(class_names))  # of the evaluation that is running or was the last
+        self._train_totals = torch.zeros(2, dtype=torch.float64)  # sum of losses, number of images
+        self._window_losses: list[Tensor] = []
+        self._scheduled_lr = self.lr
 
-    def forward(self, images: Tensor) -> Tensor:
+    @property
+    def lr(self) -> float:
+        """Peak learning rate, which Lightning's `LearningRateFinder` sets."""
+        return self.config.optim.lr
+
+    @lr.setter
+    def lr(self, value: float) -> None:
+        self.config = replace(self.config, optim=replace(self.config.optim, lr=value))
+
+    def forward(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B K"]:
         return self.model(images)
 
     def on_fit_start(self) -> None:
         if self.teacher is not None:
             self.teacher.to(self.device)
+
+    def on_train_start(self) -> None:
+        if self.lr != self._scheduled_lr:  # LearningRateFinder sets it after the optimizer is built
+            self.trainer.strategy.setup_optimizers(self.trainer)
 
     def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
         images, targets = batch
@@ -50,49 +84,127 @@ class Classifier(pl.LightningModule):
         loss = self.criterion(logits, targets)
         if self.teacher is not None:
             loss = torch.lerp(loss, self.teacher.distance(images, logits), self.config.optim.distill_weight)
-        totals = torch.stack([loss.detach() * len(images), loss.new_full((), len(images))])  # no wait for the GPU
-        self.train_totals = self.train_totals.to(loss.device) + totals
-        self.window_losses.append(loss.detach())
-        if self.trainer.progress_bar_callback is not None:  # nobody else reads it, and it takes its time
+        totals = torch.stack([loss.detach() * len(images), loss.new_full((), len(images))])  # no GPU synchronisation
+        self._train_totals = self._train_totals.to(loss.device) + totals
+        self._window_losses.append(loss.detach())
+        if self.trainer.progress_bar_callback is not None:  # its only reader; logging every step takes time
             self.log("loss", loss.detach(), prog_bar=True, logger=False)
         return loss * self._share_of_window(batch_idx)
 
     def _share_of_window(self, batch_idx: int) -> float:
-        """Lightning divides by the length of a whole window of accumulation, the last of an epoch may be shorter."""
+        """Factor of the loss in the epoch's last accumulation window, which may be shorter than the others.
+
+        Lightning divides every loss by `accumulate_grad_batches`.
+        """
         window, batches = self.trainer.accumulate_grad_batches, int(self.trainer.num_training_batches)
         last = batches % window
         return window / last if batch_idx >= batches - last else 1.0
 
+    def take_window_losses(self) -> list[float]:
+        """Hands over this rank's losses, one a batch, since the last update and resets them.
+
+        To be called in `on_before_optimizer_step`, after which they are reset in any case.
+        """
+        losses = torch.stack(self._window_losses).tolist()
+        self._window_losses.clear()
+        return losses
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        self._window_losses.clear()  # comes after the callbacks' hooks
+
+    def take_train_loss(self) -> float:
+        """Hands over the mean training loss per image of the epoch, over all ranks, and resets its sums.
+
+        To be called on every rank, in `on_train_epoch_end`. Where no callback does, it is logged as `train/loss`.
+        """
+        total, images = (sum(part) for part in zip(*distributed.gather(self._train_totals.tolist()), strict=True))
+        self._train_totals.zero_()
+        return total / images
+
+    def on_train_epoch_end(self) -> None:
+        if self._train_totals[1] > 0:  # comes after the callbacks' hooks, and none has taken it
+            self.log("train/loss", self.take_train_loss(), logger=self.log_to_loggers)
+
+    def on_validation_epoch_start(self) -> None:
+        self.eval_metrics.reset()
+
     def validation_step(self, batch: Sequence[Tensor], batch_idx: int) -> None:
-        images, labels, _ = batch
-        if len(labels):  # none of the batch may have been readable
-            self.val_metrics.update(self(images), labels)
+        images, labels = batch[:2]
+        if len(labels):  # every image of the batch may have been unreadable
+            self.eval_metrics.update(self(images), labels)
+
+    def on_validation_epoch_end(self) -> None:
+        self.log_metrics("val", self.eval_metrics)
+
+    def on_test_epoch_start(self) -> None:
+        self.eval_metrics.reset()
+
+    def test_step(self, batch: Sequence[Tensor], batch_idx: int) -> None:
+        self.validation_step(batch, batch_idx)
+
+    def on_test_epoch_end(self) -> None:
+        self.log_metrics("test", self.eval_metrics)
+
+    def log_metrics(self, prefix: str, metrics: ClassificationMetrics) -> None:
+        """Logs loss, top-1 and top-5 accuracy over all ranks as `prefix/loss`, `prefix/top1` and `prefix/top5`."""
+        values = metrics.compute()
+        named = {f"{prefix}/{name}": values[name] for name in ("loss", "top1", "top5")}
+        self.log_dict(named, logger=self.log_to_loggers, batch_size=1)
+
+    def predict_step(self, batch: Tensor | Sequence[Tensor], batch_idx: int) -> Float[Tensor, "B K"]:
+        """Class probabilities of a batch of images, alone or followed by labels."""
+        images = batch if isinstance(batch, Tensor) else batch[0]
+        return self(images).softmax(dim=1)
 
     def configure_optimizers(self) -> dict[str, Any]:
+        """Builds optimizer and schedule of `self.lr`.
+
+        Raises:
+            MisconfigurationException: the number of updates is not known.
+        """
         optimizer = build_optimizer(self.model, self.config.optim)
-        updates = max(int(self.trainer.estimated_stepping_batches), 1)
-        updates_per_epoch = math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
-        schedule = build_schedule(optimizer, self.config.optim, updates, updates_per_epoch)
+        updates, batches = self.trainer.estimated_stepping_batches, self.trainer.num_training_batches
+        if math.isinf(updates) or math.isinf(batches):
+            raise MisconfigurationException(
+                "the learning-rate schedule needs the number of updates: give the Trainer max_epochs, and a training "
+                "loader that has a length"
+            )
+        updates_per_epoch = math.ceil(batches / self.trainer.accumulate_grad_batches)
+        schedule = build_schedule(optimizer, self.config.optim, max(int(updates), 1), updates_per_epoch)
+        self._scheduled_lr = self.lr
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
-        scheduler.step_update(self.trainer.global_step)
+        if isinstance(scheduler, Scheduler):
+            scheduler.step_update(self.trainer.global_step)
+        else:  # LearningRateFinder's own
+            super().lr_scheduler_step(scheduler, metric)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Primitives and tensors only, so that the file loads with `weights_only=True` and stands on its own."""
+        """Adds plain values only, so that the file loads with `weights_only=True`, and without this package."""
         checkpoint["config"] = asdict(self.config)
         checkpoint["class_names"] = list(self.class_names)
+        checkpoint[TOTALS_KEY] = distributed.gather(self._train_totals.tolist())
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        # the schedule is a function of the number of updates and of the configuration, which may now ask for more
+        self.lr = checkpoint["config"]["optim"]["lr"]
+        # the schedule is a function of the number of updates and of the configuration, which may ask for more epochs
         checkpoint["lr_schedulers"] = []
+        ranks = checkpoint.get(TOTALS_KEY, [[0.0, 0.0]])
+        totals = [sum(part) for part in zip(*ranks, strict=True)]
+        if len(ranks) == distributed.world_size():
+            totals = ranks[distributed.rank()]
+        elif not distributed.is_first():  # another number of ranks than before: rank 0 takes the sums of all
+            totals = [0.0, 0.0]
+        self._train_totals = torch.tensor(totals, dtype=torch.float64)
 
 
 def parameters_of(model: nn.Module) -> int:
+    """Number of parameters."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 def compile_in_place(model: nn.Module) -> None:
-    """`torch.compile` without a wrapping module, so that no name in the state dict changes."""
+    """Compiles a model by `torch.compile` without a wrapping module, so that the names in its state dict stay."""
     model.compile()
     torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, 64)

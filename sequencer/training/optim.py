@@ -12,10 +12,10 @@ from sequencer.config.schema import OptimConfig
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    """The optimizer over groups by weight decay and, with `layer_decay`, by depth.
+    """Builds the optimizer, with parameter groups by weight decay and, with `layer_decay`, by depth.
 
-    timm leaves a depth's factor in the group as `lr_scale`, which its own schedules apply and no other does; here
-    it goes into the group's `lr`, so that what a group says is what it gets.
+    timm stores the factor of a depth in its group as `lr_scale`, which only timm's schedules apply; here it is
+    multiplied into the group's `lr`, which is then the learning rate that the group really has.
     """
     extra: dict[str, Any] = {"betas": config.opt_betas, "eps": config.opt_eps}
     optimizer = create_optimizer_v2(
@@ -35,9 +35,16 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
 def build_schedule(
     optimizer: torch.optim.Optimizer, config: OptimConfig, updates: int, updates_per_epoch: float
 ) -> Scheduler:
-    """Learning rate as a function of the number of updates done, of `updates` in all.
+    """Builds the schedule of the learning rate over the updates of a run.
 
-    Warm-up and cool-down are parts of `updates`; in between the rate falls to `min_lr`, or stays.
+    Args:
+        optimizer: its groups' `lr` are the peak learning rates.
+        config: shape of the schedule: warm-up, then a fall to `min_lr` or none, then cool-down.
+        updates: updates of the run, warm-up and cool-down included.
+        updates_per_epoch: converts the lengths of warm-up and cool-down, which are in epochs.
+
+    Returns:
+        A schedule whose `step_update(n)` sets the learning rates after `n` updates.
     """
     warmup = min(round(config.warmup_epochs * updates_per_epoch), updates - 1)
     falling = max(updates - round(config.cooldown_epochs * updates_per_epoch), warmup + 1)
@@ -55,7 +62,7 @@ def build_schedule(
 
 
 def describe_groups(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[dict[str, object]]:
-    """One row a parameter group: tensors, parameters, peak learning rate, weight decay, and a name as example."""
+    """Describes each parameter group: its size, peak learning rate, weight decay and the name of its first tensor."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     return [
         {

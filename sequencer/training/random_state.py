@@ -1,4 +1,4 @@
-"""The state of every generator that training draws from, as tensors and plain values."""
+"""States of the random generators that training draws from, as tensors and plain values."""
 
 import random
 from typing import Any
@@ -8,7 +8,7 @@ import torch
 
 
 def get_random_state() -> dict[str, Any]:
-    """States of Python, NumPy, torch and every CUDA device, loadable with `weights_only=True`."""
+    """Returns the states of Python, NumPy, torch and every CUDA device, loadable with `weights_only=True`."""
     version, internal, gauss = random.getstate()
     name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     return {
@@ -20,7 +20,7 @@ def get_random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """Puts back what `get_random_state` returned; CUDA states only where the number of devices is the same."""
+    """Restores what `get_random_state` returned; CUDA states only where the number of devices is the same."""
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     name, keys, position, has_gauss, cached = state["numpy"]
@@ -31,7 +31,7 @@ def set_random_state(state: dict[str, Any]) -> None:
 
 
 def seed_rank(seed: int, updates: int, rank: int) -> None:
-    """Gives the processes of a run random states of their own, each a function of the arguments alone."""
+    """Seeds all generators from the seed of the run, the number of updates done and the rank."""
     random.seed(f"{seed} {updates} {rank}")
     np.random.seed(random.getrandbits(32))
     torch.manual_seed(random.getrandbits(63))

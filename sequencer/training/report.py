@@ -1,7 +1,8 @@
-"""What a run says: one row an epoch in metrics.csv, the loggers and the log."""
+"""The metrics of a run: one row an epoch in metrics.csv, the loggers and the log."""
 
 import csv
 import logging
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,26 +12,31 @@ import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback
 from torch import Tensor
 
-from sequencer.distributed import gather
+from sequencer.config.schema import lower_is_better
 from sequencer.files import write_atomically
-from sequencer.training.ema import WeightEma
 from sequencer.training.module import Classifier
 
 log = logging.getLogger("sequencer")
 
 
 class EpochReport(Callback):
-    """Turns the metrics of an epoch into one row, and the row into everything that shows it.
+    """Collects an epoch's metrics in a row and sends it to metrics.csv, the loggers and the log.
 
-    The rows are part of the checkpoint: a resumed run rewrites the file from them, so that it has one header and
-    no epoch twice.
+    The rows are saved in checkpoints: a resumed run rewrites the file from them, so that it has one header and each
+    epoch once.
     """
 
-    def __init__(self, path: Path, ema: WeightEma | None, best_metric: str) -> None:
-        self.path, self.ema, self.best_metric = path, ema, best_metric
+    def __init__(self, path: Path, slots: Sequence[str], best_metric: str) -> None:
+        """
+        Args:
+            path: the CSV file.
+            slots: prefixes of the validation metrics, `val` and, with an average of the weights, `val_ema`.
+            best_metric: metric whose best epoch is marked in the log.
+        """
+        self.path, self.slots, self.best_metric = path, slots, best_metric
         self.rows: list[dict[str, float]] = []
-        self._images = 0
-        self._elapsed = 0.0  # seconds of this epoch that a run resumed within it has behind it
+        self._images = 0  # trained on in this epoch, by all ranks
+        self._elapsed = 0.0  # seconds that a run resumed within this epoch has spent on it before
         self._started = self._trained = 0.0
 
     def state_dict(self) -> dict[str, Any]:
@@ -59,19 +65,14 @@ class EpochReport(Callback):
         self._images, self._started = 0, time.perf_counter()
 
     def _row(self, trainer: pl.Trainer, pl_module: Classifier) -> dict[str, float]:
-        total, images = (sum(part) for part in zip(*gather(pl_module.train_totals.tolist()), strict=True))
         row: dict[str, float] = {
             "epoch": trainer.current_epoch,
             "step": trainer.global_step,
             "lr": max(group["lr"] for group in trainer.optimizers[0].param_groups),
-            "train/loss": total / images,
+            "train/loss": pl_module.take_train_loss(),
         }
-        slots = {"val": pl_module.val_metrics} | ({"val_ema": self.ema.metrics} if self.ema else {})
-        for slot, metrics in slots.items():
-            values = metrics.compute()
-            row |= {f"{slot}/{name}": float(values[name]) for name in ("loss", "top1", "top5")}
-            metrics.reset()
-        pl_module.train_totals.zero_()
+        for name in (f"{slot}/{metric}" for slot in self.slots for metric in ("loss", "top1", "top5")):
+            row[name] = float(trainer.callback_metrics.get(name, math.nan))  # NaN without validation batches
         now = time.perf_counter()
         row["time/epoch_s"] = round(now - self._started, 3)
         row["time/images_per_s"] = round(self._images / max(self._trained - self._started, 1e-9), 1)
@@ -86,13 +87,13 @@ class EpochReport(Callback):
     def _line(self, trainer: pl.Trainer) -> str:
         row = self.rows[-1]
         values = [earlier[self.best_metric] for earlier in self.rows]
-        best = min(values) if self.best_metric.endswith("loss") else max(values)
+        best = min(values) if lower_is_better(self.best_metric) else max(values)
         parts = [
             f"epoch {row['epoch'] + 1:>{len(str(trainer.max_epochs))}}/{trainer.max_epochs}",
             f"train {row['train/loss']:.4f}",
             f"val {row['val/loss']:.4f}",
             f"top-1 {row['val/top1']:.2%}",
-            *([f"ema {row['val_ema/top1']:.2%}"] if self.ema else []),
+            *([f"ema {row['val_ema/top1']:.2%}"] if "val_ema" in self.slots else []),
             f"{row['time/epoch_s']:.1f} s",
             *(["best"] if values.index(best) == len(values) - 1 else []),
         ]

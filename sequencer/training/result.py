@@ -1,4 +1,4 @@
-"""What a finished run leaves: the model folder, test metrics, pictures and the summary."""
+"""The result of a finished run: test metrics, model folder, pictures and summary."""
 
 import itertools
 import json
@@ -35,7 +35,18 @@ def finish(
     checkpoints: RunCheckpoints,
     report: EpochReport,
 ) -> dict[str, Any]:
-    """Reads the test part, once, with the best weights of the slot that was set, and writes the run's result."""
+    """Evaluates the best weights on the test split and writes the result of the run.
+
+    This is the only time that the test split is read. A set without one is evaluated on its validation split.
+
+    Args:
+        model: takes the best weights of the slot `trainer.slot`; on the CPU afterwards.
+        device: where the model is evaluated.
+        checkpoints, report: of the finished run.
+
+    Returns:
+        The content of `summary.json`.
+    """
     run_dir = Path(config.run_dir)
     best = checkpoints.folder / "best.ckpt"
     load_weights(model, select_weights(read_checkpoint(best), config.trainer.slot), source=str(best))
@@ -75,29 +86,29 @@ def finish(
     )
     save_model_folder(result, run_dir / "model")
     plot_curves(run_dir / "metrics.csv", run_dir / "curves.png")
-    title = f"{config.name}: {split} part"
+    title = f"{config.name}: {split} split"
     plot_confusion(metrics.confusion.cpu(), data.class_names, run_dir / "confusion.png", title)
     write_atomically(run_dir / "summary.json", lambda path: path.write_text(json.dumps(summary, indent=2) + "\n"))
     return summary
 
 
 def limited(available: int, limit: int | float | None) -> int:
-    """Lightning's rule: an integer counts batches, a float is a share of them."""
+    """Returns the number of batches under Lightning's limit: an integer counts batches, a float is a share of them."""
     if limit is None:
         return available
     return min(limit, available) if isinstance(limit, int) else int(limit * available)
 
 
 def print_summary(summary: dict[str, Any], run_dir: Path) -> None:
-    """The closing table."""
+    """Prints the closing table of a run."""
     table = Table(title=f"{summary['name']}: {summary['model']}, {summary['parameters']:,} parameters")
-    table.add_column("part")
+    table.add_column("split")
     for column in ("top-1", "top-5", "loss"):
         table.add_column(column, justify="right")
     labels = {"val": "validation, raw weights", "val_ema": "validation, EMA weights"}
-    for part, label in (labels | {"test": f"test, {summary['slot']} weights"}).items():
-        if f"{part}/top1" in summary:
-            top1, top5, loss = (summary[f"{part}/{name}"] for name in ("top1", "top5", "loss"))
+    for prefix, label in (labels | {"test": f"test, {summary['slot']} weights"}).items():
+        if f"{prefix}/top1" in summary:
+            top1, top5, loss = (summary[f"{prefix}/{name}"] for name in ("top1", "top5", "loss"))
             table.add_row(label, f"{top1:.2%}", f"{top5:.2%}", f"{loss:.4f}")
     table.caption = f"best epoch {summary['best_epoch'] + 1} of {summary['epochs']}; {summary['time/train_s']:.0f} s"
     get_console().print(table)

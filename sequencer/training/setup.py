@@ -1,4 +1,4 @@
-"""The parts of a run, built from its configuration and checked against each other."""
+"""The components of a run, built from its configuration and checked against each other."""
 
 import logging
 import os
@@ -15,35 +15,24 @@ from torch import nn
 
 from sequencer import distributed
 from sequencer.config.errors import RequestError
-from sequencer.config.schema import Config
+from sequencer.config.schema import Config, lightning_settings, lower_is_better
 from sequencer.data import DataModule
 from sequencer.layers import RNN
 from sequencer.models import CheckpointError, create_model, load_weights, read_weights
 from sequencer.ops import configure, explain
-from sequencer.training.checkpoints import RunCheckpoints, SafeCheckpointIO
+from sequencer.training.checkpoints import CHECKPOINTS, RunCheckpoints, SafeCheckpointIO
 from sequencer.training.divergence import DivergenceGuard
 from sequencer.training.ema import WeightEma
-from sequencer.training.launch import trainer_settings
+from sequencer.training.launch import trainer_settings, training_device
 from sequencer.training.loss import build_teacher
 from sequencer.training.module import Classifier, parameters_of
 from sequencer.training.optim import build_optimizer, describe_groups
 from sequencer.training.report import EpochReport
 
-OWN_KEYS = (
-    "compile",
-    "best_metric",
-    "slot",
-    "early_stopping_patience",
-    "enable_progress_bar",
-    "checkpoint_interval",
-    "max_loss",
-    "on_divergence",
-)
-
 
 @dataclass(frozen=True)
 class Parts:
-    """A run that can start."""
+    """The components of a run that is ready to start, and what the log says of them."""
 
     data: DataModule
     model: nn.Module
@@ -55,33 +44,41 @@ class Parts:
 
 
 def build_parts(config: Config, *callbacks: Callback, data: DataModule | None = None) -> Parts:
-    """
+    """Builds the components of a run; writes nothing.
+
     Args:
-        callbacks: further ones for the Trainer.
-        data: in place of what `config.data` asks for.
+        callbacks: added to those of every run.
+        data: used in place of the DataModule that `config.data` describes.
 
     Raises:
-        RequestError: what was asked for cannot be had; nothing was written.
+        RequestError: the configuration cannot be realised.
     """
     run_dir = Path(config.run_dir)
     quieten()
     pl.seed_everything(config.seed, verbose=False)
-    data = data or DataModule(config.data, config.seed, run_dir / "bad_samples.csv")
+    data = data or DataModule(
+        config.data,
+        config.seed,
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
+        device=training_device(config),
+        bad_samples=run_dir / "bad_samples.csv",
+    )
     distributed.one_by_one(data.setup)
     configure(config.model.backend, config.model.recompute)
     model = distributed.one_by_one(lambda: _build_model(config, data.num_classes))
     groups = _describe_groups(config, model)
     teacher = distributed.one_by_one(lambda: build_teacher(config.optim, config.data, data.class_names))
-    module = Classifier(model, config, data.class_names, teacher)
-    ema = None
+    module = Classifier(model, config, data.class_names, teacher, log_to_loggers=False)  # EpochReport does
+    ema = []
     if config.optim.ema_decay is not None:
-        ema = WeightEma(config.optim.ema_decay, config.optim.ema_warmup, data.num_classes)
-    report = EpochReport(run_dir / "metrics.csv", ema, config.trainer.best_metric)
+        ema = [WeightEma(config.optim.ema_decay, config.optim.ema_warmup, data.num_classes)]
+    report = EpochReport(run_dir / "metrics.csv", ["val", *(["val_ema"] if ema else [])], config.trainer.best_metric)
     checkpoints = RunCheckpoints(
-        run_dir / "checkpoints", config.trainer.best_metric, config.trainer.checkpoint_interval, config.seed
+        run_dir / CHECKPOINTS, config.trainer.best_metric, config.trainer.checkpoint_interval, config.seed
     )
-    guard = DivergenceGuard(run_dir, config.trainer.max_loss)
-    trainer = _build_trainer(config, [*(part for part in (ema, guard, report, checkpoints) if part), *callbacks])
+    guard = DivergenceGuard(run_dir, config.trainer.max_loss, data)
+    trainer = _build_trainer(config, [*ema, guard, report, checkpoints, *callbacks])
     description = [
         f"{config.model.name}, {parameters_of(model):,} parameters; {run_dir}",
         f"{config.data.name}: {len(data.train_set)} images to train, {len(data.val_set)} to validate, "
@@ -131,7 +128,7 @@ def _describe_groups(config: Config, model: nn.Module) -> list[str]:
 
 
 def _describe_batch(config: Config) -> str:
-    """What an update sees; the learning rate is the one for that, whatever the devices."""
+    """Describes the batch of an update, which is the same on any number of devices, and the learning rate."""
     size, passes, devices = config.data.batch_size, config.trainer.accumulate_grad_batches, distributed.world_size()
     parts = f"{size // devices} on each of {devices} device{'s' * (devices > 1)}"
     return (
@@ -153,7 +150,7 @@ def _describe_backends(model: nn.Module, trainer: pl.Trainer) -> list[str]:
 def _build_trainer(config: Config, callbacks: list[Callback]) -> pl.Trainer:
     section = config.trainer
     if section.early_stopping_patience is not None:
-        mode = "min" if section.best_metric.endswith("loss") else "max"
+        mode = "min" if lower_is_better(section.best_metric) else "max"
         callbacks.append(
             EarlyStopping(
                 section.best_metric,
@@ -166,7 +163,7 @@ def _build_trainer(config: Config, callbacks: list[Callback]) -> pl.Trainer:
     bar = section.enable_progress_bar and sys.stdout.isatty()
     if bar:
         callbacks.append(RichProgressBar(leave=False))
-    settings = {name: value for name, value in vars(section).items() if name not in OWN_KEYS}
+    settings = lightning_settings(section)
     if distributed.world_size() > 1:
         settings |= trainer_settings(config)
     try:
@@ -174,7 +171,7 @@ def _build_trainer(config: Config, callbacks: list[Callback]) -> pl.Trainer:
             **settings,
             logger=False,
             plugins=[SafeCheckpointIO()],
-            use_distributed_sampler=False,  # ours knows its share
+            use_distributed_sampler=False,  # the DataModule's samplers serve each rank its shard
             callbacks=callbacks,
             enable_progress_bar=bar,
             enable_model_summary=False,
@@ -186,7 +183,7 @@ def _build_trainer(config: Config, callbacks: list[Callback]) -> pl.Trainer:
 
 
 def quieten() -> None:
-    """Leaves out what Lightning says about itself, and its advice on settings that are ours to choose."""
+    """Silences Lightning's messages about itself, and its advice on settings that are chosen here on purpose."""
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     os.environ.setdefault("PL_DISABLE_TIPS", "1")
     for message in (
@@ -196,8 +193,8 @@ def quieten() -> None:
         r"GPU available but not used",
         r"`isinstance\(treespec, LeafSpec\)` is deprecated",
         r"You are using a CUDA device .* that has Tensor Cores",
-        r"You're resuming from a checkpoint that ended before the epoch ended",  # the DataModule knows where
-        r"It is recommended to use `self.log\(.*sync_dist=True\)`",  # what is logged has been gathered
+        r"You're resuming from a checkpoint that ended before the epoch ended",  # the DataModule restores the position
+        r"It is recommended to use `self.log\(.*sync_dist=True\)`",  # metrics are synchronised before they are logged
     ):
         warnings.filterwarnings("ignore", message=f".*{message}")
     if torch.cuda.is_available():

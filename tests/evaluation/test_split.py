@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from sequencer.config import RequestError
-from sequencer.data import eval_transform, open_dataset
+from sequencer.data import eval_transform, open_split
 from sequencer.evaluation import data_settings, evaluate_model, evaluation_data, write_evaluation
 from sequencer.evaluation.split import _wilson_interval
 from sequencer.models import LoadedModel, create_model, load_model, pretrained_cfg, timm_preprocessing
@@ -25,7 +25,7 @@ def loaded(tmp_path) -> LoadedModel:
 def test_evaluation(loaded, tmp_path):
     data = evaluation_data(loaded)
     found = evaluate_model(loaded, data, "val")
-    images = open_dataset(DIGITS, "val", eval_transform(DIGITS))
+    images = open_split(DIGITS, "val", eval_transform(DIGITS))
     logits = loaded.model(torch.stack([image for image, _ in images]))
     hits = logits.argmax(1).numpy() == images.labels
     assert found.metrics["top1"] == hits.mean()

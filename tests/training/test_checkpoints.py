@@ -1,21 +1,36 @@
-"""Checkpoints that are cut short, altered, carry code or find no room: never a silent loss."""
+"""Checkpoints that are truncated, altered, carry code or find no room on the disk."""
 
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from sequencer.models import CheckpointError, read_checkpoint
+from sequencer.models import CheckpointError
 from sequencer.training import run
 from sequencer.training.checkpoints import SafeCheckpointIO, SaveError, find_checkpoint
-from tests.training.conftest import SMALL, SMALL_MODEL
-from tests.training.test_run import EMA, RANDOM, assert_same_run, fail, interrupted
+from tests.helpers import SMALL, SMALL_MODEL, STATEFUL, assert_same_run, fail, read_last, run_interrupted, small_config
+from tests.processes import Command
 
-TRAIN = Path(__file__).parents[2] / "train.py"
+SAVE_ALWAYS = "trainer.checkpoint_interval=0"
+
+
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory) -> Path:
+    """The folder of a run that failed in its second epoch, not to be changed."""
+    folder = tmp_path_factory.mktemp("broken") / "run"
+    run_interrupted(small_config(folder, *STATEFUL, SAVE_ALWAYS), fail, RuntimeError)
+    assert read_last(folder)["global_step"] == 2 + 1
+    return folder
+
+
+@pytest.fixture
+def folder(broken, tmp_path) -> Path:
+    """The checkpoint folder of a copy of that run, which is at `tmp_path / "run"`."""
+    shutil.copytree(broken, tmp_path / "run")
+    return tmp_path / "run" / "checkpoints"
 
 
 def cut(path: Path) -> None:
@@ -37,33 +52,26 @@ def empty(path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [cut, alter, empty])
-def test_a_damaged_checkpoint_is_seen_and_the_one_before_is_used(config, tmp_path, monkeypatch, capsys, damage):
-    options = [*RANDOM, *EMA, "trainer.max_epochs=3", "trainer.checkpoint_interval=0"]
-    run(config(*options, run_dir="whole"))
-    interrupted(config(*options, run_dir="broken"), monkeypatch, fail, RuntimeError)
-    folder = tmp_path / "broken" / "checkpoints"
-    assert read_checkpoint(folder / "last.ckpt")["global_step"] == 4 + 2
-    assert read_checkpoint(folder / "previous.ckpt")["global_step"] == 4 + 1
+def test_a_damaged_checkpoint_is_detected_and_the_one_before_is_used(config, tmp_path, whole, folder, damage):
     damage(folder / "last.ckpt")
-    run(config(*options, run_dir="broken"), resume=True)
+    run(config(*STATEFUL, SAVE_ALWAYS), resume=True)
     expected = f"{folder / 'last.ckpt'} is damaged or no checkpoint; going on from {folder / 'previous.ckpt'}"
-    assert f"WARNING {expected}" in (tmp_path / "broken" / "train.log").read_text()
-    assert_same_run(tmp_path / "whole", tmp_path / "broken")
+    assert f"WARNING {expected}" in (tmp_path / "run" / "train.log").read_text()
+    assert_same_run(whole, tmp_path / "run")
 
 
-def test_the_first_save_survives_a_kill_between_two_renames(config, tmp_path, monkeypatch):
-    interrupted(config(), monkeypatch, fail, RuntimeError)
-    folder = tmp_path / "run" / "checkpoints"
+def test_the_first_save_survives_a_kill_between_two_renames(folder):
     os.replace(folder / "last.ckpt", folder / "previous.ckpt")
     assert find_checkpoint(folder) == folder / "previous.ckpt"
 
 
-def test_nothing_is_started_over_where_no_checkpoint_can_be_read(config, tmp_path, monkeypatch):
-    interrupted(config(), monkeypatch, fail, RuntimeError)
-    cut(tmp_path / "run" / "checkpoints" / "last.ckpt")
+def test_a_run_whose_checkpoints_cannot_be_read_is_not_started_over(config, folder):
+    cut(folder / "last.ckpt")
+    cut(folder / "previous.ckpt")
+    best = (folder / "best.ckpt").read_bytes()
     with pytest.raises(CheckpointError, match="damaged"):
-        run(config(), resume=True)
-    assert (tmp_path / "run" / "checkpoints" / "best.ckpt").exists()
+        run(config(*STATEFUL), resume=True)
+    assert (folder / "best.ckpt").read_bytes() == best
 
 
 class Payload:
@@ -71,12 +79,12 @@ class Payload:
         return os.mkdir, ("payload",)
 
 
-def test_a_checkpoint_that_carries_code_is_refused(config, tmp_path, monkeypatch):
+def test_a_checkpoint_that_carries_code_is_refused(config, tmp_path, monkeypatch, folder):
     monkeypatch.chdir(tmp_path)
-    interrupted(config(), monkeypatch, fail, RuntimeError)
-    torch.save({"state_dict": {}, "payload": Payload()}, tmp_path / "run" / "checkpoints" / "last.ckpt")
+    (folder / "previous.ckpt").unlink()
+    torch.save({"state_dict": {}, "payload": Payload()}, folder / "last.ckpt")
     with pytest.raises(CheckpointError, match="holds code"):
-        run(config(), resume=True)
+        run(config(*STATEFUL), resume=True)
     assert not (tmp_path / "payload").exists()
 
 
@@ -93,28 +101,27 @@ def small_disk(tmp_path):
 
 
 def test_a_full_disk_leaves_the_last_good_checkpoint(small_disk, tmp_path):
-    """The run ends in two lines and, once there is room, goes on from where it was."""
-    command = [sys.executable, TRAIN, *SMALL, SMALL_MODEL, "trainer.checkpoint_interval=0", "trainer.max_epochs=3"]
-    command += [f"run_dir={small_disk / 'run'}"]
+    """The run ends with two lines and can be resumed once there is room."""
+    options = [*SMALL, SMALL_MODEL, SAVE_ALWAYS, "trainer.max_epochs=3"]
     (small_disk / "filler").write_bytes(bytes(120 * 1024))
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    command = Command([*options, f"run_dir={small_disk / 'run'}"], tmp_path)
+    _, errors = command.communicate(60)
     last = small_disk / "run" / "checkpoints" / "last.ckpt"
-    assert done.returncode == 1
-    assert "could not be written" in done.stderr
-    assert f"{last} is the last good one" in done.stderr
-    assert len(done.stderr.splitlines()) == 2
+    assert command.returncode == 1
+    assert "could not be written" in errors
+    assert f"{last} is the last good one" in errors
+    assert len(errors.splitlines()) == 2
     assert not list(small_disk.rglob("*.partial"))
-    updates = read_checkpoint(last)["global_step"]
+    updates = read_last(small_disk / "run")["global_step"]
     assert updates > 0
     (small_disk / "filler").unlink()
     shutil.move(small_disk / "run", tmp_path / "moved")
-    done = subprocess.run(
-        [*command[:-1], f"run_dir={tmp_path / 'moved'}"], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+    command = Command([*options, f"run_dir={tmp_path / 'moved'}"], tmp_path)
+    _, errors = command.communicate(60)
+    assert command.returncode == 0, errors
 
 
-def test_what_cannot_be_written_is_said(tmp_path):
+def test_a_checkpoint_that_cannot_be_written(tmp_path):
     (tmp_path / "checkpoints").touch()
     with pytest.raises(SaveError, match="could not be written"):
         SafeCheckpointIO().save_checkpoint({}, tmp_path / "checkpoints" / "last.ckpt")

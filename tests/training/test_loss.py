@@ -12,9 +12,10 @@ from sequencer.config.errors import RequestError
 from sequencer.config.schema import AugmentConfig, DataConfig, OptimConfig
 from sequencer.data.mixing import build_mixup
 from sequencer.export import save_model_folder
-from sequencer.models import LoadedModel, load_model, read_checkpoint
+from sequencer.models import LoadedModel, load_model
 from sequencer.training import run
-from sequencer.training.loss import Teacher, build_criterion
+from sequencer.training.loss import Teacher, build_criterion, build_teacher
+from tests.helpers import equal_tensors, read_last, read_rows
 
 LOGITS = torch.tensor([[2.0, -1.0, 0.5], [0.0, 1.0, -3.0]])
 LABELS = torch.tensor([0, 2])
@@ -59,7 +60,7 @@ def digits_config(**kwargs) -> DataConfig:
     return DataConfig(name="digits", img_size=8, in_chans=1, mean=[0.3], std=[0.4], **kwargs)
 
 
-def test_a_teacher_sees_images_as_its_own_preprocessing_would_show_them():
+def test_a_teacher_is_given_images_normalised_by_its_own_preprocessing():
     model = network()
     teacher = Teacher(LoadedModel(model, "sequencer2d_t_8", "raw", None, cfg(8, 0.5, 0.25)), digits_config(), 2.0)
     pixels = torch.rand(4, 1, 8, 8)
@@ -70,7 +71,7 @@ def test_a_teacher_sees_images_as_its_own_preprocessing_would_show_them():
     torch.testing.assert_close(teacher.distance((pixels - 0.3) / 0.4, logits), expected.detach())
 
 
-def test_a_teacher_of_another_size_sees_resized_images():
+def test_a_teacher_of_another_size_is_given_resized_images():
     teacher = Teacher(LoadedModel(network(img_size=16), "", "raw", None, cfg(16, 0.5, 0.25)), digits_config(), 1.0)
     sizes = []
     teacher.model.register_forward_pre_hook(lambda module, args: sizes.append(tuple(args[0].shape)))
@@ -78,7 +79,7 @@ def test_a_teacher_of_another_size_sees_resized_images():
     assert sizes == [(4, 1, 16, 16)]
 
 
-def test_a_student_that_says_what_its_teacher_says_is_at_no_distance():
+def test_the_distance_of_equal_logits_is_zero():
     model = network()
     teacher = Teacher(LoadedModel(model, "", "raw", None, cfg(8, 0.3, 0.4)), digits_config(), 3.0)
     images = torch.rand(4, 1, 8, 8)
@@ -90,22 +91,28 @@ def test_a_student_that_says_what_its_teacher_says_is_at_no_distance():
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_a_run_with_a_teacher(config, tmp_path):
-    run(config(run_dir="teacher"))
-    weights = load_model(tmp_path / "teacher").model.state_dict()
-    options = [f"optim.distill_from={tmp_path / 'teacher'}", "data.augment.mixup=0.4"]
-    run(config(*options, "optim.distill_weight=1.0", run_dir="student"))
-    saved = read_checkpoint(tmp_path / "student" / "checkpoints" / "last.ckpt")["state_dict"]
-    assert set(saved) == {f"model.{name}" for name in weights}  # the teacher's are not in it
-    run(config("data.augment.mixup=0.4", run_dir="alone"))
-    alone = read_checkpoint(tmp_path / "alone" / "checkpoints" / "last.ckpt")["state_dict"]
-    assert not torch.equal(saved["model.head.fc.bias"], alone["model.head.fc.bias"])
-    assert "teacher" in (tmp_path / "student" / "train.log").read_text()
+def test_a_run_with_a_teacher(config, tmp_path, finished):
+    teacher = finished[0]
+    options = [f"optim.distill_from={teacher}", "data.augment.mixup=0.4", "trainer.max_epochs=1"]
+    saved, losses = {}, {}
+    for name, weight in {"student": 1.0, "alone": 0.0}.items():
+        run(config(*options, f"optim.distill_weight={weight}", run_dir=name))
+        saved[name] = read_last(tmp_path / name)["state_dict"]
+        log = (tmp_path / name / "train.log").read_text()
+        assert f"INFO teacher: {teacher}, {weight:g} of the loss\n" in log
+        losses[name] = float(read_rows(tmp_path / name)[0]["train/loss"])
+    weights = load_model(teacher).model.state_dict()
+    assert set(saved["student"]) == {f"model.{name}" for name in weights}  # without the teacher's
+    assert not torch.equal(saved["student"]["model.head.fc.bias"], saved["alone"]["model.head.fc.bias"])
+    assert losses["student"] < 0.1 < losses["alone"]  # the untrained student is about as unsure as its teacher
+    run(config("data.augment.mixup=0.4", "trainer.max_epochs=1", run_dir="plain"))
+    assert equal_tensors(read_last(tmp_path / "plain")["state_dict"], saved["alone"])
+    assert "INFO teacher" not in (tmp_path / "plain" / "train.log").read_text()
 
 
 @pytest.mark.slow
-def test_a_student_comes_to_agree_with_its_teacher(config, tmp_path):
-    """A teacher that names every digit wrongly, one further on, teaches that."""
+def test_a_student_learns_what_its_teacher_predicts(config, tmp_path):
+    """The teacher predicts every digit as the next one."""
     run(config("trainer.max_epochs=12", "trainer.limit_train_batches=null", "optim.lr=1e-2", run_dir="teacher"))
     teacher = load_model(tmp_path / "teacher")
     teacher.model.head.fc.weight.data.copy_(teacher.model.head.fc.weight.data.roll(1, 0))
@@ -122,13 +129,24 @@ def test_binary_cross_entropy_with_mixing_runs(config, tmp_path):
     assert math.isfinite(summary["val/loss"])
 
 
-def test_a_teacher_that_does_not_fit_is_refused(config, tmp_path):
+def test_a_teacher_that_does_not_fit_is_refused(config, tmp_path, finished):
     with pytest.raises(RequestError, match=r"optim\.distill_from=nothing: nothing is neither a file"):
         run(config("optim.distill_from=nothing"))
-    run(config(run_dir="digits"))
     with pytest.raises(RequestError, match=r"takes images of 1 channels, data\.in_chans=3"):
-        run(config(f"optim.distill_from={tmp_path / 'digits'}", "data.in_chans=3", run_dir="other"))
-    assert not (tmp_path / "other").exists()
+        run(config(f"optim.distill_from={finished[0]}", "data.in_chans=3"))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("class_names", "message"),
+    [
+        ([*"abc"], "it knows 10 classes, data=digits has 3"),
+        ([*"1023456789"], "its classes have other names or another"),
+    ],
+)
+def test_a_teacher_of_other_classes_is_refused(finished, class_names, message):
+    with pytest.raises(RequestError, match=message):
+        build_teacher(OptimConfig(distill_from=str(finished[0])), digits_config(), class_names)
 
 
 def test_mixing_gives_the_targets_that_the_criterion_takes():

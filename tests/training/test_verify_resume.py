@@ -1,14 +1,14 @@
-"""scripts/verify_resume.py: its verdict, and the long proof that it gives."""
+"""scripts/verify_resume.py."""
 
 import os
 import shutil
+import sys
 
 import pytest
 import torch
 
-from sequencer.training import run
-from tests.training.conftest import SMALL, SMALL_MODEL
-from tests.training.test_run import EMA, RANDOM
+from tests.helpers import EMA, RANDOM, SMALL, SMALL_MODEL
+from tests.processes import TRAIN, Command
 
 LONG = ["trainer.max_epochs=6", "trainer.limit_train_batches=20", "trainer.accumulate_grad_batches=2"]
 
@@ -18,11 +18,19 @@ def script(load_script):
     return load_script("verify_resume")
 
 
-def test_the_verdict(script, capsys):
+def test_the_verdict(script, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(script, "start", lambda options, run_dir: Command([*options, f"run_dir={run_dir}"], tmp_path))
     assert script.main(["--kills", "2", "--output", "proof", *SMALL, SMALL_MODEL, *RANDOM, *EMA]) == 0
     printed = capsys.readouterr().out.splitlines()
     assert printed[-1] == "the same run: weights, averages, optimizer states and metrics are equal bit for bit"
     assert printed[-2].startswith("2 kills, ")
+
+
+def test_runs_are_started_by_train_py(script, monkeypatch):
+    commands = []
+    monkeypatch.setattr(script.subprocess, "Popen", lambda command, **kwargs: commands.append(command))
+    script.start(["seed=1"], "folder")
+    assert commands == [[sys.executable, str(TRAIN), "seed=1", "run_dir=folder"]]
 
 
 @pytest.mark.slow
@@ -36,25 +44,28 @@ def test_25_kills(script, capsys, workers):
 
 
 @pytest.fixture
-def pair(config, tmp_path):
+def pair(whole, tmp_path):
     """A run and its copy."""
-    run(config(*EMA, run_dir="whole"))
-    shutil.copytree(tmp_path / "whole", tmp_path / "broken")
-    return tmp_path / "whole", tmp_path / "broken"
+    shutil.copytree(whole, tmp_path / "broken")
+    return whole, tmp_path / "broken"
 
 
-@pytest.mark.parametrize("part", ["state_dict", "state_dict_ema", "optimizer_states", "ranks", "metrics.csv"])
-def test_one_bit_is_seen(script, pair, part):
+@pytest.mark.parametrize(
+    "part", ["state_dict", "state_dict_ema", "optimizer_states", "ranks", "train_totals", "metrics.csv"]
+)
+def test_one_altered_bit_is_detected(script, pair, part):
     whole, broken = pair
     script.check(whole, broken)
     if part == "metrics.csv":
         text = (broken / part).read_text()
-        (broken / part).write_text(text.replace("0,4,", "0,5,", 1))
+        (broken / part).write_text(text.replace("0,2,", "0,3,", 1))
     else:
         path = broken / "checkpoints" / "last.ckpt"
         checkpoint = torch.load(path, weights_only=True)
-        tensor = first_tensor(checkpoint[part])
-        tensor.view(torch.uint8).view(-1)[0] ^= 1
+        if part == "train_totals":
+            checkpoint[part][0][0] = 1e-300
+        else:
+            first_tensor(checkpoint[part]).view(torch.uint8).view(-1)[0] ^= 1
         os.unlink(path)
         torch.save(checkpoint, path)
     with pytest.raises(RuntimeError, match=f"NOT the same run: (last.ckpt: )?{part} differ"):
