@@ -56,6 +56,7 @@ def test_growth(script, tmp_path):
     assert script.main(["growth", "--device", "cpu", "--rounds", "2", "--mode", "inference", "--output", "found"]) == 0
     results = json.loads((tmp_path / "found" / "benchmark.json").read_text())["results"]
     assert {(r["quantity"], r["value"]) for r in results} == {("batch", 1), ("batch", 2), ("hidden size", 8)}
+    assert [r["contender"].partition(",")[0] for r in results] == 3 * ["timm", "lstm", "indylstm"]
     assert (tmp_path / "found" / "growth.png").stat().st_size > 10_000
 
 
