@@ -7,7 +7,7 @@ import torch
 
 from sequencer.config import compose
 from sequencer.measure import benchmarks
-from sequencer.ops import bilstm2d, triton_kernels
+from sequencer.ops import backends, triton_kernels
 
 
 @pytest.fixture
@@ -56,6 +56,7 @@ def test_growth(script, tmp_path):
     assert script.main(["growth", "--device", "cpu", "--rounds", "2", "--mode", "inference", "--output", "found"]) == 0
     results = json.loads((tmp_path / "found" / "benchmark.json").read_text())["results"]
     assert {(r["quantity"], r["value"]) for r in results} == {("batch", 1), ("batch", 2), ("hidden size", 8)}
+    assert [r["contender"].partition(",")[0] for r in results] == 3 * ["timm", "lstm", "indylstm"]
     assert (tmp_path / "found" / "growth.png").stat().st_size > 10_000
 
 
@@ -106,7 +107,7 @@ def test_no_speed_without_equal_outputs(script, tmp_path, monkeypatch, capsys, w
 )
 def test_wrong_requests(script, tmp_path, capsys, monkeypatch, arguments, message):
     monkeypatch.setattr(triton_kernels, "interpreted", lambda: False)
-    bilstm2d._choose.cache_clear()
+    backends._choose.cache_clear()
     (tmp_path / "a_file").touch()
     assert script.main([*arguments, "--rounds", "2"]) == 2
     error = capsys.readouterr().err

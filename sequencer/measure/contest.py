@@ -1,6 +1,6 @@
 """The comparison of contenders: outputs and gradients are checked, then all are timed in turns.
 
-Contenders take turns, one pass each, so that other load on the machine affects all of them alike. No speed is reported
+Contenders take turns, one pass each, so that other load on the machine affects them equally. No speed is reported
 if the outputs or a gradient of a contender differ from those of the reference scan in float64.
 """
 
