@@ -28,7 +28,7 @@ from sequencer.config.schema import DataConfig
 if TYPE_CHECKING:
     import torch
 
-    from sequencer.data import ImageSet
+    from sequencer.data import Split
     from sequencer.evaluation import ClassResult, Outcome
     from sequencer.models import LoadedModel
 
@@ -113,13 +113,13 @@ def start_folder(output: Path) -> None:
         (output / "bad_samples.csv").unlink(missing_ok=True)
 
 
-def open_loader(images: "ImageSet", data: DataConfig, split: str, bad_samples: Path) -> Any:
+def open_loader(images: "Split", data: DataConfig, split: str, bad_samples: Path) -> Any:
     """This process's share of the images, in batches."""
-    from sequencer.data import Quarantine, evaluation_loader
+    from sequencer.data import Quarantine
     from sequencer.distributed import rank, world_size
 
     images.quarantine = Quarantine(bad_samples, split, len(images), data.max_bad_share)
-    return evaluation_loader(images, data, rank(), world_size())
+    return images.evaluation_loader(data, rank(), world_size())
 
 
 def summarise(metrics: "dict[str, torch.Tensor]", images: int, seconds: float) -> dict[str, Any]:
@@ -154,16 +154,15 @@ def default_data(name: str) -> DataConfig:
     return to_config(compose([f"data={name}"])).data
 
 
-def open_part(data: DataConfig, split: Literal["val", "test"] | None) -> tuple[str, "ImageSet"]:
+def open_part(data: DataConfig, split: Literal["val", "test"] | None) -> tuple[str, "Split"]:
     """Opens just the part that is asked for: who evaluates ImageNet need not have its training images."""
-    from sequencer.data import eval_transform, open_dataset
-    from sequencer.data.sets import has_test_part
+    from sequencer.data import eval_transform, has_test_split, open_split
 
-    split = split or ("test" if has_test_part(data) else "val")
-    return split, open_dataset(data, split, eval_transform(data))
+    split = split or ("test" if has_test_split(data) else "val")
+    return split, open_split(data, split, eval_transform(data))
 
 
-def check_classes(loaded: "LoadedModel", images: "ImageSet") -> None:
+def check_classes(loaded: "LoadedModel", images: "Split") -> None:
     from rich.console import Console
 
     from sequencer.distributed import is_first
@@ -185,7 +184,7 @@ def write(
     result: dict[str, Any],
     per_class: "list[ClassResult]",
     outcomes: "list[Outcome]",
-    images: "ImageSet",
+    images: "Split",
 ) -> None:
     from sequencer.files import write_atomically
 

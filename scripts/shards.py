@@ -1,9 +1,9 @@
 """Shards in WebDataset's layout, with the index that `data=webdataset` reads.
 
-    python scripts/shards.py write PHOTOS --output SHARDS        # of an image folder's train/, val/ and test/
-    python scripts/shards.py index 'SHARDS/train-*.tar'          # for shards that there are: SHARDS/train.json
+    python scripts/shards.py write PHOTOS --output SHARDS        # from an image folder's train/, val/ and test/
+    python scripts/shards.py index 'SHARDS/train-*.tar'          # SHARDS/train.json for existing shards
 
-`write` takes the files as they are. `index` reads each shard once and counts its samples.
+`write` copies the image files unchanged. `index` reads each shard once to count its samples.
 """
 
 import glob
@@ -15,20 +15,20 @@ from _cli import Parser, integer, make_folder, run
 
 from sequencer.config.errors import RequestError
 
-PARTS = ("train", "val", "test")
+SPLITS = ("train", "val", "test")
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, metavar="write or index")
-    write = commands.add_parser("write", help="shards of an image folder")
-    write.add_argument("source", type=Path, metavar="PHOTOS", help="with train/, val/ and optionally test/")
+    write = commands.add_parser("write", help="write an image folder into shards")
+    write.add_argument("source", type=Path, metavar="PHOTOS", help="folder with train/, val/ and optionally test/")
     write.add_argument("--output", type=Path, required=True, metavar="DIR")
-    write.add_argument("--images", type=integer(1), default=2000, metavar="N", help="a shard; default: 2000")
-    index = commands.add_parser("index", help="for shards that there are")
-    index.add_argument("shards", metavar="PATTERN", help="paths of one part's shards, e.g. 'DIR/train-*.tar'")
-    index.add_argument("--part", choices=PARTS, default="train")
-    index.add_argument("--classes", type=Path, metavar="FILE", help="names of the classes, one a line")
+    write.add_argument("--images", type=integer(1), default=2000, metavar="N", help="images per shard; default: 2000")
+    index = commands.add_parser("index", help="write the index of existing shards")
+    index.add_argument("shards", metavar="PATTERN", help="paths of the shards of one split, e.g. 'DIR/train-*.tar'")
+    index.add_argument("--split", choices=SPLITS, default="train", help="default: train")
+    index.add_argument("--classes", type=Path, metavar="FILE", help="names of the classes, one per line")
     for command in (write, index):
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args(argv)
@@ -36,42 +36,42 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def write_shards(args: Namespace) -> None:
+    """Write every split of an image folder as shards with their index."""
     import random
 
     from torchvision.datasets import ImageFolder
     from webdataset import ShardWriter
 
-    parts = [part for part in PARTS if (args.source / part).is_dir()]
-    if "train" not in parts:
+    splits = [split for split in SPLITS if (args.source / split).is_dir()]
+    if "train" not in splits:
         raise RequestError(f"{args.source} has no folder train/")
     make_folder(args.output)
-    for part in parts:
-        folder = ImageFolder(str(args.source / part))
+    for split in splits:
+        folder = ImageFolder(str(args.source / split))
         samples = list(folder.samples)
-        random.Random(0).shuffle(samples)  # a shard holds all classes, since training shuffles but a stretch at a time
-        with ShardWriter(str(args.output / f"{part}-%06d.tar"), maxcount=args.images, verbose=0) as writer:
+        random.Random(0).shuffle(samples)  # training shuffles within a buffer only: every shard needs all classes
+        with ShardWriter(str(args.output / f"{split}-%06d.tar"), maxcount=args.images, verbose=0) as writer:
             for number, (path, label) in enumerate(samples):
                 image = {Path(path).suffix.lstrip(".").lower(): Path(path).read_bytes()}
                 writer.write({"__key__": f"{number:08d}", **image, "cls": str(label)})
-        counts = [
-            min(args.images, len(samples) - first) for first in range(0, len(samples), args.images)
-        ]  # fmt: skip
-        shards = [args.output / f"{part}-{number:06d}.tar" for number in range(len(counts))]
-        write_index(args.output / f"{part}.json", dict(zip(shards, counts, strict=True)), folder.classes)
-        print(f"{part}: {len(samples):,} images in {len(shards)} shards")
+        counts = [min(args.images, len(samples) - first) for first in range(0, len(samples), args.images)]
+        shards = [args.output / f"{split}-{number:06d}.tar" for number in range(len(counts))]
+        write_index(args.output / f"{split}.json", dict(zip(shards, counts, strict=True)), folder.classes)
+        print(f"{split}: {len(samples):,} images in {len(shards)} shards")
 
 
 def index_shards(args: Namespace) -> None:
-    from sequencer.data.shards import read_samples
+    """Write the index of existing shards."""
+    from sequencer.data.shard_files import read_samples
 
     paths = sorted(Path(path) for path in glob.glob(args.shards))
     if not paths:
         raise RequestError(f"{args.shards}: there is no such file")
     if len({path.parent for path in paths}) > 1:
-        raise RequestError(f"{args.shards}: the shards of a part lie in one folder")
+        raise RequestError(f"{args.shards}: the shards of a split must be in one folder")
     counts, highest = {}, -1
     for path in paths:
-        labels = [label for _, label, _ in read_samples(str(path))]
+        labels = [sample.label for sample in read_samples(str(path))]
         if -1 in labels:
             raise RequestError(f"{path}: sample {labels.index(-1)} has no .cls file with a number")
         counts[path], highest = len(labels), max(highest, *labels)
@@ -80,12 +80,13 @@ def index_shards(args: Namespace) -> None:
         classes = args.classes.read_text().split("\n")[: highest + 1]
         if len(classes) <= highest:
             raise RequestError(f"--classes {args.classes} names {len(classes)} classes, labels go up to {highest}")
-    index = paths[0].parent / f"{args.part}.json"
+    index = paths[0].parent / f"{args.split}.json"
     write_index(index, counts, classes)
     print(f"{index}: {sum(counts.values()):,} samples in {len(paths)} shards, {len(classes)} classes")
 
 
 def write_index(path: Path, counts: dict[Path, int], classes: list[str]) -> None:
+    """Write WebDataset's index of shards with their numbers of samples, and the names of the classes."""
     from sequencer.files import write_atomically
 
     shards = [{"url": shard.name, "nsamples": count} for shard, count in counts.items()]

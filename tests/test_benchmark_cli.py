@@ -144,10 +144,10 @@ def test_whether_the_loader_keeps_up(load_script, capsys):
 
 
 def test_a_slow_loader_is_found_out(load_script, capsys, monkeypatch):
-    from sequencer.data.memory import MemorySet
+    from sequencer.data.memory import MemoryTrainSet
 
-    served = MemorySet.__getitems__
-    monkeypatch.setattr(MemorySet, "__getitems__", lambda self, keys: time.sleep(1) or served(self, keys))
+    served = MemoryTrainSet.__getitems__
+    monkeypatch.setattr(MemoryTrainSet, "__getitems__", lambda self, keys: time.sleep(1) or served(self, keys))
     script = load_script("benchmark")
     assert script.main(["data", "--rounds", "2", "data=digits", "data.num_workers=0", "--device", "cpu"]) == 0
     assert "starves the model" in capsys.readouterr().out

@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from sequencer.config.schema import DataConfig
-from sequencer.data import eval_transform, open_dataset
+from sequencer.data import eval_transform, open_split
 from sequencer.export import save_model_folder
 from sequencer.models import LoadedModel, create_model, load_model, preprocessing
 
@@ -71,7 +71,7 @@ def read_csv(path: Path) -> list[dict[str, str]]:
 
 def test_run(script, run_folder, capsys):
     assert script.main([str(run_folder), "--device", "cpu"]) == 0
-    images = open_dataset(DIGITS, "test", eval_transform(DIGITS))
+    images = open_split(DIGITS, "test", eval_transform(DIGITS))
     logits = load_model(run_folder).model(torch.stack([image for image, _ in images]))
     hits = logits.argmax(1).numpy() == images.labels
     result = json.loads((run_folder / "evaluation" / "evaluation.json").read_text())
@@ -122,7 +122,7 @@ def test_arguments(script, run_folder, tmp_path, capsys):
 
 def test_size_crop_and_mirror_images(script, run_folder, tmp_path):
     config = replace(DIGITS, img_size=12, crop_pct=0.75)
-    images = torch.stack([image for image, _ in open_dataset(config, "test", eval_transform(config))])
+    images = torch.stack([image for image, _ in open_split(config, "test", eval_transform(config))])
     model = load_model(run_folder).model
     expected = (model(images).softmax(1) + model(images.flip(3)).softmax(1)).argmax(1)
     assert script.main([str(run_folder), "--img-size", "12", "--crop-pct", "0.75", "--flip", "--output", "out"]) == 0

@@ -16,7 +16,7 @@ from torchvision import datasets
 from sequencer.config.errors import RequestError
 from sequencer.config.request import compose, to_config
 from sequencer.config.sources import Sources
-from sequencer.data import open_dataset
+from sequencer.data import open_split
 from sequencer.models import create_model
 from sequencer.training import plan, run
 
@@ -155,7 +155,7 @@ def test_twenty_updates(name, made, tmp_path):
 
 def test_flowers_have_three_parts_of_their_own(made):
     config = to_config(compose(["data=flowers102", f"data.root={made('flowers102')}"])).data
-    parts = {part: open_dataset(config, part, lambda image: image) for part in ("train", "val", "test")}
+    parts = {part: open_split(config, part, lambda image: image) for part in ("train", "val", "test")}
     assert {part: len(images) for part, images in parts.items()} == {"train": 204, "val": 102, "test": 102}
     assert parts["train"].class_names[0] == "pink primrose"
     image, label = parts["val"][3]
@@ -165,7 +165,7 @@ def test_flowers_have_three_parts_of_their_own(made):
 
 def test_cars_give_a_tenth_of_their_training_images(made):
     config = to_config(compose(["data=stanford_cars", f"data.root={made('stanford_cars')}"])).data
-    parts = {part: open_dataset(config, part, lambda image: image) for part in ("train", "val", "test")}
+    parts = {part: open_split(config, part, lambda image: image) for part in ("train", "val", "test")}
     assert {part: len(images) for part, images in parts.items()} == {"train": 1764, "val": 196, "test": 196}
     assert sorted(parts["val"].labels) == list(range(196))
     assert parts["test"].class_names[195] == "car 195"
@@ -179,7 +179,7 @@ def test_cars_give_a_tenth_of_their_training_images(made):
 def test_a_set_that_is_not_there(name, what, tmp_path):
     config = to_config(compose([f"data={name}", f"data.root={tmp_path}"])).data
     with pytest.raises(RequestError, match=what) as error:
-        open_dataset(config, "train", lambda image: image)
+        open_split(config, "train", lambda image: image)
     assert len(str(error.value).splitlines()) == 2
 
 

@@ -1,4 +1,4 @@
-"""scripts/shards.py: shards that are written and listed are the ones that were there."""
+"""scripts/shards.py: the shards that it writes and indexes hold the images of the folder."""
 
 import json
 from pathlib import Path
@@ -8,46 +8,63 @@ import pytest
 from PIL import Image
 
 from sequencer.config.schema import DataConfig
-from sequencer.data.shards import ShardSet, read_samples
+from sequencer.data import open_split
+from sequencer.data.shard_files import read_samples
 
 pytest.importorskip("webdataset", reason="webdataset is not installed")
 
 
-@pytest.fixture
-def photos(tmp_path) -> Path:
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory) -> Path:
     """Seven images of cats and five of dogs to train, one of each to validate."""
+    root = tmp_path_factory.mktemp("photos")
     random = np.random.RandomState(0)
-    for part, counts in (("train", {"cat": 7, "dog": 5}), ("val", {"cat": 1, "dog": 1})):
+    for split, counts in (("train", {"cat": 7, "dog": 5}), ("val", {"cat": 1, "dog": 1})):
         for name, count in counts.items():
+            (root / split / name).mkdir(parents=True)
             for number in range(count):
-                path = tmp_path / "photos" / part / name / f"{number}.png"
-                path.parent.mkdir(parents=True, exist_ok=True)
-                Image.fromarray(random.randint(256, size=(9, 9, 3), dtype=np.uint8)).save(path)
-    return tmp_path / "photos"
+                pixels = random.randint(256, size=(9, 9, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(root / split / name / f"{number}.png")
+    return root
 
 
 def test_written_shards_hold_every_file(load_script, photos, tmp_path, capsys):
     script = load_script("shards")
     assert script.main(["write", str(photos), "--output", str(tmp_path / "out"), "--images", "5"]) == 0
     assert capsys.readouterr().out == "train: 12 images in 3 shards\nval: 2 images in 1 shards\n"
-    images = ShardSet(DataConfig(name="webdataset", root=str(tmp_path / "out")), "train", lambda image: image)
-    assert images.class_names == ["cat", "dog"]
-    assert len(images) == 12
-    written = [sample for url in images.urls for sample in read_samples(url)]
+    split = open_split(DataConfig(name="webdataset", root=str(tmp_path / "out")), "train", lambda image: image)
+    assert split.class_names == ["cat", "dog"]
+    shards = [list(read_samples(url)) for url in split.urls]
+    assert [len(samples) for samples in shards] == [5, 5, 2]
+    assert np.diff(split.starts).tolist() == [5, 5, 2]
     expected = {path.read_bytes(): path.parent.name for path in photos.glob("train/*/*.png")}
-    assert {file: images.class_names[label] for file, label, _ in written} == expected
-    assert {label for _, label, _ in read_samples(images.urls[0])} == {0, 1}  # not in the order of the classes
+    assert {sample.file: split.class_names[sample.label] for samples in shards for sample in samples} == expected
+    assert {sample.label for sample in shards[0]} == {0, 1}  # the samples are shuffled, not sorted by class
 
 
-def test_an_index_of_shards_that_there_are(load_script, photos, tmp_path, capsys):
+def test_the_index_of_existing_shards(load_script, photos, tmp_path, capsys):
     script = load_script("shards")
     script.main(["write", str(photos), "--output", str(tmp_path / "out"), "--images", "5"])
-    before = json.loads((tmp_path / "out" / "train.json").read_text())
-    (tmp_path / "out" / "train.json").unlink()
-    names = tmp_path / "names.txt"
-    names.write_text("cat\ndog\n")
-    assert script.main(["index", str(tmp_path / "out" / "train-*.tar"), "--classes", str(names)]) == 0
-    assert json.loads((tmp_path / "out" / "train.json").read_text()) == before
+    for name, options in (("train", []), ("val", ["--split", "val"])):
+        index = tmp_path / "out" / f"{name}.json"
+        before = json.loads(index.read_text())
+        index.unlink()
+        names = tmp_path / "names.txt"
+        names.write_text("cat\ndog\n")
+        pattern = str(tmp_path / "out" / f"{name}-*.tar")
+        assert script.main(["index", pattern, "--classes", str(names), *options]) == 0
+        assert json.loads(index.read_text()) == before
+
+
+def test_classes_without_names_are_numbered(load_script, photos, tmp_path, capsys):
+    script = load_script("shards")
+    script.main(["write", str(photos), "--output", str(tmp_path / "out")])
+    assert script.main(["index", str(tmp_path / "out" / "train-*.tar")]) == 0
+    assert json.loads((tmp_path / "out" / "train.json").read_text())["classes"] == ["0", "1"]
+    (tmp_path / "names.txt").write_text("cat")
+    arguments = ["index", str(tmp_path / "out" / "train-*.tar"), "--classes", str(tmp_path / "names.txt")]
+    assert script.main(arguments) == 2
+    assert "names 1 classes, labels go up to 1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -1,30 +1,35 @@
 """Data sets, their transforms and the DataModule that serves them."""
 
+from sequencer.data.files import FileSplit
 from sequencer.data.images import UnreadableImage, read_image
+from sequencer.data.indexed import IndexedSplit
+from sequencer.data.memory import MemorySplit
 from sequencer.data.mixing import build_mixup
-from sequencer.data.module import DataModule, evaluation_loader
+from sequencer.data.module import DataModule
 from sequencer.data.quarantine import Quarantine, TooManyBadImages
-from sequencer.data.readable import ReadableSet, check_images, collate_readable
-from sequencer.data.sets import FILE_SETS, ImageSet, open_dataset
-from sequencer.data.shards import ShardSet
+from sequencer.data.sets import DATA_SETS, DataSet, has_test_split, open_split
+from sequencer.data.shards import ShardSplit
+from sequencer.data.split import Split, SplitName
 from sequencer.data.transforms import channel_statistics, eval_transform, train_transform
 
 __all__ = [
-    "FILE_SETS",
+    "DATA_SETS",
     "DataModule",
-    "ImageSet",
+    "DataSet",
+    "FileSplit",
+    "IndexedSplit",
+    "MemorySplit",
     "Quarantine",
-    "ReadableSet",
-    "ShardSet",
+    "ShardSplit",
+    "Split",
+    "SplitName",
     "TooManyBadImages",
     "UnreadableImage",
     "build_mixup",
     "channel_statistics",
-    "check_images",
-    "collate_readable",
     "eval_transform",
-    "evaluation_loader",
-    "open_dataset",
+    "has_test_split",
+    "open_split",
     "read_image",
     "train_transform",
 ]

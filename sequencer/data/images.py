@@ -1,4 +1,4 @@
-"""Image files as RGB images, or one error for whatever may be wrong with them."""
+"""Image files decoded as RGB images, with one error for everything that can be wrong with them."""
 
 import warnings
 from io import BytesIO
@@ -7,9 +7,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from sequencer.config.errors import first_line
+
 
 class UnreadableImage(Exception):
-    """An image file that cannot be read, with the reason in a line."""
+    """An image that cannot be read, with its path and the reason in one line."""
 
     def __init__(self, path: str | Path, reason: str) -> None:
         self.path, self.reason = str(path), reason
@@ -17,23 +19,31 @@ class UnreadableImage(Exception):
 
 
 def read_image(path: str | Path, file: BytesIO | None = None) -> Image.Image:
-    """The whole image of `path`, or of the open `file` that is called so, as RGB with eight bits a channel.
+    """Decodes a whole image as RGB with eight bits per channel.
 
-    Of an animated one, the first frame.
-    Transparency is dropped. Grey images of 16 bits are scaled to eight, where Pillow would cut them off at 255.
+    The first frame of an animated image is taken and transparency is dropped. Grey images of 16 bits are scaled to
+    eight, where Pillow would clip them at 255.
+
+    Args:
+        path: image file.
+        file: open file to read in place of `path`, which then only names it in errors.
 
     Raises:
-        UnreadableImage: no image, a damaged one, one of more pixels than Pillow takes for harmless, or no file.
+        UnreadableImage: the file is missing, damaged or no image, or has more pixels than Pillow considers safe.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of Pillow's, about what it reads all the same
+        warnings.simplefilter("ignore")  # Pillow warns about odd files that it reads correctly
         try:
             with Image.open(file or path) as image:
                 image.load()
                 return _to_rgb(image)
-        except Exception as error:  # Pillow's decoders raise a dozen kinds
-            reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-            raise UnreadableImage(path, (reason or type(error).__name__).splitlines()[0]) from error
+        except Exception as error:  # Pillow's decoders raise a dozen types
+            raise UnreadableImage(path, reason_of(error)) from error
+
+
+def reason_of(error: BaseException) -> str:
+    """Returns what an error says, in one line."""
+    return (error.strerror if isinstance(error, OSError) else None) or first_line(error)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -1,4 +1,4 @@
-"""Mixup (Zhang et al. 2018) and CutMix (Yun et al. 2019) of a batch, by timm, for batches of any size."""
+"""Mixup (Zhang et al. 2018) and CutMix (Yun et al. 2019) by timm, for batches of any size."""
 
 from collections.abc import Callable
 from functools import partial
@@ -17,8 +17,8 @@ MixFunction = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 def build_mixup(augment: AugmentConfig, num_classes: int) -> MixFunction | None:
     """A function (images, labels) -> (mixed images, soft targets with label smoothing); None where mixing is off.
 
-    timm draws from NumPy's global random state, one draw of parameters a batch: that state is what to save where a
-    run has to be repeated.
+    timm draws its parameters once per batch from NumPy's global random state, which must be saved and restored for a
+    run to be repeated.
     """
     if augment.mixup == 0 and augment.cutmix == 0:
         return None
@@ -36,7 +36,7 @@ def build_mixup(augment: AugmentConfig, num_classes: int) -> MixFunction | None:
 def _mix(
     mixup: Mixup, images: Float[Tensor, "B C H W"], labels: Int[Tensor, " B"]
 ) -> tuple[Float[Tensor, "B C H W"], Float[Tensor, "B classes"]]:
-    """Mix `images` in place; timm pairs images and refuses an odd batch, so its last image stays as it is."""
+    """Mixes `images` in place; timm requires an even number, so the last image of an odd batch is not mixed."""
     even = len(images) - len(images) % 2
     _, mixed_targets = mixup(images[:even], labels[:even])
     last_target = mixup_target(labels[even:], mixup.num_classes, smoothing=mixup.label_smoothing)

@@ -1,4 +1,4 @@
-"""Images that cannot be read: left out, written down, and too many of them an error."""
+"""A record of the images that cannot be read, and the error when there are too many."""
 
 import csv
 import fcntl
@@ -12,40 +12,41 @@ from sequencer.data.images import UnreadableImage
 
 log = logging.getLogger("sequencer")
 
-COLUMNS = ["part", "path", "reason"]
+COLUMNS = ["split", "path", "reason"]
 
 
 class TooManyBadImages(RuntimeError):
-    """More images of a part cannot be read than `data.max_bad_share` allows."""
+    """More images of a split are unreadable than `data.max_bad_share` allows."""
 
 
 class Quarantine:
-    """The unreadable images of one part of a set, each once in the file `path`, whoever finds it.
+    """The unreadable images of one split, each listed once in a CSV file.
 
     Args:
-        path: `bad_samples.csv`, shared by parts, loader workers, processes, and the runs that resume one another.
-        part: train, val or test.
-        images: how many the part has.
-        max_share: of them may be unreadable.
+        path: `bad_samples.csv`; several splits, loader workers, ranks, and a run and those that resume it share it.
+        split: train, val or test.
+        images: number of images of the split.
+        max_share: largest share of them that may be unreadable.
     """
 
-    def __init__(self, path: Path, part: str, images: int, max_share: float) -> None:
-        self.path, self.part, self.images, self.max_share = path, part, images, max_share
+    def __init__(self, path: Path, split: str, images: int, max_share: float) -> None:
+        self.path, self.split, self.images, self.max_share = path, split, images, max_share
 
     def report(self, found: UnreadableImage) -> None:
-        """
+        """Adds an image to the file unless it is listed already.
+
         Raises:
-            TooManyBadImages: with this one there are too many.
+            TooManyBadImages: the file now lists more images of the split than allowed.
         """
         with self._locked() as file:
-            bad = {row["path"] for row in csv.DictReader(file) if row["part"] == self.part and row["reason"]}
+            bad = {row["path"] for row in csv.DictReader(file) if row["split"] == self.split and row["reason"]}
             if found.path not in bad:
                 bad.add(found.path)
                 self._append(file, found)
                 log.warning("left out, unreadable: %s (%s)", found.path, found.reason)
         if len(bad) > self.max_share * self.images:
             raise TooManyBadImages(
-                f"{len(bad)} of {self.images} {self.part} images cannot be read, more than data.max_bad_share="
+                f"{len(bad)} of {self.images} {self.split} images cannot be read, more than data.max_bad_share="
                 f"{self.max_share:g} allows: {self.path} lists them"
             )
 
@@ -62,6 +63,6 @@ class Quarantine:
         end = file.seek(0, 2)
         if end == 0:
             writer.writerow(COLUMNS)
-        elif not self.path.read_text().endswith("\n"):  # a line torn by a kill
+        elif not self.path.read_text().endswith("\n"):  # the last line was cut off when its process was killed
             file.write("\n")
-        writer.writerow([self.part, found.path, found.reason])
+        writer.writerow([self.split, found.path, found.reason])

@@ -1,7 +1,7 @@
-"""From an image to the normalised tensor that a model sees; the steps are timm's and torchvision's.
+"""Transforms from an image to the normalised tensor that a model takes, built of timm's and torchvision's steps.
 
-An image is a PIL image of any mode and size or a float tensor `1 H W` in 0..1 (the digits). One that already has
-the right size is not resampled.
+An image is a PIL image of any mode and size, or a float tensor `1 H W` in [0, 1] (the digits). An image that already
+has the right size is not resampled.
 """
 
 from functools import partial
@@ -21,10 +21,13 @@ from sequencer.config.schema import DataConfig
 
 
 def eval_transform(config: DataConfig) -> Compose:
-    """Shorter side to `img_size / crop_pct`, centre crop, normalise: float32 `C H W`, as timm evaluates.
+    """The transform of timm's evaluation: resize the shorter side to `img_size / crop_pct`, crop the centre, normalise.
+
+    Returns:
+        A transform whose results are float32 `C H W`.
 
     Raises:
-        RequestError: channels that no image can have, or as many means as no channels.
+        RequestError: `data.in_chans` is neither 1 nor 3, or `data.mean` or `data.std` has another number of values.
     """
     mean, std = channel_statistics(config)
     steps = create_transform(
@@ -34,16 +37,19 @@ def eval_transform(config: DataConfig) -> Compose:
 
 
 def train_transform(config: DataConfig) -> Compose:
-    """The augmentation of `config.augment`, then normalise: float32 `C H W`.
+    """The transform of training: augment as `config.augment` says, then normalise.
 
-    As in timm, color_jitter is left out where an auto_augment policy other than 3a is given.
+    As in timm, `color_jitter` is ignored where `auto_augment` is given, unless its policy is 3a.
+
+    Returns:
+        A transform whose results are float32 `C H W`.
 
     Raises:
-        RequestError: as `eval_transform`, or a range or a policy that timm does not understand.
+        RequestError: as in `eval_transform`, or a range or policy that timm does not understand.
     """
     augment = config.augment
     geometry, colour, finish = _timm_train_stages(config)
-    if augment.scale is None:  # timm always crops at random here
+    if augment.scale is None:  # timm has RandomResizedCrop here
         size = [config.img_size, config.img_size]
         geometry[0] = Resize(size, interpolation=str_to_interp_mode(_fixed_interpolation(config)))
     if augment.crop_padding > 0:
@@ -55,31 +61,31 @@ def train_transform(config: DataConfig) -> Compose:
 
 
 def to_channels(image: Image.Image | Tensor, in_chans: int) -> Image.Image | Tensor:
-    """Grey or RGB, as the model wants it; luma weights (ITU-R 601-2) from RGB to grey."""
+    """Converts an image to grey (luma of ITU-R 601-2) or RGB, and repeats the channel of a tensor `in_chans` times."""
     if isinstance(image, Tensor):
         return image.repeat(in_chans, 1, 1)
     return image.convert("L" if in_chans == 1 else "RGB")
 
 
 def to_8bit(image: Image.Image | Tensor) -> Image.Image:
-    """Automatic augmentation works on eight-bit images; a tensor in 0..1 is rounded to 256 levels on its way there."""
+    """Converts a tensor in [0, 1] to an eight-bit image, as timm's policies need; other images are unchanged."""
     return to_pil_image(image.mul(255).round().byte()) if isinstance(image, Tensor) else image
 
 
 def _allow_posterize_to_black(policy: Any) -> None:
-    """timm's strongest posterize keeps 0 bits, which Pillow refuses from version 13 on, in the middle of a run."""
+    """Replaces timm's posterize in a policy: it may keep 0 bits, which Pillow refuses from version 13 on."""
     for op in policy.ops if hasattr(policy, "ops") else chain.from_iterable(policy.policy):
         if op.name.startswith("Posterize"):
             op.aug_fn = posterize
 
 
 def posterize(image: Image.Image, bits_to_keep: int, **kwargs: Any) -> Image.Image:
-    """timm's, and for 0 bits the black image that Pillow returned before version 13."""
+    """timm's posterize, and for 0 bits the black image that Pillow returned before version 13."""
     return timm_posterize(image, bits_to_keep) if bits_to_keep > 0 else Image.new(image.mode, image.size)
 
 
 def _timm_train_stages(config: DataConfig) -> tuple[list[Any], list[Any], list[Any]]:
-    """timm's training steps: [random resized crop, flip], [colour or policy], [to tensor, normalise, erase]."""
+    """The steps of timm's training transform: [crop, flip], [colour or policy], [to tensor, normalise, erase]."""
     augment = config.augment
     mean, std = channel_statistics(config)
     scale, ratio = _bounds("scale", augment.scale), _bounds("ratio", augment.ratio)
@@ -91,7 +97,7 @@ def _timm_train_stages(config: DataConfig) -> tuple[list[Any], list[Any], list[A
             scale=scale,
             ratio=ratio,
             hflip=augment.hflip,
-            color_jitter=augment.color_jitter or None,  # type: ignore[arg-type]  # None is timm's way to leave it out
+            color_jitter=augment.color_jitter or None,  # type: ignore[arg-type]  # timm takes None for off
             auto_augment=augment.auto_augment,
             interpolation=config.interpolation,
             mean=mean,
@@ -108,6 +114,7 @@ def _timm_train_stages(config: DataConfig) -> tuple[list[Any], list[Any], list[A
 
 
 def _bounds(name: str, values: list[float] | None) -> tuple[float, float] | None:
+    """A range of `data.augment`, checked."""
     if values is None:
         return None
     if len(values) != 2 or not 0 < values[0] <= values[1]:
@@ -116,7 +123,11 @@ def _bounds(name: str, values: list[float] | None) -> tuple[float, float] | None
 
 
 def channel_statistics(config: DataConfig) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation, one value a channel; a single value holds for all."""
+    """Mean and standard deviation of every channel; a single configured value is used for all channels.
+
+    Raises:
+        RequestError: as in `eval_transform`.
+    """
     chans = config.in_chans
     if chans not in (1, 3):
         raise RequestError(f"data.in_chans={chans}: images have 1 channel (grey) or 3 (RGB)")
@@ -129,5 +140,5 @@ def channel_statistics(config: DataConfig) -> tuple[tuple[float, ...], tuple[flo
 
 
 def _fixed_interpolation(config: DataConfig) -> str:
-    """'random' draws bilinear or bicubic in random resized crops; every other resize takes bicubic for it."""
+    """The interpolation of all resizing but RandomResizedCrop, which alone can draw one at random."""
     return "bicubic" if config.interpolation == "random" else config.interpolation

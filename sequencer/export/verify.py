@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sequencer.config.errors import RequestError
 from sequencer.config.schema import DataConfig
-from sequencer.data import ReadableSet, ShardSet, eval_transform, open_dataset
+from sequencer.data import eval_transform, open_split
 from sequencer.models.exported import Exported
 
 BATCHES = (1, 3, 8)
@@ -67,15 +67,11 @@ def real_images(config: DataConfig, own_set: bool) -> tuple[Float[Tensor, "N C H
     number, transform = sum(BATCHES), eval_transform(config)
     for split in ("test", "val") if own_set else ():
         try:
-            part = open_dataset(replace(config, download=False), split, transform)
+            examples = open_split(replace(config, download=False), split, transform).examples(number)
         except RequestError:
             continue
-        if isinstance(part, ShardSet):  # which has no single images
-            break
-        order = np.linspace(0, len(part) - 1, min(len(part), 4 * number)).astype(int).tolist()
-        found = ReadableSet(part).__getitems__(order)[:: max(1, len(order) // number)][:number]
-        if len(found) == number:
-            return torch.stack([image for image, *_ in found]), f"the {split} part of {config.name}"
+        if len(examples) == number:
+            return torch.stack([image for image, _ in examples]), f"the {split} part of {config.name}"
     return torch.stack([transform(piece) for piece in _pieces(number)]), "scikit-learn's photographs"
 
 

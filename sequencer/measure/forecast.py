@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from sequencer import distributed
 from sequencer.config.schema import Config, leaves
 from sequencer.config.sources import SCHEMA, Sources
-from sequencer.data import FILE_SETS, DataModule, ShardSet, TooManyBadImages, UnreadableImage
+from sequencer.data import DataModule, TooManyBadImages
 from sequencer.training.launch import launch, uses_gpu
 from sequencer.training.module import compile_in_place, parameters_of
 from sequencer.training.optim import build_optimizer, build_schedule
@@ -79,7 +79,6 @@ def plan(config: Config, sources: Sources, trials: int = 1) -> Plan:
     with TemporaryDirectory(prefix="plan") as folder:
         folder = distributed.from_first(folder)
         parts = build_parts(dataclasses.replace(config, run_dir=str(Path(folder, "whole"))))
-        parts.data.trainer = parts.trainer  # which says what share of the data is this process's
         problems = _problems(parts.data, config)
         batches = limited(len(parts.data.train_dataloader()), config.trainer.limit_train_batches)
         val_batches = limited(len(parts.data.val_dataloader()), config.trainer.limit_val_batches)
@@ -198,27 +197,17 @@ def _flops(model: nn.Module, config: Config) -> int:
 def _problems(data: DataModule, config: Config) -> list[str]:
     """What is wrong with the images and labels, as far as a look at some of them tells."""
     found = []
-    for name, part in data.parts.items():
-        if isinstance(part, ShardSet):  # the steps that are timed read some
-            continue
-        missing = set(range(data.num_classes)) - set(part.labels.tolist())
-        if missing:
+    for name, split in data.splits.items():
+        if split.labels is not None and (missing := set(range(data.num_classes)) - set(split.labels.tolist())):
             named = ", ".join(data.class_names[label] for label in sorted(missing)[:5])
             found.append(f"{name}: no image of {len(missing)} classes: {named}{', ...' if len(missing) > 5 else ''}")
-        if config.data.name not in FILE_SETS:
+        try:
+            decoded, bad = split.probe(MOST_IMAGES)
+        except TooManyBadImages as error:
+            found.append(f"{name}: {error}")
             continue
-        indices = range(0, len(part), math.ceil(len(part) / MOST_IMAGES))
-        bad = []
-        for index in indices:
-            try:
-                part.decode(index)
-            except UnreadableImage as error:
-                bad.append(error.path)
-            except TooManyBadImages as error:
-                found.append(f"{name}: {error}")
-                break
         if bad:
-            found.append(f"{name}: {len(bad)} of {len(indices)} images looked at cannot be read, e.g. {bad[0]}")
+            found.append(f"{name}: {len(bad)} of {decoded} images looked at cannot be read, e.g. {bad[0]}")
     if config.data.batch_size > len(data.train_set):
         found.append(f"train: data.batch_size={config.data.batch_size} is more than its {len(data.train_set)} images")
     return found

@@ -16,8 +16,9 @@ from pytorch_lightning.callbacks import Callback
 from torch import nn
 
 from sequencer.config.schema import Config
-from sequencer.data import DataModule, ImageSet
+from sequencer.data import DataModule, MemorySplit
 from sequencer.measure.forecast import Clock, without_end
+from sequencer.training.launch import training_device
 from sequencer.training.optim import build_optimizer, build_schedule
 from sequencer.training.setup import build_parts
 
@@ -49,7 +50,6 @@ def measure_loader(config: Config, seconds: float) -> tuple[float, float]:
     """
     with TemporaryDirectory() as folder:
         parts = build_parts(without_end(config, Path(folder, "run")))
-        parts.data.trainer = parts.trainer  # which says where images are kept
         device = parts.trainer.strategy.root_device
         batches = _endless(parts.data.train_dataloader())
         images, labels = (tensor.to(device) for tensor in next(batches))
@@ -91,23 +91,13 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-class _Made:
-    """As many images of noise as `batches` need, of CIFAR-10's shape."""
-
-    def __init__(self, number: int, classes: int) -> None:
-        random = np.random.RandomState(0)
-        self.data = random.randint(256, size=(number, 32, 32, 3), dtype=np.uint8)
-        self.targets = (np.arange(number) % classes).tolist()
-        self.classes = [str(label) for label in range(classes)]
-
-    def __len__(self) -> int:
-        return len(self.targets)
-
-
 def _made(config: Config, batches: int) -> DataModule:
-    source = _Made(batches * config.data.batch_size, 10)
-    part = ImageSet(source, np.arange(len(source)), lambda image: image)
-    return DataModule.of_parts(config.data, config.seed, train=part, val=part)
+    """Serves as many images of noise as `batches` need, of CIFAR-10's shape."""
+    number, classes = batches * config.data.batch_size, [str(label) for label in range(10)]
+    images = np.random.RandomState(0).randint(256, size=(number, 32, 32, 3), dtype=np.uint8)
+    split = MemorySplit(images, np.arange(number) % len(classes), classes, "noise")
+    device = training_device(config)
+    return DataModule(config.data, config.seed, device=device, splits={"train": split, "val": split})
 
 
 class _BareLoop(Callback):

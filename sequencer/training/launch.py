@@ -44,6 +44,11 @@ def uses_gpu(config: Config) -> bool:
     return config.trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
 
 
+def training_device(config: Config) -> torch.device:
+    """The device that this rank trains on."""
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if uses_gpu(config) else torch.device("cpu")
+
+
 def _check_batch(config: Config, devices: int) -> None:
     if config.data.batch_size % devices:
         raise RequestError(

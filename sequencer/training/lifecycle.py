@@ -15,7 +15,7 @@ from pytorch_lightning.utilities.exceptions import SIGTERMException
 from sequencer import distributed
 from sequencer.config.errors import RequestError
 from sequencer.config.schema import Config
-from sequencer.data import DataModule, check_images
+from sequencer.data import DataModule
 from sequencer.files import write_atomically
 from sequencer.lightning_internals import stop_loader_workers
 from sequencer.models import read_checkpoint
@@ -104,8 +104,8 @@ def _train(config: Config, resume: bool, reshuffles: int) -> dict[str, Any]:
         for line in parts.description:
             log.info(line)
         if config.data.check and distributed.is_first():
-            readable = check_images(config.data.name, data.parts, config.data.num_workers, sys.stdout.isatty())
-            log.info("checked: %d of %d images can be read", readable, sum(map(len, data.parts.values())))
+            readable = data.count_readable(sys.stdout.isatty())
+            log.info("checked: %d of %d images can be read", readable, sum(map(len, data.splits.values())))
         trainer.loggers = build_loggers(config, run_dir) if distributed.is_first() else []
         if config.trainer.compile:
             compile_in_place(model)

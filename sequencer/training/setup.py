@@ -23,7 +23,7 @@ from sequencer.ops import configure, explain
 from sequencer.training.checkpoints import CHECKPOINTS, RunCheckpoints, SafeCheckpointIO
 from sequencer.training.divergence import DivergenceGuard
 from sequencer.training.ema import WeightEma
-from sequencer.training.launch import trainer_settings
+from sequencer.training.launch import trainer_settings, training_device
 from sequencer.training.loss import build_teacher
 from sequencer.training.module import Classifier, parameters_of
 from sequencer.training.optim import build_optimizer, describe_groups
@@ -56,7 +56,14 @@ def build_parts(config: Config, *callbacks: Callback, data: DataModule | None = 
     run_dir = Path(config.run_dir)
     quieten()
     pl.seed_everything(config.seed, verbose=False)
-    data = data or DataModule(config.data, config.seed, run_dir / "bad_samples.csv")
+    data = data or DataModule(
+        config.data,
+        config.seed,
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
+        device=training_device(config),
+        bad_samples=run_dir / "bad_samples.csv",
+    )
     distributed.one_by_one(data.setup)
     configure(config.model.backend, config.model.recompute)
     model = distributed.one_by_one(lambda: _build_model(config, data.num_classes))

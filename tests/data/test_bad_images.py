@@ -1,11 +1,14 @@
-"""Image files of every kind that goes wrong, in a set, in training, in evaluation."""
+"""Image files that cannot be read, or not as they are: decoding, training, evaluation, and the record of them."""
 
 import csv
-import dataclasses
 import json
 import multiprocessing
+import os
+import shutil
+import socket
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 
 import numpy as np
@@ -13,66 +16,54 @@ import pytest
 import torch
 from PIL import Image
 
-from sequencer.config.schema import AugmentConfig, DataConfig
-from sequencer.data import DataModule, Quarantine, TooManyBadImages, check_images
-from sequencer.data.images import UnreadableImage, read_image
+from sequencer.config.composition import compose
+from sequencer.config.errors import RequestError, summarise_error
+from sequencer.config.schema import AugmentConfig, Config, DataConfig
+from sequencer.data import DataModule, Quarantine, TooManyBadImages, UnreadableImage, read_image
 from sequencer.data.quarantine import COLUMNS
+from sequencer.training import run
 
 TRAIN = Path(__file__).parents[2] / "train.py"
-CLASSES = ("ants", "bees")
 MODEL = "model.kwargs={layers: [1], patch_sizes: [2], embed_dims: [16], hidden_sizes: [4]}"
+BAD = ("broken.png", "text.png", "truncated.jpg", "zero.jpg")
 
 
-def photograph(path: Path, seed: int = 0, size: tuple[int, int] = (20, 16)) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(path)
-    return path
+@pytest.fixture
+def write_bad(write_noise):
+    """`write_bad(path)` writes what the name of the file says, one of `BAD`."""
+
+    def write(path: Path) -> Path:
+        if path.name == "text.png":
+            path.write_text("not an image")
+        elif path.name == "zero.jpg":
+            path.touch()
+        else:
+            content = bytearray(write_noise(path, size=(100, 100)).read_bytes())
+            content[2000:] = bytes(100) + content[2100:] if path.name == "broken.png" else b""
+            path.write_bytes(content)
+        return path
+
+    return write
 
 
-def truncated(folder: Path) -> Path:
-    path = photograph(folder / "truncated.jpg", size=(200, 200))
-    path.write_bytes(path.read_bytes()[:3000])
-    return path
-
-
-def text(folder: Path) -> Path:
-    path = folder / "text.png"
-    path.write_text("not an image")
-    return path
-
-
-def nothing(folder: Path) -> Path:
-    path = folder / "zero.jpg"
-    path.touch()
-    return path
-
-
-def bomb(folder: Path) -> Path:
-    path = folder / "bomb.png"
-    Image.new("1", (30_000, 30_000)).save(path)
-    return path
-
-
-def broken_png(folder: Path) -> Path:
-    path = photograph(folder / "broken.png", size=(100, 100))
-    content = bytearray(path.read_bytes())
-    content[2000:2100] = bytes(100)
-    path.write_bytes(bytes(content))
-    return path
-
-
-BAD = [truncated, text, nothing, bomb, broken_png]
-
-
-@pytest.mark.parametrize("make", BAD)
-def test_what_cannot_be_read_is_one_error(tmp_path, make):
-    path = make(tmp_path)
+@pytest.mark.parametrize("name", BAD)
+def test_what_cannot_be_read_is_one_error(tmp_path, write_bad, name):
+    path = write_bad(tmp_path / name)
     with pytest.raises(UnreadableImage) as error:
         read_image(path)
     assert error.value.path == str(path)
     assert error.value.reason
     assert "\n" not in error.value.reason
+
+
+def test_an_image_of_too_many_pixels_is_not_decoded(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # Pillow warns from there on and refuses twice as many
+    for width in (10, 15, 20):
+        Image.new("1", (width, 10)).save(tmp_path / f"{width}.png")
+        assert read_image(tmp_path / f"{width}.png").size == (width, 10)
+    Image.new("1", (21, 10)).save(tmp_path / "bomb.png")
+    with pytest.raises(UnreadableImage, match="decompression bomb"):
+        read_image(tmp_path / "bomb.png")
 
 
 def test_a_file_that_is_gone(tmp_path):
@@ -108,20 +99,14 @@ def test_sixteen_bits_are_scaled_not_cut_off(tmp_path):
         assert np.array_equal(np.asarray(read_image(tmp_path / name))[..., 0], values >> 8)
 
 
-def test_a_large_image_is_read_without_a_warning(tmp_path):
-    Image.new("L", (30_000, 3_100), 9).save(tmp_path / "large.png")  # 93 million pixels: Pillow warns from 89 on
-    assert read_image(tmp_path / "large.png").size == (30_000, 3_100)
-
-
 @pytest.fixture
-def root(tmp_path):
-    """Two classes with 12 images each to train and 6 to validate, and of each part two that cannot be read."""
-    for part, images in (("train", 12), ("val", 6)):
-        for number in range(2 * images):
-            photograph(tmp_path / "set" / part / CLASSES[number % 2] / f"{number:02}.png", seed=number)
-        text(tmp_path / "set" / part / "ants")
-        nothing(tmp_path / "set" / part / "bees")
-    return tmp_path / "set"
+def root(folder_root, tmp_path, write_bad) -> Path:
+    """Two classes with 12 images each to train and 6 to validate, and in each split two files that cannot be read."""
+    root = Path(shutil.copytree(folder_root, tmp_path / "set"))
+    for split in ("train", "val"):
+        write_bad(root / split / "ants" / "text.png")
+        write_bad(root / split / "bees" / "zero.jpg")
+    return root
 
 
 def config(root: Path, workers: int = 0, share: float = 0.5) -> DataConfig:
@@ -143,10 +128,11 @@ def listed(path: Path) -> list[tuple[str, str]]:
     with open(path, newline="") as file:
         reader = csv.DictReader(file)
         assert reader.fieldnames == COLUMNS
-        return sorted((row["part"], Path(row["path"]).name) for row in reader)
+        return sorted((row["split"], Path(row["path"]).name) for row in reader)
 
 
-def module(config: DataConfig, path: Path) -> DataModule:
+def listing(config: DataConfig, path: Path) -> DataModule:
+    """Lists unreadable images in `path`."""
     data = DataModule(config, 0, bad_samples=path)
     data.setup()
     return data
@@ -155,27 +141,27 @@ def module(config: DataConfig, path: Path) -> DataModule:
 @pytest.mark.parametrize("workers", [0, 2])
 def test_training_takes_another_image_and_evaluation_none(root, tmp_path, workers):
     path = tmp_path / "run" / "bad_samples.csv"
-    data = module(config(root, workers), path)
+    data = listing(config(root, workers), path)
     epochs = [[images for images, _ in data.train_dataloader()] for _ in range(2)]
     assert [len(batch) for batch in epochs[0]] == [13, 13]
-    assert all(torch.equal(a, b) for a, b in zip(*epochs, strict=True))  # a function of seed, epoch and index still
+    assert all(torch.equal(a, b) for a, b in zip(*epochs, strict=True))  # still a function of seed, epoch and index
     assert sum(len(labels) for _, labels, _ in data.val_dataloader()) == 12
-    bad = [(part, name) for part in ("train", "val") for name in ("text.png", "zero.jpg")]
+    bad = [(split, name) for split in ("train", "val") for name in ("text.png", "zero.jpg")]
     assert listed(path) == bad
-    module(config(root, workers), path)
+    listing(config(root, workers), path)
     assert sum(len(labels) for _, labels, _ in data.val_dataloader()) == 12
-    assert listed(path) == bad  # each once, whoever finds it again
+    assert listed(path) == bad  # each once, however often it is found
 
 
 def test_workers_change_nothing(root, tmp_path):
-    alone, helped = (module(config(root, workers), tmp_path / f"{workers}.csv") for workers in (0, 2))
+    alone, helped = (listing(config(root, workers), tmp_path / f"{workers}.csv") for workers in (0, 2))
     for a, b in zip(alone.train_dataloader(), helped.train_dataloader(), strict=True):
         assert torch.equal(a[0], b[0])
         assert torch.equal(a[1], b[1])
 
 
 def test_a_file_that_vanishes_between_two_batches(root, tmp_path):
-    data = module(config(root), tmp_path / "bad.csv")
+    data = listing(config(root), tmp_path / "bad.csv")
     batches = iter(data.train_dataloader())
     next(batches)
     for path in (root / "train" / "ants").glob("*.png"):
@@ -187,19 +173,37 @@ def test_a_file_that_vanishes_between_two_batches(root, tmp_path):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_too_many_are_an_error(root, tmp_path, workers):
-    data = module(config(root, workers, share=0.05), tmp_path / "bad.csv")
-    with pytest.raises(
-        TooManyBadImages, match=r"2 of 26 train images cannot be read, more than data\.max_bad_share=0\.05"
-    ):
+    data = listing(config(root, workers, share=0.05), tmp_path / "bad.csv")
+    limit = r"2 of 26 train images cannot be read, more than data\.max_bad_share=0\.05"
+    with pytest.raises(TooManyBadImages, match=limit) as error:
         list(data.train_dataloader())
+    traceback.clear_frames(error.tb)  # they hold the workers, whose end the garbage collector awaits for 5 seconds each
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_check(root, tmp_path, workers):
-    data = module(config(root, workers), tmp_path / "bad.csv")
-    assert check_images("imagefolder", data.parts, workers, show_progress=False) == 36
+def test_the_readable_images_are_counted(root, tmp_path, workers):
+    data = listing(config(root, workers), tmp_path / "bad.csv")
+    assert data.count_readable() == 36
     assert len(listed(tmp_path / "bad.csv")) == 4
-    assert check_images("digits", data.parts, workers, show_progress=False) == 40  # nothing to decode there
+    with pytest.raises(TooManyBadImages, match="2 of 26 train images"):
+        listing(config(root, workers, share=0.05), tmp_path / "strict.csv").count_readable()
+
+
+def test_a_split_is_probed(root, tmp_path):
+    val = listing(config(root), tmp_path / "bad.csv").val_set
+    bad = [str(root / "val" / path) for path in ("ants/text.png", "bees/zero.jpg")]
+    assert val.probe(500) == (14, bad)
+    assert val.probe(7) == (7, bad[:1])  # every second one
+    assert listed(tmp_path / "bad.csv") == [("val", "text.png"), ("val", "zero.jpg")]
+
+
+def test_examples_are_readable(root):
+    data = DataModule(config(root), 0)
+    data.setup()
+    assert len(data.val_set.examples(100)) == 12
+    few = data.val_set.examples(3)
+    assert [label for _, label in few] == [0, 0, 1]
+    assert few[0][0].shape == (3, 16, 16)
 
 
 def report(path: Path, start) -> None:
@@ -229,26 +233,28 @@ def test_a_line_torn_by_a_kill(tmp_path):
     quarantine.report(UnreadableImage("b.jpg", "two"))
     quarantine.report(UnreadableImage("a.jpg", "one"))
     lines = path.read_text().splitlines()
-    assert lines == ["part,path,reason", "train,a.jpg,one", "train,b.j", "train,b.jpg,two"]
+    assert lines == ["split,path,reason", "train,a.jpg,one", "train,b.j", "train,b.jpg,two"]
 
 
-def command(root: Path, *overrides: str) -> list[str]:
-    return [sys.executable, str(TRAIN), "data=imagefolder", f"data.root={root}", "data.img_size=16", MODEL,
-            "model.name=sequencer2d_t_8", "trainer.accelerator=cpu", "trainer.max_epochs=2", "optim.warmup_epochs=0",
-            "data.batch_size=8", "run_dir=run", *overrides]  # fmt: skip
+def overrides(root: Path, run_dir: Path, *changes: str) -> list[str]:
+    return ["data=imagefolder", f"data.root={root}", "data.img_size=16", MODEL, "data.augment.scale=null",
+            "model.name=sequencer2d_t_8", "trainer.accelerator=cpu", "trainer.max_epochs=1", "optim.warmup_epochs=0",
+            "trainer.enable_progress_bar=false", "data.batch_size=8", f"run_dir={run_dir}", *changes]  # fmt: skip
 
 
-def test_a_run_goes_on_and_its_evaluation_counts_what_it_read(root, tmp_path):
-    arguments = ["data.max_bad_share=0.2", "data.num_workers=2", "data.check=true", "data.eval_batch_size=1"]
-    done = subprocess.run(command(root, *arguments), cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "checked: 36 of 40 images can be read" in done.stdout
+def wanted(root: Path, run_dir: Path, *changes: str) -> Config:
+    return compose(overrides(root, run_dir, *changes))
+
+
+def test_a_run_goes_on_and_its_evaluation_counts_what_it_read(root, tmp_path, load_script, capsys):
+    options = ["data.max_bad_share=0.2", "data.num_workers=2", "data.check=true", "data.eval_batch_size=1"]
+    run(wanted(root, tmp_path / "run", *options))
+    assert "checked: 36 of 40 images can be read" in capsys.readouterr().out
     assert len(listed(tmp_path / "run" / "bad_samples.csv")) == 4
-    script = TRAIN.parent / "scripts" / "evaluate.py"
-    done = subprocess.run([sys.executable, script, "run"], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "val part, 12 images" in done.stdout
-    assert "2 more could not be read" in done.stdout
+    assert load_script("evaluate").main([str(tmp_path / "run"), "--device", "cpu"]) == 0
+    printed = capsys.readouterr().out
+    assert "12 images" in printed
+    assert "2 more could not be read" in printed
     result = json.loads((tmp_path / "run" / "evaluation" / "evaluation.json").read_text())
     assert (result["total"], result["unreadable"]) == (12, 2)
     assert len(listed(tmp_path / "run" / "evaluation" / "bad_samples.csv")) == 2
@@ -256,33 +262,45 @@ def test_a_run_goes_on_and_its_evaluation_counts_what_it_read(root, tmp_path):
 
 @pytest.mark.parametrize("option", ["data.num_workers=2", "data.check=true"])
 def test_a_run_with_too_many_stops(root, tmp_path, option):
-    done = subprocess.run(command(root, option), cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 1
-    (line,) = (line for line in done.stderr.splitlines() if line)
-    assert line.startswith("train.py: ")
-    assert line.endswith("cannot be read, more than data.max_bad_share=0.01 allows: run/bad_samples.csv lists them")
+    with pytest.raises(TooManyBadImages) as error:
+        run(wanted(root, tmp_path / "run", option))
+    traceback.clear_frames(error.tb)
+    (line,) = summarise_error(error.value).splitlines()  # also of a worker, which hands on its whole traceback
+    assert " images cannot be read, more than data.max_bad_share=0.01 allows: " in line
+    assert line.endswith(f"{tmp_path / 'run' / 'bad_samples.csv'} lists them")
 
 
-def test_one_of_two_processes_says_that_it_stops(root, tmp_path):
-    """The other one, which speaks for both as a rule, learns no more than that it is gone."""
+def test_the_rank_that_stops_says_so(root, tmp_path):
+    """Rank 0, which prints the errors of all ranks, learns only that the connection is lost."""
     (root / "train" / "ants" / "text.png").unlink()
-    two = command(root, "trainer.devices=2", "data.num_workers=0", "seed=1")  # the second one meets it
-    done = subprocess.run(two, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 1
-    assert "train.py, process 1: 1 of 25 train images cannot be read, more than data.max_bad_share=" in done.stderr
+    command = [sys.executable, TRAIN, *overrides(root, tmp_path / "run", "data.num_workers=0", "seed=1")]
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    ranks = [
+        subprocess.Popen(
+            command, env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    errors = [process.communicate(timeout=120)[1] for process in ranks]
+    assert ranks[1].returncode == 1, errors
+    assert ranks[0].returncode != 0
+    assert "rank 1: 1 of 25 train images cannot be read, more than data.max_bad_share=" in errors[1]
 
 
 def test_a_folder_without_images_is_refused_before_anything_is_written(tmp_path):
-    for part in ("train", "val"):
-        for name in CLASSES:
-            (tmp_path / "set" / part / name).mkdir(parents=True)
-    done = subprocess.run(command(tmp_path / "set"), cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert "Found no valid file for the classes ants, bees" in done.stderr
+    for split in ("train", "val"):
+        for name in ("ants", "bees"):
+            (tmp_path / "set" / split / name).mkdir(parents=True)
+    with pytest.raises(RequestError, match="Found no valid file for the classes ants, bees"):
+        run(wanted(tmp_path / "set", tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
 
 def test_sets_in_memory_have_no_list(tmp_path, digits):
-    data = module(dataclasses.replace(digits), tmp_path / "bad.csv")
+    data = listing(digits, tmp_path / "bad.csv")
     list(data.val_dataloader())
     assert not (tmp_path / "bad.csv").exists()

@@ -1,4 +1,4 @@
-"""Mixed batches of any size: what is mixed, what is not, and targets that stay distributions."""
+"""Mixup and CutMix of batches of any size."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ BOTH = AugmentConfig(mixup=0.8, cutmix=1.0, smoothing=0.1)
 
 
 def batch(size):
-    """Image `i` is `i` everywhere and its label is `i`, so that pixels tell the share of each label."""
+    """Image `i` has the value `i` everywhere and the label `i`, so that pixels tell the share of each label."""
     labels = torch.arange(size)
     return labels.float().view(-1, 1, 1, 1).repeat(1, 3, 8, 8), labels
 
@@ -22,7 +22,7 @@ def mixer(augment, num_classes):
     return mix
 
 
-def test_off():
+def test_without_mixup_and_cutmix_there_is_no_function():
     assert build_mixup(AugmentConfig(smoothing=0.1), 10) is None
 
 

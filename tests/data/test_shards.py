@@ -1,10 +1,11 @@
-"""Shards: each sample once an epoch, whoever reads them, from wherever they come."""
+"""Splits in shards: every sample once per epoch, for any ranks and workers, from a disk, over HTTP and from S3."""
 
 import csv
 import functools
 import io
 import json
 import os
+import shutil
 import threading
 from collections import Counter
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -16,16 +17,18 @@ import pytest
 import torch
 from PIL import Image
 
+from sequencer.config.composition import compose
 from sequencer.config.errors import RequestError
-from sequencer.config.request import compose, to_config
 from sequencer.config.schema import AugmentConfig, DataConfig
-from sequencer.data import DataModule, TooManyBadImages, check_images, evaluation_loader
-from sequencer.data.shards import ShardSet, StreamSampler, StreamSet, Stretches, read_samples
+from sequencer.data import DataModule, Quarantine, TooManyBadImages, open_split
+from sequencer.data.shard_files import read_samples
+from sequencer.data.shard_order import ShardOrder
+from sequencer.data.shards import EvaluationStream, ShardSampler, ShardSplit
 from sequencer.models import read_checkpoint
 from sequencer.training import run
 
 webdataset = pytest.importorskip("webdataset", reason="webdataset is not installed")
-SIZES = (7, 3, 11, 1, 8)  # samples of the shards of the training part
+SIZES = (7, 3, 11, 1, 8)  # samples of the shards of the training split
 
 
 def png(value: int) -> bytes:
@@ -34,24 +37,32 @@ def png(value: int) -> bytes:
     return file.getvalue()
 
 
-def write_part(folder: Path, part: str, sizes: tuple[int, ...]) -> None:
-    """Image `n` of a part is of the grey value `n`, its label is n % 3."""
+def write_split(folder: Path, split: str, sizes: tuple[int, ...]) -> None:
+    """Image `n` of a split has the grey value `n` everywhere and the label n % 3."""
     first, shards = 0, []
     for number, size in enumerate(sizes):
-        name = f"{part}-{number}.tar"
+        name = f"{split}-{number}.tar"
         with webdataset.TarWriter(str(folder / name)) as writer:
             for value in range(first, first + size):
                 writer.write({"__key__": f"{value:05}", "png": png(value), "cls": str(value % 3)})
         shards.append({"url": name, "nsamples": size})
         first += size
-    (folder / f"{part}.json").write_text(json.dumps({"shardlist": shards, "classes": ["a", "b", "c"]}))
+    (folder / f"{split}.json").write_text(json.dumps({"shardlist": shards, "classes": ["a", "b", "c"]}))
+
+
+@pytest.fixture(scope="session")
+def shards_root(tmp_path_factory) -> Path:
+    """Not to be changed."""
+    root = tmp_path_factory.mktemp("shards")
+    write_split(root, "train", SIZES)
+    write_split(root, "val", (5, 4))
+    return root
 
 
 @pytest.fixture
-def folder(tmp_path) -> Path:
-    write_part(tmp_path, "train", SIZES)
-    write_part(tmp_path, "val", (5, 4))
-    return tmp_path
+def folder(shards_root, tmp_path) -> Path:
+    """A copy that may be changed."""
+    return Path(shutil.copytree(shards_root, tmp_path / "shards"))
 
 
 def config(root: object, **changes: object) -> DataConfig:
@@ -60,10 +71,14 @@ def config(root: object, **changes: object) -> DataConfig:
     return DataConfig(name="webdataset", root=str(root), **changes)  # type: ignore[arg-type]
 
 
-def module(root: object, **changes: object) -> DataModule:
-    data = DataModule(config(root, **changes), seed=0)
+def module(root: object, rank: int = 0, world_size: int = 1, **changes: object) -> DataModule:
+    data = DataModule(config(root, **changes), seed=0, rank=rank, world_size=world_size)
     data.setup()
     return data
+
+
+def val_split(root: object) -> ShardSplit:
+    return open_split(config(root), "val", lambda image: torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255)
 
 
 def values(images: torch.Tensor) -> list[int]:
@@ -71,8 +86,8 @@ def values(images: torch.Tensor) -> list[int]:
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2])
-def test_each_sample_once_an_epoch(folder, workers):
-    loader = module(folder, num_workers=workers).train_dataloader()
+def test_each_sample_once_an_epoch(shards_root, workers):
+    loader = module(shards_root, num_workers=workers).train_dataloader()
     orders = []
     for epoch in range(2):
         loader.sampler.set_epoch(epoch)
@@ -87,35 +102,70 @@ def test_each_sample_once_an_epoch(folder, workers):
 
 @pytest.mark.parametrize("workers", [1, 2, 3])
 @pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_shares_of_processes_and_workers(folder, workers, world_size):
-    images = ShardSet(config(folder), "train", np.asarray)
+def test_orders_of_ranks_and_workers_cover_every_sample_once(workers, world_size):
+    starts = np.cumsum([0, *SIZES])
     seen: Counter[int] = Counter()
     for rank in range(world_size):
-        stretches = Stretches(images, 28, 4 // world_size, workers, rank, world_size, seed=3, buffer=5)
-        assert len(stretches) == 28 // world_size
-        seen.update(stretches.number(6, index) for index in range(len(stretches)))
+        order = ShardOrder(starts, 28, 4 // world_size, workers, rank, world_size, seed=3, buffer=5)
+        assert len(order) == 28 // world_size
+        seen.update(order.sample(6, index) for index in range(len(order)))
     assert len(seen) == 28
     assert max(seen.values()) == 1
 
 
+def test_the_order_of_an_epoch_never_changes():
+    """A run that is resumed with a later version goes on in the same order."""
+    order = ShardOrder(np.cumsum([0, 4, 3, 5]), 12, 2, 2, seed=1, buffer=3, salts={5: "1 1"})
+    assert [[order.sample(epoch, index) for index in range(12)] for epoch in (4, 5)] == [
+        [5, 4, 10, 0, 6, 8, 11, 3, 7, 9, 2, 1],
+        [1, 2, 8, 6, 0, 4, 7, 10, 3, 5, 9, 11],
+    ]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_ranks_share_every_batch(shards_root, workers):
+    ranks = [module(shards_root, rank, 2, num_workers=workers) for rank in range(2)]
+    loaders = [data.train_dataloader() for data in ranks]
+    for number, batches in enumerate(zip(*loaders, strict=True)):
+        together = [value for images, _ in batches for value in values(images)]
+        assert together == ranks[0].images_of(0, number) == ranks[1].images_of(0, number)
+    assert number == 6
+
+
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 @pytest.mark.parametrize("workers", [0, 2])
-def test_evaluation_sees_every_sample_once(folder, workers, world_size):
+def test_evaluation_sees_every_sample_once(shards_root, workers, world_size):
     found = []
+    wanted = config(shards_root, num_workers=workers, eval_batch_size=2)
     for rank in range(world_size):
-        images = ShardSet(config(folder), "val", lambda image: torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255)
-        loader = evaluation_loader(images, config(folder, num_workers=workers, eval_batch_size=2), rank, world_size)
-        for batch, labels, indices in loader:
+        for batch, labels, indices in val_split(shards_root).evaluation_loader(wanted, rank, world_size):
             assert values(batch) == indices.tolist()
             assert labels.tolist() == [index % 3 for index in indices.tolist()]
             found += indices.tolist()
     assert sorted(found) == list(range(9))
 
 
+def test_what_a_split_tells_of_its_samples(shards_root):
+    split = val_split(shards_root)
+    assert (len(split), split.class_names, split.labels) == (9, ["a", "b", "c"], None)
+    assert split.ids[4:6] == [f"{shards_root}/val-0.tar#4", f"{shards_root}/val-1.tar#0"]
+    assert split.probe(5) == (0, [])
+    with pytest.raises(NotImplementedError, match="validation split"):
+        split.subset(np.arange(3))
+
+
+def test_examples_are_readable_samples(folder):
+    (folder / "val.json").write_text((folder / "val.json").read_text().replace('["a", "b", "c"]', '["a", "b"]'))
+    examples = val_split(folder).examples(3)  # of samples 0 to 8, of which every third has a label too many
+    assert values(torch.stack([image for image, _ in examples])) == [0, 1, 3]
+    assert [label for _, label in examples] == [0, 1, 0]
+    assert len(val_split(folder).examples(100)) == 6
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("done", [1, 2, 5])
-def test_an_epoch_goes_on_where_it_was(folder, workers, done):
-    data = module(folder, num_workers=workers, augment=AugmentConfig(hflip=0.5, scale=[0.3, 1.0]))
+def test_an_epoch_goes_on_where_it_was(shards_root, workers, done):
+    data = module(shards_root, num_workers=workers, augment=AugmentConfig(hflip=0.5, scale=[0.3, 1.0]))
     whole = list(data.train_dataloader())
     data.load_state_dict({"epoch": 0, "batches": done, "reshuffles": []})
     rest = list(data.train_dataloader())
@@ -125,23 +175,23 @@ def test_an_epoch_goes_on_where_it_was(folder, workers, done):
         assert torch.equal(labels, expected_labels)
 
 
-def test_images_of_a_batch_are_named(folder):
-    data = module(folder)
+def test_images_of_a_batch_are_named(shards_root):
+    data = module(shards_root)
     batches = list(data.train_dataloader())
     assert [data.images_of(0, number) for number in range(7)] == [values(images) for images, _ in batches]
 
 
-def test_a_worker_opens_each_of_its_shards_once(folder, monkeypatch):
+def test_a_worker_opens_each_of_its_shards_once(shards_root, monkeypatch):
     opened: list[str] = []
 
     def counting(url: str):
         opened.append(url)
         return read_samples(url)
 
-    monkeypatch.setattr("sequencer.data.shards.read_samples", counting)
-    list(module(folder).train_dataloader())
-    assert len(opened) <= len(SIZES)
-    assert len(set(opened)) == len(opened)
+    monkeypatch.setattr("sequencer.data.shard_files.read_samples", counting)
+    list(module(shards_root).train_dataloader())
+    assert sorted(opened) == sorted(set(opened))
+    assert len(opened) >= len(SIZES) - 1  # 28 of 30 samples may leave out a shard of one
 
 
 class Server(SimpleHTTPRequestHandler):
@@ -170,7 +220,7 @@ class Server(SimpleHTTPRequestHandler):
 def address(folder):
     Server.broken, Server.times = {}, Counter()
     server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Server, directory=str(folder)))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_address[1]}"
     server.shutdown()
     server.server_close()
@@ -197,7 +247,9 @@ def test_a_shard_that_breaks_off_once_is_read_again(address, folder):
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_what_a_broken_shard_lacks_is_listed_and_replaced(address, folder, tmp_path):
     Server.broken, Server.times = {"train-2.tar": 9000}, Counter({"train-2.tar": -1})
-    data = DataModule(config(address, max_bad_share=0.9, shuffle_buffer=20), 0, tmp_path / "bad_samples.csv")
+    data = DataModule(
+        config(address, max_bad_share=0.9, shuffle_buffer=20), 0, bad_samples=tmp_path / "bad_samples.csv"
+    )
     data.setup()
     batches = list(data.train_dataloader())
     assert [len(images) for images, _ in batches] == [4] * 7
@@ -205,7 +257,7 @@ def test_what_a_broken_shard_lacks_is_listed_and_replaced(address, folder, tmp_p
         rows = list(csv.DictReader(file))
     assert rows
     assert all(row["path"].startswith(f"{address}/train-2.tar#") and "breaks off" in row["reason"] for row in rows)
-    strict = DataModule(config(address, max_bad_share=0.01), 0, tmp_path / "strict.csv")
+    strict = DataModule(config(address, max_bad_share=0.01), 0, bad_samples=tmp_path / "strict.csv")
     strict.setup()
     with pytest.raises(TooManyBadImages, match=r"than data\.max_bad_share=0\.01 allows"):
         list(strict.train_dataloader())
@@ -214,10 +266,14 @@ def test_what_a_broken_shard_lacks_is_listed_and_replaced(address, folder, tmp_p
 def test_a_shard_cut_short_on_the_disk(folder, tmp_path):
     path = folder / "train-2.tar"
     path.write_bytes(path.read_bytes()[:9000])
-    data = DataModule(config(folder, max_bad_share=0.9), 0, tmp_path / "bad.csv")
+    data = DataModule(config(folder, max_bad_share=0.9), 0, bad_samples=tmp_path / "bad.csv")
     data.setup()
-    assert check_images("webdataset", data.parts, 0, False) < 39
-    assert "train-2.tar#" in (tmp_path / "bad.csv").read_text()
+    readable = data.count_readable()
+    with open(tmp_path / "bad.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["split"] for row in rows} == {"train"}
+    assert all(row["path"].startswith(f"{folder}/train-2.tar#") for row in rows)
+    assert 30 - 11 + 9 < readable == 30 + 9 - len(rows)
 
 
 def test_from_s3(folder, tmp_path, monkeypatch):
@@ -234,10 +290,14 @@ def test_from_s3(folder, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("index", "message"),
     [
-        (None, r"no index .*/train\.json"),
-        ("{}", r"no index .*/train\.json"),
-        ('{"shardlist": []}', "no shard"),
-        ('{"shardlist": [{"url": "a.tar", "nsamples": 0}]}', "a shard without samples"),
+        (None, r"no complete set in .*/train\.json \(No such file or directory\)\nscripts/shards\.py writes"),
+        ("{}", r"no complete set in .*/train\.json \('shardlist'\)"),
+        ('{"shardlist": []}', "lists no shard"),
+        ('{"shardlist": [{"url": "a.tar", "nsamples": 0}]}', "lists a shard without samples"),
+        (
+            '{"shardlist": [{"url": "a.tar", "nsamples": 1}], "classes": ["a"]}',
+            r"data\.num_classes=3, but 1 classes were",
+        ),
         ('{"shardlist": [{"url": "pipe:rm x", "nsamples": 1}], "classes": ["a"]}', "addresses are files, http"),
         ('{"shardlist": [{"url": "a.tar", "nsamples": 1}]}', r"names no classes: set data\.num_classes"),
     ],
@@ -246,14 +306,16 @@ def test_a_wrong_index_is_refused(folder, index, message):
     path = folder / "train.json"
     path.unlink() if index is None else path.write_text(index)
     with pytest.raises(RequestError, match=message):
-        module(folder)
+        module(folder, num_classes=3 if index and '["a"]' in index else None)
 
 
 def test_a_label_that_no_class_has(folder, tmp_path):
     (folder / "val.json").write_text((folder / "val.json").read_text().replace('["a", "b", "c"]', '["a", "b"]'))
-    images = ShardSet(config(folder), "val", lambda image: torch.zeros(3, 8, 8))
-    batches = list(evaluation_loader(images, config(folder)))
-    assert sum(len(labels) for _, labels, _ in batches) == 6
+    split = val_split(folder)
+    split.quarantine = Quarantine(tmp_path / "bad.csv", "val", 9, 1.0)
+    batches = list(split.evaluation_loader(config(folder)))
+    assert [index for _, _, indices in batches for index in indices.tolist()] == [0, 1, 3, 4, 6, 7]
+    assert (tmp_path / "bad.csv").read_text().count("its label is 2 of 2 classes") == 3
 
 
 SMALL = ["model.name=sequencer2d_t_32", "trainer.accelerator=cpu", "trainer.max_epochs=2", "data.batch_size=4",
@@ -261,12 +323,12 @@ SMALL = ["model.name=sequencer2d_t_32", "trainer.accelerator=cpu", "trainer.max_
          "model.kwargs={layers: [1], patch_sizes: [2], embed_dims: [16], hidden_sizes: [4]}"]  # fmt: skip
 
 
-def test_a_run_on_shards_ends_the_same_when_it_is_resumed(folder, tmp_path):
+def test_a_run_on_shards_ends_the_same_when_it_is_resumed(shards_root, tmp_path):
     from sequencer.training.module import Classifier
 
     def wanted(name: str):
-        return to_config(compose(["data=webdataset", f"data.root={folder}", f"run_dir={tmp_path / name}", *SMALL,
-                                  "trainer.checkpoint_interval=0"]))  # fmt: skip
+        return compose(["data=webdataset", f"data.root={shards_root}", f"run_dir={tmp_path / name}", *SMALL,
+                        "trainer.checkpoint_interval=0"])  # fmt: skip
 
     run(wanted("whole"))
     step, steps = Classifier.training_step, 0
@@ -287,8 +349,11 @@ def test_a_run_on_shards_ends_the_same_when_it_is_resumed(folder, tmp_path):
     assert all(torch.equal(whole["state_dict"][key], cut["state_dict"][key]) for key in whole["state_dict"])
 
 
-def test_stream_sampler_serves_its_share():
-    sampler = StreamSampler(30, 8, 0, rank=1, world_size=2, epoch=1, batches_done=2)
+def test_the_sampler_serves_the_share_of_its_rank(shards_root):
+    split = open_split(config(shards_root), "train", np.asarray)
+    sampler = ShardSampler(
+        split, config(shards_root, batch_size=8), 0, 1, 2, {"epoch": 1, "batches": 2, "reshuffles": []}
+    )
     assert len(sampler) == 12
     sampler.set_epoch(1)
     assert list(sampler) == [(1, index) for index in range(8, 12)]
@@ -296,6 +361,15 @@ def test_stream_sampler_serves_its_share():
     assert list(sampler) == [(2, index) for index in range(12)]
 
 
-def test_stream_set_knows_its_length(folder):
-    stretches = Stretches(ShardSet(config(folder), "train", np.asarray), 30, 4, 2)
-    assert len(StreamSet(stretches)) == 30
+def test_a_stream_knows_its_length(shards_root):
+    split = open_split(config(shards_root), "train", np.asarray)
+    assert len(EvaluationStream(split, ShardOrder(split.starts, 30, 4, 2))) == 30
+
+
+def test_plain_indices_stand_for_epoch_0(shards_root):
+    """With `overfit_batches` Lightning replaces the sampler by a sequential one."""
+    loader = module(shards_root).train_dataloader()
+    items = loader.dataset.__getitems__([(0, 3), (0, 4)])
+    assert values(torch.stack([image for image, _ in loader.dataset.__getitems__([3, 4])])) == values(
+        torch.stack([image for image, _ in items])
+    )

@@ -1,4 +1,4 @@
-"""Evaluation equals timm's; training applies what the configuration names; exact sizes pass through untouched."""
+"""The evaluation transform equals timm's, and the training transform applies what the configuration names."""
 
 import dataclasses
 import random
@@ -20,7 +20,7 @@ GREY: dict[str, Any] = {"in_chans": 1, "mean": [0.5], "std": [0.25]}
 
 
 def photograph(width, height, seed=0):
-    """Smooth colours with noise: resampling and cropping both leave their mark."""
+    """An image of smooth colours with noise, which both resampling and cropping change."""
     rng = np.random.default_rng(seed)
     ramp = np.linspace(0, 180, width)[None, :, None] * np.ones((height, 1, 3))
     return Image.fromarray((ramp + rng.integers(0, 75, (height, width, 3))).astype(np.uint8))

@@ -1,0 +1,153 @@
+"""The interface of a split of a data set, behind which image files, sets in memory and shards stand."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Int64
+from torch.utils.data import DataLoader
+
+from sequencer.config.schema import DataConfig
+from sequencer.data.images import UnreadableImage
+from sequencer.data.quarantine import Quarantine
+from sequencer.data.seeding import START, EpochSampler, Position
+
+SplitName = Literal["train", "val", "test"]
+Transform = Callable[[Any], Any]
+CPU = torch.device("cpu")
+CHECKED_AT_ONCE = 64  # images, where all of a split are decoded
+
+
+class Split(ABC):
+    """Labelled images of one split of a data set, and the loaders that serve them.
+
+    Attributes:
+        class_names: name of every class; labels are indices into it.
+        location: folder, file or address that the split was opened from.
+        transform: applied to every image; the identity until it is set.
+        quarantine: records images that cannot be read; None until it is set.
+    """
+
+    quarantine: Quarantine | None = None
+
+    def __init__(self, class_names: Sequence[str], location: str) -> None:
+        self.class_names = list(class_names)
+        self.location = location
+        self.transform: Transform = unchanged
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Number of images, whether or not they can be read."""
+
+    @property
+    @abstractmethod
+    def ids(self) -> list[str]:
+        """A unique name of every image: the path of its file, or its index in the set."""
+
+    @property
+    @abstractmethod
+    def labels(self) -> Int64[np.ndarray, " N"] | None:
+        """Labels of all images in order; None where they are not known before the images are read."""
+
+    @abstractmethod
+    def sampler(
+        self, config: DataConfig, seed: int, rank: int = 0, world_size: int = 1, position: Position = START
+    ) -> EpochSampler:
+        """The order of the training images on one rank; `position` is where a resumed run goes on."""
+
+    @abstractmethod
+    def training_loader(
+        self,
+        config: DataConfig,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        position: Position = START,
+        device: torch.device = CPU,
+    ) -> DataLoader[Any]:
+        """Batches `(images, labels)` in the order of `sampler`, which is the loader's sampler too.
+
+        Args:
+            device: device that trains; sets in memory are kept there if it has room.
+        """
+
+    @abstractmethod
+    def evaluation_loader(
+        self, config: DataConfig, rank: int = 0, world_size: int = 1, device: torch.device = CPU
+    ) -> DataLoader[Any]:
+        """Batches `(images, labels, indices)` of every readable image once, over all ranks.
+
+        The images are not padded to equal numbers per rank, and no image is served to two ranks.
+        """
+
+    @abstractmethod
+    def readable_counts(self, num_workers: int) -> Iterable[int]:
+        """Decodes every image and yields, for one batch after another, how many could be read.
+
+        Raises:
+            TooManyBadImages: more images are unreadable than the quarantine allows.
+        """
+
+    @abstractmethod
+    def probe(self, most: int) -> tuple[int, list[str]]:
+        """Decodes up to `most` images, spread over the split, where this is cheap.
+
+        Returns:
+            The number of images decoded (0 where all are decoded already or reading a few is costly), and the paths
+            of those that cannot be read.
+
+        Raises:
+            TooManyBadImages: more images are unreadable than the quarantine allows.
+        """
+
+    @abstractmethod
+    def examples(self, number: int) -> list[tuple[Any, int]]:
+        """Up to `number` readable items `(transform(image), label)`."""
+
+    def subset(self, indices: np.ndarray) -> "Split":
+        """The images at `indices` as a split, which shares their storage.
+
+        Raises:
+            NotImplementedError: the images cannot be read one by one.
+        """
+        raise NotImplementedError(f"{type(self).__name__} cannot be divided: give the data set a validation split")
+
+    @contextmanager
+    def _reporting(self) -> Iterator[None]:
+        """Reports an `UnreadableImage` that is raised inside to the quarantine."""
+        try:
+            yield
+        except UnreadableImage as found:
+            if self.quarantine is not None:
+                self.quarantine.report(found)
+            raise
+
+
+def unchanged(image: Any) -> Any:
+    """The identity."""
+    return image
+
+
+def make_loader(
+    dataset: Any,
+    batch_size: int,
+    sampler: Iterable[Any],
+    num_workers: int,
+    collate_fn: Callable[[list[Any]], Any] | None = None,
+    pin_memory: bool = True,
+) -> DataLoader[Any]:
+    """A DataLoader whose workers persist and which leaves the global random state as it was."""
+    return DataLoader(
+        dataset,
+        batch_size=batch_size,
+        sampler=sampler,
+        num_workers=num_workers,
+        persistent_workers=num_workers > 0,
+        pin_memory=pin_memory and torch.cuda.is_available(),
+        collate_fn=collate_fn,
+        # by default every new iterator draws the seed of its workers from the global random state
+        generator=torch.Generator(),
+    )
