@@ -88,14 +88,14 @@ def finish(ranks: Sequence[Command]) -> str:
     return outputs[0][0]
 
 
-def wait_for(path: Path, text: str) -> None:
-    """Waits until a file holds a text."""
+def wait_for(path: Path, text: str, times: int = 1) -> None:
+    """Waits until a file holds a text so many times."""
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
-        if path.exists() and text in path.read_text():
+        if path.exists() and path.read_text().count(text) >= times:
             return
         time.sleep(0.02)
-    raise AssertionError(f"no {text!r} in {path}")
+    raise AssertionError(f"{path} does not hold {text!r} {times} times")
 
 
 def heed_ctrl_c() -> None:

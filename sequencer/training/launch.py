@@ -45,7 +45,7 @@ def uses_gpu(config: Config) -> bool:
 
 
 def training_device(config: Config) -> torch.device:
-    """The device that this process trains on."""
+    """The device that this rank trains on."""
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if uses_gpu(config) else torch.device("cpu")
 
 

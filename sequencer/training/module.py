@@ -48,7 +48,7 @@ class Classifier(pl.LightningModule):
         """
         super().__init__()
         self.model, self.config, self.class_names, self.teacher = model, config, class_names, teacher
-        self.log_to_loggers = log_to_loggers
+        self._to_loggers = None if log_to_loggers else False  # Lightning warns of True where there are no loggers
         self.criterion = build_criterion(config.optim, config.data.augment.smoothing)
         self.mix = build_mixup(config.data.augment, len(class_names))
         self.eval_metrics = ClassificationMetrics(len(class_names))  # of the evaluation that is running or was the last
@@ -123,7 +123,7 @@ class Classifier(pl.LightningModule):
 
     def on_train_epoch_end(self) -> None:
         if self._train_totals[1] > 0:  # comes after the callbacks' hooks, and none has taken it
-            self.log("train/loss", self.take_train_loss(), logger=self.log_to_loggers)
+            self.log("train/loss", self.take_train_loss(), logger=self._to_loggers)
 
     def on_validation_epoch_start(self) -> None:
         self.eval_metrics.reset()
@@ -149,7 +149,7 @@ class Classifier(pl.LightningModule):
         """Logs loss, top-1 and top-5 accuracy over all ranks as `prefix/loss`, `prefix/top1` and `prefix/top5`."""
         values = metrics.compute()
         named = {f"{prefix}/{name}": values[name] for name in ("loss", "top1", "top5")}
-        self.log_dict(named, logger=self.log_to_loggers, batch_size=1)
+        self.log_dict(named, logger=self._to_loggers, batch_size=1)
 
     def predict_step(self, batch: Tensor | Sequence[Tensor], batch_idx: int) -> Float[Tensor, "B K"]:
         """Class probabilities of a batch of images, alone or followed by labels."""

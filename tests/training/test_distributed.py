@@ -1,23 +1,21 @@
-"""Several processes on the CPU's backend, as torchrun starts them: the same run as one process makes."""
+"""Several ranks on the CPU make the same run as one."""
 
 import json
 import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from sequencer.models import read_checkpoint
+from sequencer.config import RequestError
 from sequencer.training import run
 from sequencer.training.random_state import seed_rank
-from tests.training.conftest import SMALL, SMALL_MODEL
-from tests.training.test_run import RANDOM, assert_same_run, rows, same
+from tests.helpers import RANDOM, SMALL, SMALL_MODEL, assert_same_run, read_last, read_rows
+from tests.processes import TRAIN, finish, heed_ctrl_c, start_ranks, wait_for
 
-TRAIN = Path(__file__).parents[2] / "train.py"
 EMA = ["optim.ema_decay=0.9"]
 LONG = [
     "trainer.max_epochs=4",
@@ -25,172 +23,171 @@ LONG = [
     "trainer.accumulate_grad_batches=2",
     "data.batch_size=36",
 ]
-CALM = ["data.augment.mixup=0", "model.drop_path_rate=0"]  # nothing that each process draws for itself
+CALM = ["data.augment.mixup=0", "model.drop_path_rate=0"]  # nothing that each rank draws for itself
+QUICK = [*SMALL, SMALL_MODEL]
 
 
-@pytest.fixture
-def torchrun(tmp_path):
-    """`torchrun(processes, run_dir, *overrides, restarts=0)` starts a small run on the digits."""
-
-    def start(processes: int, run_dir: str, *overrides: str, restarts: int = 0) -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-        command += [f"--max-restarts={restarts}", str(TRAIN), *SMALL, SMALL_MODEL, *overrides, f"run_dir={run_dir}"]
-        return subprocess.Popen(
-            command,
-            cwd=tmp_path,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            process_group=0,
-            preexec_fn=heed_ctrl_c,
-        )
-
-    return start
-
-
-def heed_ctrl_c() -> None:
-    """Whoever runs the tests in the background has it ignored."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
-def finish(process: subprocess.Popen[str], code: int = 0) -> str:
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == code, output
-    return output
-
-
-def wait_for(path: Path, text: str) -> None:
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        if path.exists() and text in path.read_text():
-            return
-        time.sleep(0.02)
-    raise AssertionError(f"no {text!r} in {path}")
+def torchrun(folder: Path, processes: int, *overrides: str, restarts: int = 0) -> subprocess.Popen[str]:
+    """Starts a small run on the digits by torchrun, in a process group of its own."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    command += [f"--max-restarts={restarts}", str(TRAIN), *QUICK, *overrides]
+    return subprocess.Popen(
+        command,
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        process_group=0,
+        preexec_fn=heed_ctrl_c,
+    )
 
 
 def workers(process: subprocess.Popen[str]) -> list[int]:
     return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
 
 
+def succeed(process: subprocess.Popen[str]) -> None:
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+
+
 def assert_close(a: Path, b: Path) -> None:
-    """The same run but for the order of sums."""
-    x, y = (read_checkpoint(folder / "checkpoints" / "last.ckpt") for folder in (a, b))
+    """Compares two runs up to the order of sums."""
+    x, y = read_last(a), read_last(b)
     for slot in ("state_dict", "state_dict_ema"):
+        assert x[slot].keys() == y[slot].keys()
         for name, tensor in x[slot].items():
             torch.testing.assert_close(tensor, y[slot][name], rtol=1e-3, atol=1e-5)
-    for one, other in zip(rows(a), rows(b), strict=True):
+    for one, other in zip(read_rows(a), read_rows(b), strict=True):
         for name in ("train/loss", "val/loss", "val_ema/loss"):
             assert float(one[name]) == pytest.approx(float(other[name]), rel=1e-5)
         assert (one["step"], one["lr"], one["val/top1"]) == (other["step"], other["lr"], other["val/top1"])
 
 
-@pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.slow)])
-def test_several_processes_make_the_run_of_one(config, torchrun, tmp_path, processes):
-    """143 images to validate and 359 to test are shared evenly by none of them."""
-    process = torchrun(processes, "many", *CALM, *EMA, *LONG)
-    one = run(config(*CALM, *EMA, *LONG, run_dir="one"))
-    output = finish(process)
-    assert_close(tmp_path / "one", tmp_path / "many")
-    shared = json.loads((tmp_path / "many" / "summary.json").read_text())
-    assert shared["test/top1"] == one["test/top1"]
-    assert shared["test/loss"] == pytest.approx(one["test/loss"], rel=1e-5)
-    assert f"batch 72: {36 // processes} on each of {processes} devices, 2 passes an update" in output
-    assert output.count("epoch 1/4") == 1  # one process speaks
+@pytest.fixture(scope="module")
+def of_one(tmp_path_factory) -> Path:
+    """The folder of a run of one rank, not to be changed."""
+    folder = tmp_path_factory.mktemp("one")
+    finish(start_ranks(1, [*QUICK, *CALM, *EMA, *LONG, "run_dir=run"], folder))
+    return folder / "run"
 
 
-def test_gradients_are_those_of_one_process(config, torchrun, tmp_path):
-    """One update of plain gradient descent at rate 1 from the same weights: they differ by the gradients."""
+def summary(run_dir: Path) -> dict[str, float]:
+    return json.loads((run_dir / "summary.json").read_text())
+
+
+@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_several_ranks_make_the_run_of_one(of_one, tmp_path, ranks):
+    """Neither 2 nor 3 divides the 143 images of validation or the 359 of the test split."""
+    output = finish(start_ranks(ranks, [*QUICK, *CALM, *EMA, *LONG, "run_dir=many"], tmp_path))
+    assert_close(of_one, tmp_path / "many")
+    one, many = summary(of_one), summary(tmp_path / "many")
+    assert many["test/top1"] == one["test/top1"]
+    assert many["test/loss"] == pytest.approx(one["test/loss"], rel=1e-5)
+    assert f"batch 72: {36 // ranks} on each of {ranks} devices, 2 passes an update" in output
+    assert output.count("epoch 1/4") == 1  # only rank 0 prints
+
+
+def test_gradients_are_those_of_one_rank(config, tmp_path):
+    """After one update of plain gradient descent at rate 1, the weights differ from the first ones by the gradients."""
     plain = ["optim.opt=momentum", "optim.momentum=0", "optim.lr=1", "optim.sched=constant", "optim.weight_decay=0"]
     plain += ["trainer.gradient_clip_val=null", "trainer.max_epochs=1", "trainer.limit_train_batches=2", *CALM]
     plain += ["trainer.accumulate_grad_batches=2", "data.batch_size=36", "data.augment.smoothing=0.1"]
-    process = torchrun(2, "two", *plain)
+    ranks = start_ranks(2, [*QUICK, *plain, "run_dir=two"], tmp_path)
     run(config(*plain, run_dir="one"))
     run(config(*plain, "optim.lr=0", run_dir="start"))
-    finish(process)
-    start, one, two = (
-        read_checkpoint(tmp_path / name / "checkpoints" / "last.ckpt")["state_dict"] for name in ("start", "one", "two")
-    )
+    finish(ranks)
+    start, one, two = (read_last(tmp_path / name)["state_dict"] for name in ("start", "one", "two"))
     for name, weights in start.items():
         torch.testing.assert_close(two[name] - weights, one[name] - weights, rtol=1e-4, atol=3e-7)
     assert max(float((one[name] - weights).abs().max()) for name, weights in start.items()) > 0.01
 
 
-def test_stopped_killed_or_shared_otherwise_it_is_the_same_run(torchrun, tmp_path):
-    options = [*RANDOM, *EMA, *LONG, "trainer.checkpoint_interval=0"]
-    finish(torchrun(2, "whole", *options))
-
-    stopped = torchrun(2, "stopped", *options)
-    wait_for(tmp_path / "stopped" / "train.log", "epoch 1/4")
-    os.kill(stopped.pid, signal.SIGTERM)
-    stopped.communicate(timeout=60)
-    assert len(rows(tmp_path / "stopped")) < 4
-    finish(torchrun(2, "stopped", *options))
-    assert_same_run(tmp_path / "whole", tmp_path / "stopped")
-
-    killed = torchrun(2, "killed", *options, restarts=1)
-    wait_for(tmp_path / "killed" / "train.log", "epoch 2/4")
-    os.kill(workers(killed)[-1], signal.SIGKILL)
-    finish(killed)
-    assert_same_run(tmp_path / "whole", tmp_path / "killed")
+def test_a_run_killed_restarted_stopped_and_resumed_is_the_same_run(tmp_path):
+    """torchrun restarts the ranks when one is killed, and passes on SIGTERM; the same command resumes the run."""
+    options = [*RANDOM, *EMA, *LONG, "trainer.checkpoint_interval=0", "trainer.max_epochs=8"]
+    finish(start_ranks(2, [*QUICK, *options, "run_dir=whole"], tmp_path))
+    broken, log = torchrun(tmp_path, 2, *options, "run_dir=broken", restarts=1), tmp_path / "broken" / "train.log"
+    wait_for(log, " INFO epoch ")
+    os.kill(workers(broken)[-1], signal.SIGKILL)
+    wait_for(log, " parameters; ", times=2)  # part of the first line of each start
+    wait_for(log, " INFO epoch ", times=log.read_text().count(" INFO epoch ") + 1)
+    os.kill(broken.pid, signal.SIGTERM)
+    broken.communicate(timeout=60)
+    assert len(read_rows(tmp_path / "broken")) < 8
+    finish(start_ranks(2, [*QUICK, *options, "run_dir=broken"], tmp_path))
+    assert_same_run(tmp_path / "whole", tmp_path / "broken")
 
 
-def test_a_run_goes_on_with_another_number_of_processes(config, torchrun, tmp_path):
+def test_a_run_is_resumed_by_another_number_of_ranks(config, of_one, tmp_path):
     options = [*CALM, *EMA, *LONG]
-    whole = run(config(*options, run_dir="whole"))
-    process = torchrun(2, "moved", *options)
-    wait_for(tmp_path / "moved" / "train.log", "epoch 1/4")
-    os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C does
-    process.communicate(timeout=60)
-    assert len(rows(tmp_path / "moved")) < 4
-    moved = run(config(*options, run_dir="moved"), resume=True)
-    assert_close(tmp_path / "whole", tmp_path / "moved")
-    assert moved["test/top1"] == whole["test/top1"]
+    ranks = start_ranks(2, [*QUICK, *options, "run_dir=run"], tmp_path)
+    wait_for(tmp_path / "run" / "train.log", "epoch 1/4")
+    for rank in ranks:  # as Ctrl-C in a terminal does
+        rank.send_signal(signal.SIGINT)
+    assert [(rank.communicate(60), rank.returncode)[1] for rank in ranks] == [130, 130]
+    assert len(read_rows(tmp_path / "run")) < 4
+    resumed = run(config(*options), resume=True)
+    assert_close(of_one, tmp_path / "run")
+    assert resumed["test/top1"] == summary(of_one)["test/top1"]
 
 
-def test_random_states_differ_between_processes():
+def test_random_states_differ_between_ranks():
     draws = []
     for rank in (0, 1):
         seed_rank(0, 0, rank)
         draws.append(torch.rand(4))
-    assert not same({"x": draws[0]}, {"x": draws[1]})
+    assert not torch.equal(*draws)
 
 
-def test_restarts_need_a_folder_of_ones_own(tmp_path):
+def test_restarts_need_a_run_dir(tmp_path):
     environment = {**os.environ, "TORCHELASTIC_MAX_RESTARTS": "1"}
     done = subprocess.run([sys.executable, TRAIN], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 2
     assert "run_dir" in done.stderr
 
 
-def test_batches_are_shared_evenly_or_refused(tmp_path):
-    command = [sys.executable, TRAIN, "trainer.accelerator=cpu", "trainer.devices=3", "data.batch_size=64"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert "data.batch_size=64 cannot be shared evenly by 3 devices" in done.stderr
+def test_a_batch_that_devices_do_not_divide_is_refused(config, tmp_path):
+    with pytest.raises(RequestError, match=r"data\.batch_size=64 cannot be shared evenly by 3 devices"):
+        run(config("trainer.devices=3", "data.batch_size=64"))
     assert not list(tmp_path.iterdir())
 
 
+def test_several_devices_start_torchrun(config, monkeypatch):
+    class Replaced(Exception):
+        """Stands for the process that `os.execv` replaces this one by."""
+
+    def execv(program, arguments):
+        raise Replaced(program, arguments)
+
+    monkeypatch.setattr(os, "execv", execv)
+    monkeypatch.setattr(sys, "argv", ["train.py", "trainer.devices=2"])
+    with pytest.raises(Replaced) as replaced:
+        run(config("trainer.devices=2"))
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    assert replaced.value.args == (sys.executable, [sys.executable, *launcher, "train.py", "trainer.devices=2"])
+
+
 @pytest.mark.slow
-def test_two_machines(config, tmp_path):
+def test_two_machines(of_one, tmp_path):
     options = [*CALM, *EMA, *LONG]
-    whole = run(config(*options, run_dir="whole"))
     agents = []
     for node in range(2):
         command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", f"--node-rank={node}"]
         command += ["--nproc-per-node=1", "--master-addr=127.0.0.1", "--master-port=29517", str(TRAIN)]
-        command += [*SMALL, SMALL_MODEL, *options, "run_dir=two"]
+        command += [*QUICK, *options, "run_dir=two"]
         agents.append(
             subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         )
     for agent in agents:
-        finish(agent)
-    assert_close(tmp_path / "whole", tmp_path / "two")
-    assert json.loads((tmp_path / "two" / "summary.json").read_text())["test/top1"] == whole["test/top1"]
+        succeed(agent)
+    assert_close(of_one, tmp_path / "two")
+    assert summary(tmp_path / "two")["test/top1"] == summary(of_one)["test/top1"]
 
 
 @pytest.mark.slow
-def test_slurm_stops_requeues_and_goes_on(config, tmp_path):
-    """The batch script with stand-ins for SLURM's commands: SIGTERM saves and requeues, the next job finishes."""
+def test_the_slurm_script_saves_requeues_and_resumes(of_one, tmp_path):
+    """With stand-ins for SLURM's commands: SIGTERM saves and requeues the job, the next job finishes the run."""
     stubs = tmp_path / "bin"
     stubs.mkdir()
     (stubs / "scontrol").write_text(
@@ -202,7 +199,7 @@ def test_slurm_stops_requeues_and_goes_on(config, tmp_path):
         stub.chmod(0o755)
     job = {"SLURM_JOB_NODELIST": "here", "SLURM_JOB_NUM_NODES": "1", "SLURM_GPUS_ON_NODE": "2", "SLURM_JOB_ID": "7"}
     environment = {**os.environ, **job, "PATH": f"{stubs}:{os.environ['PATH']}"}
-    options = [*SMALL, SMALL_MODEL, *CALM, *EMA, *LONG, "trainer.precision='32'", "trainer.checkpoint_interval=0"]
+    options = [*QUICK, *CALM, *EMA, *LONG, "trainer.precision='32'", "trainer.checkpoint_interval=0"]
     command = ["bash", str(TRAIN.parent / "scripts" / "slurm.sh"), str(tmp_path / "run"), *options]
 
     def submit() -> subprocess.Popen[str]:
@@ -215,7 +212,6 @@ def test_slurm_stops_requeues_and_goes_on(config, tmp_path):
     os.kill(first.pid, signal.SIGTERM)
     first.communicate(timeout=60)
     assert (tmp_path / "requeued").read_text() == "requeue 7\n"
-    assert len(rows(tmp_path / "run")) < 4
-    finish(submit())
-    run(config(*CALM, *EMA, *LONG, run_dir="whole"))
-    assert_close(tmp_path / "whole", tmp_path / "run")
+    assert len(read_rows(tmp_path / "run")) < 4
+    succeed(submit())
+    assert_close(of_one, tmp_path / "run")
