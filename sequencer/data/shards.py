@@ -124,9 +124,9 @@ class ShardSampler(EpochSampler):
         split: ShardSplit,
         config: DataConfig,
         seed: int,
-        rank: int = 0,
-        world_size: int = 1,
-        position: Position = START,
+        rank: int,
+        world_size: int,
+        position: Position,
     ) -> None:
         super().__init__(len(split), config.batch_size, seed, rank, world_size, **position)
         self.starts, self.workers, self.buffer = split.starts, config.num_workers, config.shuffle_buffer

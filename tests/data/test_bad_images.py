@@ -4,6 +4,7 @@ import csv
 import json
 import multiprocessing
 import os
+import pickle
 import shutil
 import socket
 import subprocess
@@ -65,6 +66,12 @@ def test_an_image_of_too_many_pixels_is_not_decoded(tmp_path, monkeypatch):
     Image.new("1", (21, 10)).save(tmp_path / "bomb.png")
     with pytest.raises(UnreadableImage, match="decompression bomb"):
         read_image(tmp_path / "bomb.png")
+
+
+def test_the_error_keeps_its_path_and_reason_between_processes():
+    error = pickle.loads(pickle.dumps(UnreadableImage(Path("a.jpg"), "no image")))
+    assert (error.path, error.reason) == ("a.jpg", "no image")
+    assert str(error) == "('a.jpg', 'no image')"
 
 
 def test_a_file_that_is_gone(tmp_path):

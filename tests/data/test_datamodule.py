@@ -56,6 +56,13 @@ def test_digits_are_served(digits):
         assert indices.tolist() == list(range(len(split)))
 
 
+@pytest.mark.parametrize("img_size", [8, 12])  # in batches and one image at a time
+def test_the_data_set_of_a_loader_is_as_long_as_its_split(digits, img_size):
+    module = ready(dataclasses.replace(digits, img_size=img_size))
+    assert len(module.train_dataloader().dataset) == 1295
+    assert len(module.val_dataloader().dataset) == 143
+
+
 def test_setup_opens_once(digits):
     module = ready(digits)
     train_set = module.train_set
@@ -139,6 +146,17 @@ def test_global_random_states_are_left_alone(augmented):
         next(iter(loader))
     module.count_readable()
     assert draw() == expected
+
+
+def test_the_progress_of_the_check_is_shown_only_where_it_is_asked_for(digits, capsys, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # Rich then writes as to a terminal
+    monkeypatch.setenv("TERM", "xterm")
+    module = ready(digits)
+    module.count_readable()
+    assert capsys.readouterr() == ("", "")
+    module.count_readable(show_progress=True)
+    printed = capsys.readouterr().out
+    assert all(f"checking {name} images" in printed for name in ("train", "val", "test"))
 
 
 def test_sampler_covers_every_index():

@@ -224,6 +224,10 @@ def test_batches_are_served_by_the_data_module(workers, in_memory):
     assert module.count_readable() == 110
 
 
+def test_sets_in_memory_are_not_probed(in_memory):
+    assert opened(in_memory("cifar10")).probe(500) == (0, [])
+
+
 def test_a_batch_of_two_epochs_is_refused(noise):
     config, split = noise
     with pytest.raises(ValueError, match="unpack"):

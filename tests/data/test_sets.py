@@ -134,6 +134,19 @@ def test_images_of_a_folder_are_named_by_their_paths(folder_root):
     assert split.subset(np.array([7, 1])).ids == ["bees/03.png", "ants/02.png"]
 
 
+@pytest.mark.parametrize("root", ["images", "~/images"])
+def test_a_split_is_read_from_any_working_directory(root, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    folder_of_images(tmp_path / "images", train=["ants"])
+    split = open_split(DataConfig(name="imagefolder", root=root), "train", unchanged)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert split.location == str(tmp_path / "images" / "train")
+    assert split.ids == ["ants/0.png", "ants/1.png"]
+    assert split[1][0].size == (10, 12)
+
+
 def test_imagenet_keeps_synsets(tmp_path):
     synsets = ["n01443537", "n01440764"]
     root = folder_of_images(tmp_path, train=synsets, val=synsets, test=synsets)

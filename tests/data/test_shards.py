@@ -21,7 +21,7 @@ from sequencer.config.composition import compose
 from sequencer.config.errors import RequestError
 from sequencer.config.schema import AugmentConfig, DataConfig
 from sequencer.data import DataModule, Quarantine, TooManyBadImages, UnreadableImage, open_split
-from sequencer.data.shard_files import Sample, read_samples
+from sequencer.data.shard_files import Sample, ShardReader, read_samples
 from sequencer.data.shard_order import ShardOrder
 from sequencer.data.shards import EvaluationStream, ShardSampler, ShardSplit, TrainingStream
 from sequencer.models import read_checkpoint
@@ -299,6 +299,20 @@ def test_a_shard_cut_short_on_the_disk(folder, tmp_path):
     assert 30 - 11 + 9 < readable == 30 + 9 - len(rows)
 
 
+def test_a_shard_with_fewer_samples_than_its_index_says(folder):
+    found = ShardReader([f"{folder}/train-1.tar"], np.array([0, 5])).read(np.arange(5))
+    assert [found[number].name for number in range(3)] == [f"{folder}/train-1.tar#{value:05}" for value in (7, 8, 9)]
+    assert [found[number].path for number in (3, 4)] == [f"{folder}/train-1.tar#{number}" for number in (3, 4)]
+    assert {found[number].reason for number in (3, 4)} == {"the shard breaks off: it ends after 3 samples"}
+
+
+def test_shards_without_a_readable_sample_are_an_error(folder):
+    for path in folder.glob("train-*.tar"):
+        path.write_bytes(b"")
+    with pytest.raises(RuntimeError, match="none of 5 consecutive samples of the shards can be read"):
+        next(iter(module(folder).train_dataloader()))
+
+
 def test_from_s3(folder, tmp_path, monkeypatch):
     """Through the aws command, here one that copies from the folder."""
     programs = tmp_path / "bin"
@@ -322,6 +336,10 @@ def test_from_s3(folder, tmp_path, monkeypatch):
             r"data\.num_classes=3, but 1 classes were",
         ),
         ('{"shardlist": [{"url": "pipe:rm x", "nsamples": 1}], "classes": ["a"]}', "addresses are files, http"),
+        (
+            '{"shardlist": [{"url": "http://host/\'; rm x; \'.tar", "nsamples": 1}], "classes": ["a"]}',
+            "addresses are files, http",
+        ),
         ('{"shardlist": [{"url": "a.tar", "nsamples": 1}]}', r"names no classes: set data\.num_classes"),
     ],
 )

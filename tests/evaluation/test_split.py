@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import time
 from dataclasses import replace
 from statistics import NormalDist
 
@@ -24,7 +25,9 @@ def loaded(tmp_path) -> LoadedModel:
 
 def test_evaluation(loaded, tmp_path):
     data = evaluation_data(loaded)
+    start = time.perf_counter()
     found = evaluate_model(loaded, data, "val")
+    assert 0 < found.metrics["time/evaluation_s"] < time.perf_counter() - start
     images = open_split(DIGITS, "val", eval_transform(DIGITS))
     logits = loaded.model(torch.stack([image for image, _ in images]))
     hits = logits.argmax(1).numpy() == images.labels
