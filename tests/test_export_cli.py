@@ -34,7 +34,6 @@ def certificate(folder: str | Path) -> dict:
     return json.loads((Path(folder) / "certificate.json").read_text())
 
 
-
 @pytest.mark.parametrize(("form", "name"), [("onnx", "model.onnx"), ("torch_export", "model.pt2")])
 def test_a_graph_and_its_certificate(script, run_folder, capsys, form, name):
     assert script.main([str(run_folder), "--format", form, "--output", "new/out"]) == 0
