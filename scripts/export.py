@@ -38,7 +38,7 @@ def parse(argv: list[str] | None) -> Namespace:
         "--dtype",
         choices=("fp32", "fp16"),
         default="fp32",
-        help="of a graph's weights; its inputs and outputs are float32",
+        help="dtype of a graph's weights; its inputs and outputs are float32",
     )
     add("--with-preprocessing", action="store_true", help="graph: uint8 B H W C images in, probabilities out")
     add("--arch", metavar="NAME", help="architecture of a .pth or .safetensors file")
@@ -106,7 +106,7 @@ def check_hub(repo_id: str) -> None:
 def show(certificate: dict[str, Any], output: Path) -> None:
     print(f"{output / certificate['file']}: {certificate['bytes'] / 2**20:.1f} MiB")
     print(
-        "{outputs} differ by at most {max_error:.1e}, the largest being {largest_output:.3g}; top-1 classes agree for"
+        "{outputs} differ by at most {max_error:.1e}, the largest is {largest_output:.3g}; top-1 classes agree for"
         " {top1_agreement:.0%} of the images ({images})".format(**certificate)
     )
 

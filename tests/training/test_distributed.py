@@ -84,7 +84,7 @@ def test_several_ranks_make_the_run_of_one(of_one, tmp_path, ranks):
     one, many = summary(of_one), summary(tmp_path / "many")
     assert many["test/top1"] == one["test/top1"]
     assert many["test/loss"] == pytest.approx(one["test/loss"], rel=1e-5)
-    assert f"batch 72: {36 // ranks} on each of {ranks} devices, 2 passes an update" in output
+    assert f"batch 72: {36 // ranks} on each of {ranks} devices, 2 passes per update" in output
     assert output.count("epoch 1/4") == 1  # only rank 0 prints
 
 

@@ -105,7 +105,7 @@ def test_replay(config, tmp_path, load_script, capsys):
         run(config(*EXPLODING, *EMA, "data.augment.mixup=0.4"))
     script = load_script("replay")
     assert script.main([str(tmp_path / "run")]) == 0
-    assert "the same again: " in capsys.readouterr().out
+    assert "diverged in the same way: " in capsys.readouterr().out
     record = tmp_path / "run" / "divergence.json"
     changed = json.loads(record.read_text()) | {"weight_norm": 1.0}
     record.write_text(json.dumps(changed))

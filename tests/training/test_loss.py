@@ -140,7 +140,7 @@ def test_a_teacher_that_does_not_fit_is_refused(config, tmp_path, finished):
 @pytest.mark.parametrize(
     ("class_names", "message"),
     [
-        ([*"abc"], "it knows 10 classes, data=digits has 3"),
+        ([*"abc"], "it has 10 classes, data=digits has 3"),
         ([*"1023456789"], "its classes have other names or another"),
     ],
 )
