@@ -1,7 +1,7 @@
-"""What the scripts share: arguments, MODEL, devices, folders, errors in a line or two, exit codes.
+"""Shared code of the scripts: arguments, MODEL, devices, output folders, error messages and exit codes.
 
-0 done; 1 the work failed; 2 the request was wrong; 130 interrupted. Imports torch only where it is used, so that
-`--help` and a wrong argument are answered at once.
+Exit codes: 0 done; 1 the work failed; 2 the request was wrong; 130 interrupted. torch is imported by the functions that
+use it, so that `--help` and a wrong argument are answered at once.
 """
 
 import argparse
@@ -9,7 +9,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory, TemporaryFile
@@ -25,14 +25,14 @@ if TYPE_CHECKING:
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors leave the usage to --help."""
+    """An ArgumentParser whose errors are two lines, without the usage."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message}\n{self.prog} --help lists the arguments\n")
 
 
 def integer(low: int) -> Callable[[str], int]:
-    """The argument type of integers from `low` on."""
+    """Returns the argument type of integers that are at least `low`."""
 
     def parse(text: str) -> int:
         try:
@@ -47,12 +47,15 @@ def integer(low: int) -> Callable[[str], int]:
 
 
 def run(work: Callable[[argparse.Namespace], int | None], args: argparse.Namespace) -> int:
-    """Does the work and returns the exit code, its own or 0; errors go to standard error, with `args.debug` after a
-    traceback. Of several processes the first one says what was wrong for all."""
+    """Calls `work(args)` and returns the exit code: that of `work`, 0 if it returns None, or that of its error.
+
+    Errors are printed on standard error, after a traceback if `args.debug` is set. An error that is raised on every
+    rank is printed by rank 0 only.
+    """
     try:
         check_environment()
         return work(args) or 0
-    except BrokenPipeError:  # whoever read the output has seen enough; Python would complain when it flushes
+    except BrokenPipeError:  # the reader has closed the pipe; without this Python would fail when it flushes
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (Exception, KeyboardInterrupt) as error:
@@ -73,10 +76,10 @@ def _explain(error: BaseException) -> tuple[int, str]:
 
 
 def load(source: str, arch: str | None = None, slot: str | None = None) -> "LoadedModel":
-    """MODEL, as `sequencer.models.load_model` reads it.
+    """Loads MODEL, as `sequencer.models.load_model` does.
 
     Raises:
-        RequestError: it cannot be loaded.
+        RequestError: It cannot be loaded.
     """
     from sequencer.models import CheckpointError, load_model
 
@@ -87,10 +90,10 @@ def load(source: str, arch: str | None = None, slot: str | None = None) -> "Load
 
 
 def pick_device(name: str) -> "torch.device":
-    """The device that `auto`, `cpu` or `cuda` stands for.
+    """Returns the device for `auto`, `cpu` or `cuda`.
 
     Raises:
-        RequestError: there is no GPU.
+        RequestError: `cuda`, and there is no GPU.
     """
     import torch
 
@@ -100,19 +103,20 @@ def pick_device(name: str) -> "torch.device":
 
 
 def need_onnx() -> None:
-    """
+    """Checks that the packages for ONNX files are installed.
+
     Raises:
-        RequestError: a package that ONNX files are written or read with is not installed.
+        RequestError: One is not.
     """
     if missing := [name for name in ("onnx", "onnxruntime", "onnxscript") if find_spec(name) is None]:
         raise RequestError(f"ONNX needs {', '.join(missing)}: python -m pip install {' '.join(missing)}")
 
 
 def make_folder(output: Path) -> None:
-    """Makes the folder before the work, so that a wrong one is found out at once.
+    """Creates a folder and checks that files can be written in it, before the work starts.
 
     Raises:
-        RequestError: it cannot be written.
+        RequestError: They cannot.
     """
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -124,18 +128,24 @@ def make_folder(output: Path) -> None:
 
 
 @contextmanager
-def prepared(output: Path) -> Iterator[Path]:
-    """A folder to write into, whose files go to `output` if all goes well; otherwise nothing is left."""
+def created(output: Path) -> Iterator[None]:
+    """As `make_folder`; removes a new folder again if an error leaves it empty."""
     existed = output.is_dir()
     make_folder(output)
-    kept = False
     try:
-        with TemporaryDirectory(prefix=".", dir=output) as folder:
-            yield Path(folder)
-            (output / "certificate.json").unlink(missing_ok=True)  # that of an older export does not hold for this one
-            for path in sorted(Path(folder).iterdir(), key=lambda path: path.name == "certificate.json"):
-                os.replace(path, output / path.name)
-            kept = True
-    finally:
-        if not kept and not existed:
-            output.rmdir()
+        yield
+    except BaseException:
+        if not existed:
+            with suppress(OSError):  # not empty, or already removed by another rank
+                output.rmdir()
+        raise
+
+
+@contextmanager
+def prepared(output: Path) -> Iterator[Path]:
+    """Yields a temporary folder whose files are moved to `output` at the end; after an error nothing is left."""
+    with created(output), TemporaryDirectory(prefix=".", dir=output) as folder:
+        yield Path(folder)
+        (output / "certificate.json").unlink(missing_ok=True)  # that of an older export does not hold for this one
+        for path in sorted(Path(folder).iterdir(), key=lambda path: path.name == "certificate.json"):
+            os.replace(path, output / path.name)

@@ -1,18 +1,23 @@
-"""The average of several models' weights (a model soup) as a model folder.
+"""Averages the weights of several models (a model soup) and writes a model folder.
 
     python scripts/average.py RUN_1 RUN_2 RUN_3 --output soup
 
-For runs that began from the same weights, e.g. fine-tuned with other seeds or settings: their average is often better
-than each, at the cost of one. Weights of runs that began differently do not mix. The result has not been evaluated:
-python scripts/evaluate.py soup does that.
+For runs that started from the same weights, e.g. fine-tuned with different seeds or settings: their average is often
+better than each of them, at the cost of one model. The average of runs that started from different weights is useless.
+The result is not evaluated: use python scripts/evaluate.py soup.
 """
 
 from argparse import Namespace, RawDescriptionHelpFormatter
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from _cli import Parser, load, prepared, run
 
 from sequencer.config.errors import RequestError
+
+if TYPE_CHECKING:
+    from sequencer.models import LoadedModel
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -25,11 +30,11 @@ def parse(argv: list[str] | None) -> Namespace:
     add("models", metavar="MODEL", nargs="+", help="run folders, model folders, checkpoints or timm names")
     add("--output", metavar="DIR", type=Path, required=True, help="model folder to write")
     add("--arch", metavar="NAME", help="architecture of .pth or .safetensors files")
-    add("--slot", choices=("raw", "ema"), help="weights of runs; default: what trainer.slot was")
+    add("--slot", choices=("raw", "ema"), help="weights of runs; default: trainer.slot of the run")
     add("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args(argv)
     if len(args.models) < 2:
-        parser.error("an average is of two models or more")
+        parser.error("name at least two models")
     return args
 
 
@@ -37,7 +42,7 @@ def work(args: Namespace) -> None:
     from sequencer.export import write_model_folder
     from sequencer.models import CheckpointError, Exported, average_models
 
-    def models():
+    def models() -> "Iterator[tuple[str, LoadedModel]]":
         for source in args.models:
             loaded = load(source, args.arch, args.slot)
             if isinstance(loaded.model, Exported):

@@ -1,12 +1,12 @@
-"""A trained model in a form that others run without this project, checked against the original before it is kept.
+"""Exports a trained model to a format that runs without this project, and checks it against the original.
 
     python scripts/export.py outputs/digits/2026-01-31_12-00-00 --format onnx --output digits_onnx
     python scripts/export.py RUN --format hub --output FOLDER --push-to ORG/NAME
 
 Formats: `onnx` (model.onnx, for onnxruntime and others), `torch_export` (model.pt2, for torch.export.load), `hub` (a
 folder that timm loads, with a model card), `timm` (model.safetensors) and `paper` (model.pth, the keys of the paper's
-repository). Graphs take any batch of images of one size. Beside each stands certificate.json: how far the outputs are
-from the model's on real images, in batches of 1, 3 and 8.
+repository). Graphs take any batch of images of one size. Each export comes with certificate.json: the differences of
+its outputs from the model's on real images, in batches of 1, 3 and 8. An export with too large differences is not kept.
 """
 
 import json
@@ -17,12 +17,10 @@ from typing import TYPE_CHECKING, Any
 from _cli import Parser, integer, load, need_onnx, prepared, run
 
 from sequencer.config.errors import RequestError
+from sequencer.names import EXPORTED_GRAPHS, EXPORTED_WEIGHTS
 
 if TYPE_CHECKING:
     from sequencer.models import LoadedModel
-
-GRAPHS = ("onnx", "torch_export")
-WEIGHTS = ("hub", "timm", "paper")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -33,17 +31,26 @@ def parse(argv: list[str] | None) -> Namespace:
     parser = Parser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("model", metavar="MODEL", help="run folder, model folder, checkpoint file or timm name")
-    add("--format", choices=(*GRAPHS, *WEIGHTS), required=True)
+    add("--format", choices=(*EXPORTED_GRAPHS, *EXPORTED_WEIGHTS), required=True)
     add("--output", metavar="DIR", type=Path, required=True, help="folder for the export and its certificate")
     add("--img-size", metavar="N", type=integer(1), help="height and width of a graph's images; default: the model's")
-    add("--dtype", choices=("fp32", "fp16"), default="fp32", help="of a graph's weights; its ends are float32")
+    add(
+        "--dtype",
+        choices=("fp32", "fp16"),
+        default="fp32",
+        help="of a graph's weights; its inputs and outputs are float32",
+    )
     add("--with-preprocessing", action="store_true", help="graph: uint8 B H W C images in, probabilities out")
     add("--arch", metavar="NAME", help="architecture of a .pth or .safetensors file")
-    add("--slot", choices=("raw", "ema"), help="weights of a run; default: what trainer.slot was")
-    add("--push-to", metavar="ORG/NAME", help="hub: upload it there, with the token of `hf auth login` or HF_TOKEN")
+    add("--slot", choices=("raw", "ema"), help="weights of a run; default: trainer.slot of the run")
+    add(
+        "--push-to",
+        metavar="ORG/NAME",
+        help="hub: upload to this repository, with the token of `hf auth login` or HF_TOKEN",
+    )
     add("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args(argv)
-    if args.format not in GRAPHS and (args.img_size or args.dtype != "fp32" or args.with_preprocessing):
+    if args.format not in EXPORTED_GRAPHS and (args.img_size or args.dtype != "fp32" or args.with_preprocessing):
         parser.error("--img-size, --dtype and --with-preprocessing are for --format onnx and torch_export")
     if args.push_to and args.format != "hub":
         parser.error("--push-to is for --format hub")
@@ -59,7 +66,7 @@ def work(args: Namespace) -> None:
     img_size = args.img_size or loaded.pretrained_cfg["input_size"][-1]
     check(loaded, img_size, args)
     with prepared(args.output) as folder:
-        if args.format in GRAPHS:
+        if args.format in EXPORTED_GRAPHS:
             result = export_graph(loaded, folder, args.format, img_size, args.dtype, args.with_preprocessing)
         else:
             name = f"hf-hub:{args.push_to}" if args.push_to else f"local-dir:{args.output}"
@@ -78,7 +85,7 @@ def check(loaded: "LoadedModel", img_size: int, args: Namespace) -> None:
     if isinstance(loaded.model, Exported):
         raise RequestError(f"{args.model} is an export already: name the model that it was made from")
     if args.format == "paper" and not isinstance(loaded.model, Sequencer):
-        raise RequestError(f"{loaded.arch} has no counterpart in the paper's repository; use --format timm")
+        raise RequestError(f"{loaded.arch} does not exist in the paper's repository; use --format timm")
     if args.push_to:
         check_hub(args.push_to)
     check_img_size(loaded, img_size)
@@ -93,14 +100,14 @@ def check_hub(repo_id: str) -> None:
     except HFValidationError as error:
         raise RequestError(f"--push-to {repo_id}: {error}") from error
     if get_token() is None:
-        raise RequestError("--push-to needs a token of the hub: hf auth login, or the variable HF_TOKEN")
+        raise RequestError("--push-to needs a token of the hub: run hf auth login, or set HF_TOKEN")
 
 
 def show(certificate: dict[str, Any], output: Path) -> None:
     print(f"{output / certificate['file']}: {certificate['bytes'] / 2**20:.1f} MiB")
     print(
-        "{outputs} differ by {max_error:.1e} at most where the largest is {largest_output:.3g}; top-1 classes agree in"
-        " {top1_agreement:.0%} (on {images})".format(**certificate)
+        "{outputs} differ by at most {max_error:.1e}, the largest being {largest_output:.3g}; top-1 classes agree for"
+        " {top1_agreement:.0%} of the images ({images})".format(**certificate)
     )
 
 

@@ -1,11 +1,11 @@
-"""The classes of images, with their probabilities.
+"""Predicts the classes of images, with their probabilities.
 
     python scripts/predict.py outputs/digits/2026-01-31_12-00-00 photograph.jpg folder/ 'scans/**/*.png'
     find archive -name '*.jpg' | python scripts/predict.py sequencer2d_s - --top 3 --output classes.csv
 
 MODEL is a run folder, a model folder, a checkpoint, an export (.onnx, .pt2) or a timm name. PATHS are files, folders
-(searched with all below them), glob patterns, or - for a list on standard input, a path a line. Images that cannot be
-read get a line that says why, and make the exit code 1; the others are done all the same.
+(searched recursively), glob patterns, or - for a list on standard input, one path a line. For an image that cannot be
+read the line holds the reason, and the exit code is 1; the other images are predicted all the same.
 """
 
 import csv
@@ -19,14 +19,17 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from _cli import Parser, integer, load, make_folder, pick_device, run
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TimeRemainingColumn
 
 from sequencer.config.errors import RequestError
+from sequencer.files import write_atomically
 
 if TYPE_CHECKING:
     from sequencer.evaluation import Prediction
 
 FORMATS = {".csv": "csv", ".jsonl": "jsonl", ".json": "jsonl"}  # by the suffix of --output
-LOOK_AHEAD = 64  # predictions that the widths of a table's columns are taken from
+LOOK_AHEAD = 64  # predictions that determine the widths of the columns of a table
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -38,15 +41,15 @@ def parse(argv: list[str] | None) -> Namespace:
     add = parser.add_argument
     add("model", metavar="MODEL", help="run folder, model folder, checkpoint, .onnx or .pt2 file, or timm name")
     add("paths", metavar="PATHS", nargs="+", help="files, folders, glob patterns, or - for a list on standard input")
-    add("--top", metavar="N", type=integer(1), default=1, help="classes an image; default: 1")
-    add("--format", choices=("table", "jsonl", "csv"), help="default: that of the suffix of --output, or a table")
-    add("--output", metavar="FILE", type=Path, help="written when all is done; default: standard output")
+    add("--top", metavar="N", type=integer(1), default=1, help="classes per image; default: 1")
+    add("--format", choices=("table", "jsonl", "csv"), help="default: by the suffix of --output, otherwise table")
+    add("--output", metavar="FILE", type=Path, help="replaced when all images are done; default: standard output")
     add("--arch", metavar="NAME", help="architecture of a .pth or .safetensors file")
-    add("--slot", choices=("raw", "ema"), help="weights of a run; default: what trainer.slot was")
+    add("--slot", choices=("raw", "ema"), help="weights of a run; default: trainer.slot of the run")
     add("--batch-size", metavar="N", type=integer(1), default=32, help="images per forward pass; default: 32")
     workers = min(8, os.cpu_count() or 1)
     add("--num-workers", metavar="N", type=integer(1), default=workers, help="threads that read images")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto, a GPU where there is one")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto, a GPU if there is one")
     add("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args(argv)
     if args.format is None:
@@ -55,13 +58,11 @@ def parse(argv: list[str] | None) -> Namespace:
 
 
 def work(args: Namespace) -> int:
-    from sequencer.files import write_atomically
-
     if args.output and args.output.is_dir():
         raise RequestError(f"--output {args.output} is a folder; name a file")
     found = predictions(args)
     if args.output is None:
-        sys.stdout.reconfigure(errors="surrogateescape")
+        sys.stdout.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]  # a TextIOWrapper
         return write(found, sys.stdout, args)
     make_folder(args.output.parent)
     code = 0
@@ -82,7 +83,7 @@ def predictions(args: Namespace) -> "Iterator[Prediction]":
 
     device = pick_device(args.device)
     loaded = load(args.model, args.arch, args.slot)
-    names = readable_names(loaded.class_names, loaded.model.num_classes)
+    names = readable_names(loaded.class_names, loaded.model.num_classes)  # type: ignore[arg-type]  # an int
     transform = eval_transform(input_config(loaded))
     images = find_images(sources(args.paths))
     model = loaded.model.to(device)
@@ -90,7 +91,7 @@ def predictions(args: Namespace) -> "Iterator[Prediction]":
 
 
 def sources(paths: list[str]) -> Iterator[str]:
-    """The arguments, the list on standard input in the place of `-`."""
+    """Yields the arguments, with the paths on standard input in place of `-`."""
     for path in paths:
         if path == "-":
             yield from (line.rstrip("\r\n") for line in sys.stdin if line.strip())
@@ -99,7 +100,7 @@ def sources(paths: list[str]) -> Iterator[str]:
 
 
 def write(found: "Iterator[Prediction]", file: IO[str], args: Namespace) -> int:
-    """Writes line by line; returns the exit code, 1 where an image could not be read."""
+    """Writes the predictions line by line; returns the exit code, 1 if an image cannot be read."""
     total = unreadable = 0
 
     def counted() -> "Iterator[Prediction]":
@@ -110,15 +111,12 @@ def write(found: "Iterator[Prediction]", file: IO[str], args: Namespace) -> int:
 
     {"table": write_table, "jsonl": write_jsonl, "csv": write_csv}[args.format](counted(), file, args.top)
     if unreadable:
-        print(f"{unreadable:,} of {total:,} could not be read", file=sys.stderr)
+        print(f"{unreadable:,} of {total:,} images could not be read", file=sys.stderr)
     return 1 if unreadable else 0
 
 
 def progress(found: "Iterator[Prediction]", file: IO[str], paths: list[str]) -> "Iterable[Prediction]":
-    """Draws a bar on standard error, where that is a terminal on which the predictions do not stand themselves."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TimeRemainingColumn
-
+    """Draws a progress bar on standard error, if that is a terminal and the predictions go elsewhere."""
     from sequencer.evaluation import find_images
 
     if not sys.stderr.isatty() or file.isatty():
@@ -131,21 +129,21 @@ def progress(found: "Iterator[Prediction]", file: IO[str], paths: list[str]) -> 
 
 
 def write_table(found: "Iterator[Prediction]", file: IO[str], top: int) -> None:
-    """Columns as wide as the first predictions need, so that rows can be written as they come."""
+    """Writes aligned columns; their widths fit the first predictions, so that rows are written as they come."""
     first = list(islice(found, LOOK_AHEAD))
     path_width = max((len(prediction.path) for prediction in first), default=0)
     class_width = max((len(name) for prediction in first for name, _ in prediction.classes), default=0)
     for prediction in chain(first, found):
         cells = [f"{name:<{class_width}}  {probability:>7.2%}" for name, probability in prediction.classes]
-        said = "    ".join(cells) or f"cannot be read: {prediction.error}"
-        print(f"{prediction.path:<{path_width}}    {said}", file=file)
+        answer = "    ".join(cells) or f"cannot be read: {prediction.error}"
+        print(f"{prediction.path:<{path_width}}    {answer}", file=file)
 
 
 def write_jsonl(found: "Iterator[Prediction]", file: IO[str], top: int) -> None:
     for prediction in found:
         classes = [{"class": name, "probability": probability} for name, probability in prediction.classes]
-        said = {"error": prediction.error} if prediction.error else {"classes": classes}
-        print(json.dumps({"path": prediction.path} | said), file=file)
+        answer = {"error": prediction.error} if prediction.error else {"classes": classes}
+        print(json.dumps({"path": prediction.path} | answer), file=file)
 
 
 def write_csv(found: "Iterator[Prediction]", file: IO[str], top: int) -> None:

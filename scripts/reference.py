@@ -1,4 +1,4 @@
-"""The page of every knob, from the schema: `python scripts/reference.py` writes docs/configuration.md."""
+"""Writes docs/configuration.md, which lists every configuration key, from the schema: `python scripts/reference.py`."""
 
 import dataclasses
 import types
@@ -29,6 +29,7 @@ def main() -> None:
 
 
 def page() -> str:
+    """The page in Markdown."""
     sections = [INTRODUCTION, _groups()]
     sections += [_section(name, node) for name, node in _nodes(Config, "")]
     return "\n".join(sections)
@@ -40,7 +41,7 @@ def _groups() -> str:
 
 
 def _nodes(node: type, prefix: str) -> Iterator[tuple[str, type]]:
-    """Each dataclass of the schema, by its path, a parent before its parts."""
+    """Yields every dataclass of the schema with its path, a parent before its children."""
     yield prefix, node
     for field in dataclasses.fields(node):
         if dataclasses.is_dataclass(field.type):
@@ -48,7 +49,7 @@ def _nodes(node: type, prefix: str) -> Iterator[tuple[str, type]]:
 
 
 def _section(prefix: str, node: type) -> str:
-    """One table."""
+    """The table of one dataclass."""
     rows = [
         f"| `{prefix}{field.name}` | {_kind(field)} | {_default(field)} | {_cell(_help(field))} |"
         for field in dataclasses.fields(node)
@@ -60,12 +61,12 @@ def _section(prefix: str, node: type) -> str:
 
 
 def _kind(field: "dataclasses.Field[Any]") -> str:
-    """The choices, or the type with its bounds."""
+    """The choices of a key, or its type and bounds."""
     if field.metadata["choices"]:
         return ", ".join(f"`{choice}`" for choice in field.metadata["choices"])
     low, high = (_number(field.metadata[bound]) for bound in ("low", "high"))
     bounds = (
-        f", {low} to {high}" if low and high else f", {low} or more" if low else f", {high} at most" if high else ""
+        f", {low} to {high}" if low and high else f", at least {low}" if low else f", at most {high}" if high else ""
     )
     return _type(field.type) + bounds
 
@@ -82,7 +83,7 @@ def _number(value: float | None) -> str | None:
 
 def _type(kind: Any) -> str:
     if isinstance(kind, types.UnionType):
-        names = [_type(part) for part in get_args(kind) if part is not types.NoneType]
+        names = [_type(member) for member in get_args(kind) if member is not types.NoneType]
         return " or ".join(names + ["null"] * (types.NoneType in get_args(kind)))
     if args := get_args(kind):
         return f"{kind.__origin__.__name__} of {_type(args[-1])}"

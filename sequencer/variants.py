@@ -107,13 +107,20 @@ def _pretrained_cfg(name: str, variant: Variant) -> dict[str, Any]:
     }
 
 
-# register_model looks for this name in the module of the function that it is given
-default_cfgs = generate_default_cfgs(
-    {
-        f"{name}.{PUBLISHED[name]}" if name in PUBLISHED else name: _pretrained_cfg(name, variant)
-        for name, variant in VARIANTS.items()
-    }
-)
+default_cfgs: dict[str, Any] = {}  # timm's register_model looks for this name in the module of an entry point
+
+
+def register(name: str, variant: Variant) -> None:
+    """Registers a model with timm; `timm.create_model(name)` builds it.
+
+    Args:
+        name: a new name, or one that is to be replaced.
+        variant: its class, arguments and images.
+    """
+    tag = f".{PUBLISHED[name]}" if name in PUBLISHED else ""
+    default_cfgs.update(generate_default_cfgs({name + tag: _pretrained_cfg(name, variant)}))
+    VARIANTS[name] = variant
+    register_model(_entrypoint(name, variant))
 
 
 def _entrypoint(name: str, variant: Variant) -> Callable[..., nn.Module]:
@@ -134,11 +141,7 @@ def _entrypoint(name: str, variant: Variant) -> Callable[..., nn.Module]:
     return create
 
 
-def _register() -> None:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=f"Overwriting ({'|'.join(PUBLISHED)}) in registry")
-        for name, variant in VARIANTS.items():
-            register_model(_entrypoint(name, variant))
-
-
-_register()
+with warnings.catch_warnings():
+    warnings.filterwarnings("ignore", message=f"Overwriting ({'|'.join(PUBLISHED)}) in registry")
+    for name, variant in list(VARIANTS.items()):
+        register(name, variant)

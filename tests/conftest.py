@@ -4,6 +4,11 @@ import os
 # torch is imported, and inherited by the command lines that tests start
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import torch
+
+# without a GPU, Triton's kernels run in its interpreter; set before Triton is imported, which torchvision does
+os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
+
 import hashlib
 import importlib.util
 import pickle
@@ -18,20 +23,16 @@ from typing import Any
 import beartype._check.code.codemain as beartype_code
 import numpy as np
 import pytest
-import torch
 from torchvision import datasets
 
-# beartype draws the item of a sequence that it looks at; from the generator that training draws from, a run that is
-# checked would not be the run that users have
+# beartype (private interface of 0.23) draws the item of a sequence that it checks from Python's global generator, which
+# training uses as well; with a generator of its own, a run under test is the run of a user
 beartype_code.getrandbits = random.Random(0).getrandbits
 
 pytest.register_assert_rewrite("tests.helpers", "tests.processes")
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 REAL_DATA = Path(__file__).parents[2] / "shared" / "data"
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton's kernels are tested on whatever there is
 
 
 @pytest.fixture

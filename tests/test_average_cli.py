@@ -1,4 +1,4 @@
-"""scripts/average.py: what it writes, and how it ends."""
+"""scripts/average.py: files, messages and exit codes."""
 
 import json
 from dataclasses import replace
@@ -9,7 +9,7 @@ import torch
 
 from sequencer.export import export_graph, save_model_folder
 from sequencer.models import create_model, load_model
-from tests.test_evaluate_cli import DIGITS, exit_code, save_run
+from tests.helpers import DIGITS, exit_code, save_run
 
 
 @pytest.fixture
@@ -19,7 +19,7 @@ def script(load_script):
 
 @pytest.fixture
 def runs(tmp_path) -> list[str]:
-    """Three of other weights."""
+    """Three runs with different weights."""
     folders = [save_run(tmp_path / f"run{k}", DIGITS, list("0123456789")) for k in range(3)]
     for seed, folder in enumerate(folders):
         loaded = load_model(folder)
@@ -67,7 +67,7 @@ def other_mean(folder: Path) -> None:
     ("make", "message"),
     [(other_names, "they have different classes"), (other_mean, "they have different preprocessing")],
 )
-def test_models_of_other_kinds(script, runs, tmp_path, capsys, make, message):
+def test_models_that_cannot_be_averaged(script, runs, tmp_path, capsys, make, message):
     make(tmp_path / "other")
     assert script.main([runs[0], "other", "--output", "soup"]) == 2
     assert f"other cannot be averaged with {runs[0]}: {message}" in capsys.readouterr().err
@@ -82,7 +82,7 @@ def test_the_same_shapes_in_another_cell(script, runs, capsys):
         torch.nn.init.normal_(model.get_classifier().weight)  # it begins at zero
         save_model_folder(replace(loaded, model=model, model_args=args), Path(cell))
     assert script.main(["rnn", "rnn_relu", "--output", "soup"]) == 2
-    assert "they do other things with the same weights" in capsys.readouterr().err
+    assert "with equal weights they compute different outputs" in capsys.readouterr().err
 
 
 def test_wrong_requests(script, runs, tmp_path, capsys):
@@ -92,7 +92,7 @@ def test_wrong_requests(script, runs, tmp_path, capsys):
         (["model.pt2", runs[0], "--output", "soup"], "model.pt2 is an export: name the model that it was made from"),
         ([runs[0], "nothing", "--output", "soup"], "nothing is neither a file or folder nor a timm model name"),
         ([*runs, "--output", "model.pt2"], "model.pt2 cannot be written: File exists"),
-        ([runs[0], "--output", "soup"], "an average is of two models or more"),
+        ([runs[0], "--output", "soup"], "name at least two models"),
         (runs, "the following arguments are required: --output"),
     ]:
         assert exit_code(script, arguments) == 2

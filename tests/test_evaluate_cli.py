@@ -1,35 +1,20 @@
-"""scripts/evaluate.py: what it prints and writes, and how it ends."""
+"""scripts/evaluate.py: output, files and exit codes."""
 
-import csv
 import json
 import subprocess
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from sequencer.config.schema import DataConfig
 from sequencer.data import eval_transform, open_split
-from sequencer.export import save_model_folder
-from sequencer.models import LoadedModel, create_model, load_model, preprocessing
-
-SCRIPTS = Path(__file__).parents[1] / "scripts"
-ARGS = {"layers": [1], "patch_sizes": [2], "embed_dims": [16], "hidden_sizes": [4]}
-DIGITS = DataConfig(
-    name="digits",
-    num_classes=10,
-    in_chans=1,
-    img_size=8,
-    mean=[0.3],
-    std=[0.4],
-    default_model="sequencer2d_t_8",
-    num_workers=0,
-)
+from sequencer.evaluation import evaluation_data
+from sequencer.models import create_model, load_model, timm_preprocessing
+from tests.helpers import DIGITS, SCRIPTS, exit_code, read_csv, save_run
 
 
 @pytest.fixture
@@ -37,36 +22,9 @@ def script(load_script):
     return load_script("evaluate")
 
 
-def save_run(folder: Path, data: DataConfig, class_names: list[str], **entries) -> Path:
-    """What evaluation reads of a run: untrained weights with a head that is not zero, and the configuration."""
-    torch.manual_seed(0)
-    size = {"in_chans": data.in_chans, "img_size": data.img_size}
-    model = create_model("sequencer2d_t_8", num_classes=len(class_names), **size, **ARGS)
-    torch.nn.init.normal_(model.get_classifier().weight)
-    about = {"config": {"data": asdict(data) | entries}}
-    cfg = preprocessing(asdict(data))
-    loaded = LoadedModel(model, "sequencer2d_t_8", "raw", tuple(class_names), cfg, size | ARGS, about)
-    save_model_folder(loaded, folder / "model")
-    (folder / "config.yaml").touch()
-    return folder
-
-
 @pytest.fixture
 def run_folder(tmp_path):
     return save_run(tmp_path / "run", DIGITS, list("0123456789"))
-
-
-def exit_code(script: ModuleType, arguments: list[str]) -> int:
-    """That of a script, whoever ends it: its work or argparse."""
-    try:
-        return script.main(arguments)
-    except SystemExit as error:
-        return error.code
-
-
-def read_csv(path: Path) -> list[dict[str, str]]:
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def test_run(script, run_folder, capsys):
@@ -117,7 +75,7 @@ def test_arguments(script, run_folder, tmp_path, capsys):
     assert script.main(arguments) == 0
     assert json.loads((output / "evaluation.json").read_text())["split"] == "val"
     assert not (run_folder / "evaluation").exists()
-    assert "digits, val part" in capsys.readouterr().out
+    assert "digits, val split" in capsys.readouterr().out
 
 
 def test_size_crop_and_mirror_images(script, run_folder, tmp_path):
@@ -131,29 +89,34 @@ def test_size_crop_and_mirror_images(script, run_folder, tmp_path):
     assert [int(row["predicted"]) for row in read_csv(Path("out/predictions.csv"))] == expected.tolist()
 
 
-def test_any_number_of_processes_counts_the_same(run_of_30_classes, tmp_path):
-    """60 images, of which one cannot be read, in 1, 2 and 3 shares."""
-    (run_of_30_classes.parent / "images" / "val" / "[class] 00" / "0.png").write_bytes(b"no image")
+def test_three_ranks_give_the_results_of_one(script, run_of_30_classes, tmp_path):
+    """59 images, of which one cannot be read: shares of 20, 20 and 19."""
+    folder = run_of_30_classes.parent / "images" / "val"
+    (folder / "[class] 00" / "0.png").write_bytes(b"no image")
+    (folder / "[class] 29" / "1.png").unlink()
     config = json.loads((run_of_30_classes / "model" / "config.json").read_text())
     config["config"]["data"] |= {"max_bad_share": 0.5, "eval_batch_size": 4}
     (run_of_30_classes / "model" / "config.json").write_text(json.dumps(config))
-    found, losses = [], []
-    for processes in (1, 2, 3):
-        output = tmp_path / str(processes)
-        command = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-        command += [str(SCRIPTS / "evaluate.py"), str(run_of_30_classes), "--device", "cpu", "--output", str(output)]
-        done = subprocess.run([sys.executable, *command], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.count("part, 59 images") == 1
-        result = json.loads((output / "evaluation.json").read_text())
-        rows = [(row["id"], row["predicted"], row["rank"]) for row in read_csv(output / "predictions.csv")]
-        assert len({name for name, *_ in rows}) == 59
-        assert rows[0][0] == "[class] 00/1.png"
-        exact = {key: result[key] for key in ("top1", "top5", "top1_low", "total", "unreadable")}
-        found.append((exact, rows, (output / "per_class.csv").read_text()))
-        losses.append(result["loss"])
-    assert found[0] == found[1] == found[2]
-    assert losses == pytest.approx(losses[:1] * 3, rel=1e-6)
+    one, three = tmp_path / "one", tmp_path / "three"
+    arguments = [str(run_of_30_classes), "--device", "cpu", "--output"]
+    assert script.main([*arguments, str(one)]) == 0
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3", str(SCRIPTS / "evaluate.py")]
+    done = subprocess.run([sys.executable, *command, *arguments, str(three)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("split, 58 images") == 1
+    results = [json.loads((output / "evaluation.json").read_text()) for output in (one, three)]
+    for name in ("top1", "top5", "top1_low", "total", "unreadable"):
+        assert results[0][name] == results[1][name]
+    assert (results[0]["total"], results[0]["unreadable"]) == (58, 1)
+    assert results[0]["loss"] == pytest.approx(results[1]["loss"], rel=1e-6)
+    predictions = [read_csv(output / "predictions.csv") for output in (one, three)]
+    ids = [row["id"] for row in predictions[0]]
+    assert len(set(ids)) == 58
+    assert ids[0] == "[class] 00/1.png"
+    for name in ("id", "class", "predicted", "rank"):
+        assert [row[name] for row in predictions[0]] == [row[name] for row in predictions[1]]
+    for name in ("per_class.csv", "bad_samples.csv"):
+        assert (one / name).read_text() == (three / name).read_text()
 
 
 def test_a_run_of_another_version(script, tmp_path):
@@ -170,11 +133,11 @@ def test_file_with_architecture(script, tmp_path):
     assert json.loads(Path("evaluation/evaluation.json").read_text())["total"] == 359
 
 
-def test_other_data_set_keeps_the_preprocessing_of_the_model(script, run_folder):
-    args = script.parse([str(run_folder), "--data", "mnist", "--data-root", "a folder"])
-    config = script.data_config(args, load_model(run_folder))
-    assert (config.name, config.root) == ("mnist", "a folder")
-    assert preprocessing(asdict(config)) == preprocessing(asdict(DIGITS))
+def test_other_data_set_keeps_the_preprocessing_of_the_model(run_folder):
+    config = evaluation_data(load_model(run_folder), "mnist", root="a folder", eval_batch_size=7, num_workers=None)
+    assert (config.name, config.root, config.eval_batch_size) == ("mnist", "a folder", 7)
+    assert config.num_workers is not None
+    assert timm_preprocessing(asdict(config)) == timm_preprocessing(asdict(DIGITS))
 
 
 @pytest.fixture
@@ -198,8 +161,8 @@ def run_of_30_classes(tmp_path, folder_of_30_classes):
 def test_many_classes(script, run_of_30_classes, capsys):
     assert script.main([str(run_of_30_classes)]) == 0
     printed = capsys.readouterr().out
-    assert "imagefolder, val part, 60 images" in printed
-    assert "the 10 classes of lowest recall, out of 30" in printed
+    assert "imagefolder, val split, 60 images" in printed
+    assert "the 10 classes with the lowest recall, of 30" in printed
     assert printed.count("[class] ") == 10
     table = read_csv(run_of_30_classes / "evaluation" / "per_class.csv")
     assert len(table) == 30
@@ -207,10 +170,12 @@ def test_many_classes(script, run_of_30_classes, capsys):
     assert any(row["precision"] == "" for row in table)  # never predicted
 
 
-def test_classes_with_other_names_are_noted(script, run_of_30_classes, folder_of_30_classes, capsys):
+def test_classes_with_other_names_are_noted(script, run_of_30_classes, folder_of_30_classes, caplog):
     (folder_of_30_classes / "val" / "[class] 00").rename(folder_of_30_classes / "val" / "[class] 0")
     assert script.main([str(run_of_30_classes)]) == 0
-    assert "note: 1 classes have other names" in capsys.readouterr().err
+    assert "1 of 30 classes are named differently in the model and in the data set, e.g. [class] 00 and [class] 0;" in (
+        caplog.text
+    )
 
 
 def test_too_many_unreadable_images_end_the_work(script, run_of_30_classes, folder_of_30_classes, capsys):
@@ -218,6 +183,9 @@ def test_too_many_unreadable_images_end_the_work(script, run_of_30_classes, fold
     assert script.main([str(run_of_30_classes)]) == 1
     assert "1 of 60 val images cannot be read, more than data.max_bad_share=0.01 allows" in check_error(capsys)
     assert [path.name for path in (run_of_30_classes / "evaluation").iterdir()] == ["bad_samples.csv"]
+    Image.new("RGB", (12, 10)).save(folder_of_30_classes / "val" / "[class] 00" / "0.png")
+    assert script.main([str(run_of_30_classes)]) == 0
+    assert not (run_of_30_classes / "evaluation" / "bad_samples.csv").exists()  # that of the other evaluation
 
 
 def check_error(capsys) -> str:
@@ -251,6 +219,7 @@ def test_wrong_requests(script, run_folder, capsys, arguments, message):
     assert exit_code(script, arguments) == 2
     assert message in check_error(capsys)
     assert not Path("evaluation").exists()
+    assert not (run_folder / "evaluation").exists()
 
 
 def test_other_number_of_classes(script, run_folder, folder_of_30_classes, capsys):
@@ -268,7 +237,7 @@ def test_interrupted(script, run_folder, capsys, monkeypatch):
     def interrupt(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("sequencer.evaluation.evaluate", interrupt)
+    monkeypatch.setattr("sequencer.evaluation.evaluate_model", interrupt)
     assert script.main([str(run_folder)]) == 130
     assert check_error(capsys) == "interrupted\n"
 

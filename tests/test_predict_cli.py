@@ -1,7 +1,6 @@
-"""scripts/predict.py: what it prints and writes, and how it ends."""
+"""scripts/predict.py: output, files and exit codes."""
 
 import csv
-import importlib
 import io
 import json
 import subprocess
@@ -14,10 +13,10 @@ import torch
 from PIL import Image
 
 from sequencer.data import eval_transform, read_image
-from sequencer.evaluation import input_config, readable_names
+from sequencer.evaluation import input_config, prediction, readable_names
 from sequencer.export import export_graph
 from sequencer.models import load_model
-from tests.test_evaluate_cli import DIGITS, SCRIPTS, exit_code, save_run
+from tests.helpers import DIGITS, SCRIPTS, exit_code, save_run
 
 NAMES = [f"class {k}" for k in range(10)]
 
@@ -40,7 +39,7 @@ def noise(path: Path, seed: int, size: tuple[int, int] = (11, 9)) -> Path:
 
 @pytest.fixture
 def images(tmp_path) -> list[Path]:
-    """Seven images of several sizes and kinds, in folders within a folder, beside a file that is none."""
+    """Seven images of several sizes and formats in nested folders, and a file that is no image."""
     names = ["a/1.png", "a/2.JPG", "a/deep/3.bmp", "b/4.png", "b/5.webp", "b/6.jpeg", "b/7.tif"]
     (tmp_path / "set" / "a").mkdir(parents=True)
     (tmp_path / "set" / "a" / "notes.txt").write_text("none")
@@ -48,7 +47,7 @@ def images(tmp_path) -> list[Path]:
 
 
 def expected(run_folder: Path, images: list[Path]) -> torch.Tensor:
-    """Probabilities, image by image."""
+    """Probabilities `N K`, computed image by image."""
     loaded = load_model(run_folder)
     transform = eval_transform(input_config(loaded))
     with torch.inference_mode():
@@ -81,7 +80,7 @@ def test_csv(script, run_folder, images, capsys):
     assert rows[0]["class"] == NAMES[best.argmax()]
     assert float(rows[0]["probability"]) == pytest.approx(best.max().item(), abs=1e-6)
     assert rows[1] == dict.fromkeys(rows[0], "") | {"path": "nothing.png", "error": "No such file or directory"}
-    assert printed.err == "1 of 2 could not be read\n"
+    assert printed.err == "1 of 2 images could not be read\n"
 
 
 def test_table(script, run_folder, images, tmp_path, capsys):
@@ -107,7 +106,7 @@ def test_paths_patterns_and_a_list(script, run_folder, images, monkeypatch, caps
     ]
 
 
-def test_what_leads_to_no_image(script, run_folder, tmp_path, capsys):
+def test_sources_without_images(script, run_folder, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     assert script.main([str(run_folder), "empty", "no*.png", "--format", "jsonl"]) == 1
     reasons = {row["path"]: row["error"] for row in lines(capsys.readouterr().out)}
@@ -130,7 +129,7 @@ def test_a_failure_leaves_the_old_output(script, run_folder, images, monkeypatch
     def fail(*args):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(importlib.import_module("sequencer.evaluation.predict"), "_classify", fail)
+    monkeypatch.setattr(prediction, "_classify", fail)
     assert script.main([str(run_folder), "set", "--output", "out.csv"]) == 1
     assert "error: out of memory" in capsys.readouterr().err
     assert Path("out.csv").read_text() == "old"
@@ -150,7 +149,7 @@ def test_an_export_predicts_as_its_run(script, run_folder, images, tmp_path, cap
             assert other["classes"][0]["probability"] == pytest.approx(row["classes"][0]["probability"], abs=1e-5)
 
 
-def test_an_output_that_is_no_number(script, run_folder, images, monkeypatch, capsys):
+def test_a_nan_output_is_an_error(script, run_folder, images, monkeypatch, capsys):
     loaded = load_model(run_folder)
     torch.nn.init.constant_(loaded.model.get_classifier().bias, torch.nan)
     monkeypatch.setattr(script, "load", lambda *args: loaded)
@@ -179,7 +178,7 @@ def test_wrong_requests(script, run_folder, images, capsys, arguments, message):
     assert printed.out == ""
 
 
-def test_a_reader_that_has_seen_enough(run_folder, images, tmp_path):
+def test_a_closed_pipe_is_no_error(run_folder, images, tmp_path):
     command = f"{sys.executable} {SCRIPTS / 'predict.py'} {run_folder} - --batch-size 1 < list.txt | head -n 1"
     (tmp_path / "list.txt").write_text(f"{images[0]}\n" * 3000)
     done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, cwd=tmp_path)
@@ -195,7 +194,7 @@ def test_names_of_imagenet():
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_images(run_folder, images, tmp_path):
-    """100,000 images take no more than 10,000, within 16 MiB; one held for each would be some 60 MiB of pixels."""
+    """100,000 images need at most 16 MiB more than 10,000; keeping their pixels would need about 60 MiB."""
     code = (
         "import resource, runpy, sys; sys.argv = sys.argv[1:]\n"
         "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"

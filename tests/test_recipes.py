@@ -1,8 +1,7 @@
-"""The paper's recipes: twenty updates of each, with a small model on a small set of the same layout."""
+"""The paper's recipes: their values, and a few updates of each with a small model on a small set of the same layout."""
 
 import csv
-import importlib
-from dataclasses import asdict
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +12,15 @@ from safetensors.torch import save_file
 from scipy.io import savemat
 from torchvision import datasets
 
+from sequencer.config import Config, compose
+from sequencer.config.command import parse_command
 from sequencer.config.errors import RequestError
-from sequencer.config.request import compose, to_config
+from sequencer.config.schema import leaves
 from sequencer.config.sources import Sources
 from sequencer.data import open_split
+from sequencer.measure import forecast, plan
 from sequencer.models import create_model
-from sequencer.training import plan, run
+from sequencer.training import run
 
 TINY = {"layers": [1], "patch_sizes": [14], "embed_dims": [16], "hidden_sizes": [4]}
 SHORT = [
@@ -36,41 +38,89 @@ SHORT = [
     "optim.warmup_epochs=0.25",
     "optim.cooldown_epochs=0",
 ]
+IMAGENET = ["imagenet_s", "imagenet_m", "imagenet_l", "imagenet_l_392"]
+TRANSFER = ["transfer_cifar10", "transfer_cifar100", "transfer_flowers102", "transfer_stanford_cars"]
 
-# what the papers' table says: images a batch, peak rate, decay, epochs in all, warm-up, drop path, image size
-VALUES = {
-    "imagenet_s": (2048, 2e-3, 0.05, 310, 20, 0.1, 224),
-    "imagenet_m": (1536, 1.5e-3, 0.05, 310, 20, 0.2, 224),
-    "imagenet_l": (1024, 1e-3, 0.05, 310, 20, 0.4, 224),
-    "imagenet_l_392": (512, 5e-5, 1e-8, 30, 0, 0.4, 392),
-    "transfer_cifar10": (512, 1e-4, 1e-4, 200, 5, 0.1, 224),
-    "transfer_cifar100": (512, 1e-4, 1e-4, 200, 5, 0.1, 224),
-    "transfer_flowers102": (512, 1e-4, 1e-4, 200, 5, 0.1, 224),
-    "transfer_stanford_cars": (512, 1e-4, 1e-4, 200, 5, 0.1, 224),
+# options of timm's train.py that the README and the defaults of the paper's repository give; `devices` is the number
+# of processes, each with `batch-size` images
+REPOSITORY = {
+    "imagenet_s": "devices=8 batch-size=256 epochs=300 cooldown-epochs=10 warmup-epochs=20 warmup-lr=1e-6 lr=2e-3"
+    " opt=adamw weight-decay=0.05 sched=cosine drop-path=0.1 aa=rand-m9-mstd0.5-inc1 reprob=0.25 smoothing=0.1"
+    " mixup=0.8 cutmix=1.0 clip-grad=None img-size=224 crop-pct=0.875 interpolation=bicubic",
+    "imagenet_l_392": "devices=8 batch-size=64 epochs=30 cooldown-epochs=0 warmup-epochs=0 lr=5e-5 opt=adamw"
+    " weight-decay=1e-8 drop-path=0.4 img-size=392 crop-pct=1.0 clip-grad=None",
+    "transfer_cifar10": "devices=4 batch-size=128 epochs=200 cooldown-epochs=0 warmup-epochs=5 warmup-lr=1e-6 lr=1e-4"
+    " opt=adamw weight-decay=1e-4 drop-path=0.1 reprob=0 clip-grad=1 img-size=224",
 }
 
 
-@pytest.mark.parametrize("name", VALUES)
-def test_values(name):
-    config = to_config(compose([f"experiment={name}"]))
-    found = (
-        config.data.batch_size,
-        config.optim.lr,
-        config.optim.weight_decay,
-        config.trainer.max_epochs,
-        config.optim.warmup_epochs,
-        config.model.drop_path_rate,
-        config.model.img_size,
-    )
-    assert found == VALUES[name]
-    assert config.optim.opt == "adamw"
-    assert config.optim.ema_decay is None
-    assert config.data.augment.auto_augment == "rand-m9-mstd0.5-inc1"
-    assert config.data.augment.reprob == (0.25 if name.startswith("imagenet") else 0)
-    assert config.trainer.gradient_clip_val == (1.0 if name.startswith("transfer") else None)
+def as_options(config: Config, devices: int) -> dict[str, object]:
+    """A configuration in the options of timm's train.py."""
+    augment, optim, data = config.data.augment, config.optim, config.data
+    return {
+        "devices": devices,
+        "batch-size": data.batch_size / devices,
+        "epochs": config.trainer.max_epochs - optim.cooldown_epochs,
+        "cooldown-epochs": optim.cooldown_epochs,
+        "warmup-epochs": optim.warmup_epochs,
+        "warmup-lr": optim.warmup_lr,
+        "lr": optim.lr,
+        "opt": optim.opt,
+        "weight-decay": optim.weight_decay,
+        "sched": optim.sched,
+        "drop-path": config.model.drop_path_rate,
+        "aa": augment.auto_augment,
+        "reprob": augment.reprob,
+        "smoothing": augment.smoothing,
+        "mixup": augment.mixup,
+        "cutmix": augment.cutmix,
+        "clip-grad": config.trainer.gradient_clip_val,
+        "img-size": data.img_size,
+        "crop-pct": data.crop_pct,
+        "interpolation": data.interpolation,
+    }
+
+
+@pytest.mark.parametrize("name", REPOSITORY)
+def test_options_of_the_repository(name):
+    expected = dict(option.split("=") for option in REPOSITORY[name].split())
+    found = as_options(compose([f"experiment={name}"]), int(expected["devices"]))
+    for option, text in expected.items():
+        value = found[option]
+        assert (float(text) if isinstance(value, int | float) else text) == (value if value is not None else "None")
+
+
+def differing(first: str, second: str) -> set[str]:
+    """The keys in which two recipes differ."""
+    one, other = (leaves(dataclasses.asdict(compose([f"experiment={name}"]))) for name in (first, second))
+    return {key for key in one.keys() | other.keys() if one.get(key) != other.get(key)} - {"name", "run_dir"}
+
+
+@pytest.mark.parametrize("name", ["imagenet_m", "imagenet_l"])
+def test_larger_models_train_as_the_small_one(name):
+    """They differ from S in the model, its drop path and the batch, and by the paper's rule in the learning rate."""
+    expected = {"model.name", "model.drop_path_rate", "data.batch_size", "optim.lr"}
+    assert differing("imagenet_s", name) == expected
+    config = compose([f"experiment={name}"])
+    assert config.model.name == name.replace("imagenet", "sequencer2d")
+    assert config.optim.lr == pytest.approx(5e-4 * config.data.batch_size / 512)
+
+
+@pytest.mark.parametrize("name", TRANSFER[1:])
+def test_other_sets_are_fine_tuned_as_cifar10(name):
+    """They differ in the set, how it is split, and a crop that is the default of the set."""
+    found = {key for key in differing("transfer_cifar10", name) if not key.startswith("data.")}
+    assert found <= {"model.num_classes"}
+    config, cifar10 = (compose([f"experiment={recipe}"]).data for recipe in (name, TRANSFER[0]))
+    assert dataclasses.replace(config.augment, crop_padding=0) == cifar10.augment
+    assert (config.mean, config.std, config.img_size) == (cifar10.mean, cifar10.std, cifar10.img_size)
+
+
+@pytest.mark.parametrize("name", IMAGENET + TRANSFER)
+def test_unverified_values_are_named(name):
+    assert ("# Unverified: " in Path(f"conf/experiment/{name}.yaml").read_text()) == (name != "imagenet_s")
+    config = compose([f"experiment={name}"])
     assert (config.init_from is None) == (name in ("imagenet_s", "imagenet_m", "imagenet_l"))
-    text = Path(f"conf/experiment/{name}.yaml").read_text()
-    assert ("# Unverified: " in text) == (name != "imagenet_s")
 
 
 def photograph(path: Path, seed: int) -> Path:
@@ -106,13 +156,13 @@ def stanford_cars(root: Path) -> None:
     savemat(folder / "devkit" / "cars_meta.mat", {"class_names": np.array([f"car {k}" for k in range(196)], object)})
     lists = {"cars_train": folder / "devkit" / "cars_train_annos.mat"}
     lists["cars_test"] = folder / "cars_test_annos_withlabels.mat"
-    for (part, path), copies in zip(lists.items(), (10, 1), strict=True):
-        first = photograph(folder / part / "00000.jpg", 0)
+    for (images, path), copies in zip(lists.items(), (10, 1), strict=True):
+        first = photograph(folder / images / "00000.jpg", 0)
         rows = []
         for index in range(196 * copies):
             name = f"{index:05}.jpg"
             if index:
-                (folder / part / name).hardlink_to(first)
+                (folder / images / name).hardlink_to(first)
             rows.append((name, index % 196 + 1))
         savemat(path, {"annotations": np.array(rows, dtype=[("fname", object), ("class", np.uint8)])})
 
@@ -134,17 +184,18 @@ def made(tmp_path, monkeypatch, request):
     return make
 
 
-@pytest.mark.parametrize("name", VALUES)
+# M and L differ from S in numbers only
+@pytest.mark.parametrize("name", ["imagenet_s", "imagenet_l_392", *TRANSFER])
 def test_twenty_updates(name, made, tmp_path):
     arguments = [f"experiment={name}", f"run_dir={tmp_path / 'run'}", *SHORT]
-    whole = to_config(compose([f"experiment={name}"]))
+    whole = compose([f"experiment={name}"])
     arguments += [f"data.root={made(whole.data.name)}"]
     if whole.init_from:  # weights of the same small model, at 224 px for 1,000 classes
         torch.manual_seed(0)
         weights = create_model("sequencer2d_s", **TINY).state_dict()
         save_file(weights, tmp_path / "published.safetensors")
         arguments += [f"init_from={tmp_path / 'published.safetensors'}"]
-    summary = run(to_config(compose(arguments)))
+    summary = run(compose(arguments))
     assert summary["updates"] == 20
     with open(tmp_path / "run" / "metrics.csv", newline="") as file:
         (row,) = csv.DictReader(file)
@@ -153,47 +204,44 @@ def test_twenty_updates(name, made, tmp_path):
     assert ("test/top1" in summary) == (whole.data.name != "imagenet")
 
 
-def test_flowers_have_three_parts_of_their_own(made):
-    config = to_config(compose(["data=flowers102", f"data.root={made('flowers102')}"])).data
-    parts = {part: open_split(config, part, lambda image: image) for part in ("train", "val", "test")}
-    assert {part: len(images) for part, images in parts.items()} == {"train": 204, "val": 102, "test": 102}
-    assert parts["train"].class_names[0] == "pink primrose"
-    image, label = parts["val"][3]
-    assert (image.mode, label, parts["val"].ids[3]) == ("RGB", 3, "flowers-102/jpg/image_00208.jpg")
-    assert not set(parts["train"].ids) & set(parts["test"].ids)
+def test_flowers_have_three_splits(made):
+    config = compose(["data=flowers102", f"data.root={made('flowers102')}"]).data
+    splits = {name: open_split(config, name, lambda image: image) for name in ("train", "val", "test")}
+    assert {name: len(images) for name, images in splits.items()} == {"train": 204, "val": 102, "test": 102}
+    assert splits["train"].class_names[0] == "pink primrose"
+    image, label = splits["val"][3]
+    assert (image.mode, label, splits["val"].ids[3]) == ("RGB", 3, "flowers-102/jpg/image_00208.jpg")
+    assert not set(splits["train"].ids) & set(splits["test"].ids)
 
 
-def test_cars_give_a_tenth_of_their_training_images(made):
-    config = to_config(compose(["data=stanford_cars", f"data.root={made('stanford_cars')}"])).data
-    parts = {part: open_split(config, part, lambda image: image) for part in ("train", "val", "test")}
-    assert {part: len(images) for part, images in parts.items()} == {"train": 1764, "val": 196, "test": 196}
-    assert sorted(parts["val"].labels) == list(range(196))
-    assert parts["test"].class_names[195] == "car 195"
-    assert parts["test"][5][1] == 5
-    assert asdict(config)["num_classes"] == 196
+def test_a_tenth_of_the_training_images_of_cars_validates(made):
+    config = compose(["data=stanford_cars", f"data.root={made('stanford_cars')}"]).data
+    splits = {name: open_split(config, name, lambda image: image) for name in ("train", "val", "test")}
+    assert {name: len(images) for name, images in splits.items()} == {"train": 1764, "val": 196, "test": 196}
+    assert sorted(splits["val"].labels) == list(range(196))
+    assert splits["test"].class_names[195] == "car 195"
+    assert splits["test"][5][1] == 5
+    assert config.num_classes == 196
 
 
 @pytest.mark.parametrize(
     ("name", "what"), [("flowers102", "flowers-102/jpg"), ("stanford_cars", "stanford_cars/devkit")]
 )
-def test_a_set_that_is_not_there(name, what, tmp_path):
-    config = to_config(compose([f"data={name}", f"data.root={tmp_path}"])).data
+def test_missing_set(name, what, tmp_path):
+    config = compose([f"data={name}", f"data.root={tmp_path}"]).data
     with pytest.raises(RequestError, match=what) as error:
         open_split(config, "train", lambda image: image)
     assert len(str(error.value).splitlines()) == 2
 
 
-@pytest.mark.parametrize("name", VALUES)
-def test_the_plan_of_a_recipe(name, made, tmp_path, monkeypatch, capsys):
-    # the package's name `plan` is the function
-    monkeypatch.setattr(importlib.import_module("sequencer.measure.plan"), "SECONDS", 0.05)
-    whole = to_config(compose([f"experiment={name}"]))
+def test_plan_of_a_recipe(made, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(forecast, "SECONDS", 0.05)
+    name = "transfer_flowers102"
+    whole = compose([f"experiment={name}"])
     arguments = [f"experiment={name}", f"run_dir={tmp_path / 'run'}", *SHORT, f"data.root={made(whole.data.name)}"]
     arguments += ["init_from=null", "trainer.limit_train_batches=2", f"trainer.max_epochs={whole.trainer.max_epochs}"]
-    found = plan(to_config(compose(arguments)), Sources(arguments))
-    printed = capsys.readouterr().out
+    found = plan(compose(arguments), Sources(parse_command(arguments)))
     assert found.updates == 2 * whole.trainer.max_epochs
-    assert f"conf/experiment/{name}.yaml" in printed
-    assert "forecast: " in printed
+    assert f"conf/experiment/{name}.yaml" in capsys.readouterr().out
     assert found.problems == []
     assert not (tmp_path / "run").exists()

@@ -1,4 +1,4 @@
-"""Pictures of a run and of what its model does, and measurements of its speed."""
+"""Plots of runs, sweeps and measurements, and the result table of a sweep."""
 
 from sequencer.analysis.plots import plot_confusion, plot_curves, plot_growth, plot_sweep
 from sequencer.analysis.sweep import write_sweep

@@ -1,7 +1,7 @@
-"""The pictures of a run: its curves and its confusion matrix.
+"""Plots of a run's curves and confusion matrix, of a sweep's results, and of how costs grow.
 
-Colours are Okabe and Ito's, which most kinds of colour vision tell apart. Figures are drawn without pyplot, so that
-nothing is left behind in the process.
+Colours are those of Okabe and Ito, which are distinguishable with most types of colour vision. Figures are drawn
+without pyplot, so that no global state is changed.
 """
 
 import csv
@@ -29,10 +29,10 @@ SLOTS = {"val": ("validation", BLUE), "val_ema": ("validation, EMA", VERMILION)}
 MOST_NUMBERED_CLASSES = 20
 MOST_LABELS = 30
 LONGEST_LABEL = 18  # characters
-CHARACTER_WIDTH = 0.08  # inches, on average
+CHARACTER_WIDTH = 0.08  # inches, average
 
 STYLE: dict[Any, Any] = {  # matplotlib's stubs type the keys as literals
-    "font.family": "DejaVu Sans",  # comes with matplotlib
+    "font.family": "DejaVu Sans",  # is part of matplotlib
     "font.size": 9,
     "text.color": INK,
     "text.parse_math": False,  # a class may be called $5 or $10
@@ -62,12 +62,19 @@ STYLE: dict[Any, Any] = {  # matplotlib's stubs type the keys as literals
 
 @rc_context(STYLE)
 def plot_curves(metrics_csv: Path, output: Path) -> Figure:
-    """Draws loss, top-1 and learning rate by epoch, from a run's metrics.csv, into the image file `output`.
+    """Plots loss, top-1 accuracy and learning rate of a run over epochs, counted from 1.
 
-    Epochs are counted from 1. A missing value leaves a gap.
+    A missing or non-finite value leaves a gap.
+
+    Args:
+        metrics_csv: The run's `metrics.csv`.
+        output: The image file that is written; its suffix decides the format.
+
+    Returns:
+        The figure.
 
     Raises:
-        ValueError: the file has no row.
+        ValueError: The file has no row.
     """
     columns = _read_columns(metrics_csv)
     epochs = columns["epoch"] + 1
@@ -78,7 +85,9 @@ def plot_curves(metrics_csv: Path, output: Path) -> Figure:
     _draw_line(lr, epochs, columns["lr"], GREEN)
     lr.set_ylim(bottom=0)
     lr.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    pad = 10 + 13 * sum(f"{slot}/top1" in columns for slot in SLOTS)  # room for the legend, between title and curves
+    pad = 10 + 13 * sum(
+        f"{slot}/top1" in columns for slot in SLOTS
+    )  # points; room for the legend between title and axes
     for axes, title in ((loss, "Loss"), (top1, "Top-1 accuracy"), (lr, "Learning rate")):
         axes.set_title(title, pad=pad)
         axes.set_xlabel("epoch")
@@ -129,9 +138,17 @@ def _draw_top1(axes: Axes, epochs: Array, columns: dict[str, Array]) -> None:
 
 @rc_context(STYLE)
 def plot_growth(records: Sequence[dict[str, Any]], output: Path) -> Figure:
-    """Draws median times by quantity, one panel for each quantity and mode, one line for each contender.
+    """Plots median times over the quantities that were varied, on logarithmic axes.
 
-    A record has `quantity`, `value`, `mode`, `contender` and `median_s`, as `scripts/benchmark.py growth` makes them.
+    There is one panel for each quantity and mode, with one line for each contender.
+
+    Args:
+        records: Measurements of `scripts/benchmark.py growth`, with the keys `quantity`, `value`, `mode`, `contender`
+            and `median_s` (seconds).
+        output: The image file that is written; its suffix decides the format.
+
+    Returns:
+        The figure.
     """
     quantities = list(dict.fromkeys(record["quantity"] for record in records))
     modes = list(dict.fromkeys(record["mode"] for record in records))
@@ -160,11 +177,22 @@ def plot_growth(records: Sequence[dict[str, Any]], output: Path) -> Figure:
 
 @rc_context(STYLE)
 def plot_sweep(rows: Sequence[tuple[str, str, int, Sequence[float]]], title: str, output: Path) -> Figure:
-    """Draws a sweep's rows `(label, family, parameters, top-1 of every seed)`: the seeds as rings and their mean as a
-    bar, and, where the trials differ in size, the means over the number of parameters, with a line through those of a
-    family. Families have their colours where there are enough."""
+    """Plots the top-1 accuracy of the trials of a sweep.
+
+    The left panel shows each seed as a ring and the mean over seeds as a bar. If the trials differ in their number of
+    parameters, a right panel shows the means over that number, with a line through each family. Each family has a
+    colour of its own, unless there are more families than colours.
+
+    Args:
+        rows: Tuples `(label, family, parameters, top-1 of each seed as fractions)`.
+        title: Title of the figure.
+        output: The image file that is written; its suffix decides the format.
+
+    Returns:
+        The figure.
+    """
     families = list(dict.fromkeys(family for _, family, _, _ in rows))
-    few = len(families) <= len(FAMILIES)
+    few = len(families) <= len(FAMILIES)  # enough colours; otherwise all families are blue, without lines
     colours = dict(zip(families, FAMILIES, strict=False)) if few else dict.fromkeys(families, BLUE)
     panels = 2 if len({parameters for _, _, parameters, _ in rows}) > 1 else 1
     width = 3.6 + CHARACTER_WIDTH * max(len(label) for label, _, _, _ in rows)
@@ -199,26 +227,30 @@ def plot_sweep(rows: Sequence[tuple[str, str, int, Sequence[float]]], title: str
 
 def _draw_line(axes: Axes, epochs: Array, values: Array, colour: str, label: str | None = None) -> None:
     finite = np.concatenate([[False], np.isfinite(values), [False]])
-    alone = finite[1:-1] & ~finite[:-2] & ~finite[2:]  # no line reaches these
+    alone = finite[1:-1] & ~finite[:-2] & ~finite[2:]  # between two gaps, where a line would not be visible
     axes.plot(epochs, values, color=colour, label=label)
     axes.plot(epochs[alone], values[alone], "o", color=colour, markersize=4)
 
 
 def _draw_legend(axes: Axes, ncols: int) -> None:
-    """Above the curves, where it hides none."""
+    """Draws a legend above the axes, where it covers no curve."""
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=ncols, borderaxespad=0.3, borderpad=0, handlelength=1.4)
 
 
 @rc_context(STYLE | {"axes.grid": False, "axes.spines.top": True, "axes.spines.right": True})
 def plot_confusion(confusion: ArrayLike, class_names: Sequence[str], output: Path, title: str) -> Figure:
-    """Draws a confusion matrix, each row as shares of its true class, into the image file `output`.
+    """Plots a confusion matrix, each row normalised by the number of images of its true class.
 
-    Up to 20 classes the cells hold per cents. Where there are too many classes to name, every nth is named.
+    Cells are labelled with percentages for up to 20 classes. If there are too many classes to name, every nth is named.
 
     Args:
-        confusion: `K K` counts, rows the true class, columns the predicted one; a tensor must be on the CPU.
+        confusion: Counts `K K`; rows are true classes, columns predicted classes. A tensor must be on the CPU.
         class_names: K names.
-        title: stands above, followed by top-1 and the number of images.
+        output: The image file that is written; its suffix decides the format.
+        title: Title of the figure; top-1 accuracy and the number of images are written below it.
+
+    Returns:
+        The figure.
     """
     counts = np.asarray(confusion)
     support = counts.sum(axis=1, keepdims=True)
@@ -227,7 +259,7 @@ def plot_confusion(confusion: ArrayLike, class_names: Sequence[str], output: Pat
     side = max(2.6, 0.42 * len(counts)) if numbered else 8.0
     figure = Figure(figsize=(side + 2.4, side + 1.9), layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1))
     axes = figure.subplots()
-    # the square root makes rare confusions visible beside the diagonal
+    # a square-root scale, so that rare confusions are visible
     norm = PowerNorm(0.5, 0, 1)
     colours = colormaps["Blues"].with_extremes(bad="#eeeeee")
     image = axes.imshow(shares, cmap=colours, norm=norm, interpolation="nearest")
@@ -252,7 +284,7 @@ def _write_shares(axes: Axes, counts: NDArray[Any], shares: Array, norm: PowerNo
 
 
 def _name_classes(axes: Axes, class_names: Sequence[str], side: float) -> None:
-    """Names as many classes as fit into `side` inches."""
+    """Labels both axes of a matrix `side` inches wide with as many class names as fit."""
     nth = next(n for n in _round_numbers() if len(class_names) <= MOST_LABELS * n)
     shown = range(0, len(class_names), nth)
     names = [_shorten(class_names[i]) for i in shown]
@@ -266,7 +298,7 @@ def _name_classes(axes: Axes, class_names: Sequence[str], side: float) -> None:
 
 
 def _round_numbers() -> Any:
-    """1, 2, 5, 10, 20, 50, ..."""
+    """Yields 1, 2, 5, 10, 20, 50, ..."""
     power = 1
     while True:
         yield from (power, 2 * power, 5 * power)
@@ -281,4 +313,4 @@ def _add_colour_bar(figure: Figure, axes: Axes, image: Any, numbered: bool) -> N
     bar = figure.colorbar(image, ax=axes, shrink=0.8, aspect=30, ticks=[0, 0.01, 0.1, 0.25, 0.5, 1])
     bar.set_label("share of the true class (in the cells: %)" if numbered else "share of the true class")
     bar.ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    bar.outline.set_visible(False)  # type: ignore[operator]  # a Spine, typed as something to call
+    bar.outline.set_visible(False)  # type: ignore[operator]  # a Spine, which the stubs type as a function

@@ -1,4 +1,4 @@
-"""The table of a sweep: what its trials varied, and what came out."""
+"""The result table of a sweep: the settings that its trials varied, and their results."""
 
 import csv
 import json
@@ -24,21 +24,27 @@ OUTCOMES = ("parameters", "val/top1", "val/loss", "val_ema/top1", "test/top1", "
 
 @dataclass(frozen=True)
 class Row:
-    """The trials that differ in nothing but their seed."""
+    """The results of trials that differ only in their seed."""
 
-    label: str
-    family: str  # the first of the settings that vary
+    label: str  # the settings that vary
+    family: str  # the first of these settings
     parameters: int
-    top1: tuple[float, ...]  # one value a seed
-    train_s: float  # mean
+    top1: tuple[float, ...]  # one fraction for each seed
+    train_s: float  # mean training time in seconds
 
 
 def write_sweep(folder: Path, title: str) -> list[Row]:
-    """Reads the trials below `folder` and writes `sweep.csv`, a line a trial, `sweep.md`, the means over seeds, and
-    `sweep.png`; prints the means.
+    """Writes the result table of a sweep as `sweep.csv`, `sweep.md` and `sweep.png`, and prints it.
+
+    `sweep.csv` has one row for each trial; the other two show means and standard deviations over seeds. Results are
+    those of the test split if every trial has them, otherwise of the validation split.
+
+    Args:
+        folder: The sweep's folder, which contains one run folder for each trial.
+        title: Title of the table and the plot.
 
     Returns:
-        The means, in the order of the trials; none where no trial is done.
+        The rows of the table, in the order of the trials; none if no trial has finished.
     """
     trials = [_read(path) for path in sorted(folder.glob("*/summary.json"), key=_natural)]
     if not trials:
@@ -49,10 +55,10 @@ def write_sweep(folder: Path, title: str) -> list[Row]:
         {"trial": name} | {key: config.get(key) for key in varied} | {k: v for k, v in summary.items() if k in OUTCOMES}
         for name, config, summary in trials
     ]
-    part = "test" if all("test/top1" in record for record in records) else "val"
-    rows = _rows(records, [key for key in varied if key != "seed"], f"{part}/top1")
+    split = "test" if all("test/top1" in record for record in records) else "val"
+    rows = _rows(records, [key for key in varied if key != "seed"], f"{split}/top1")
     write_atomically(folder / "sweep.csv", lambda path: _write_csv(path, records))
-    heading = f"{title}: top-1 of the {'test' if part == 'test' else 'validation'} part"
+    heading = f"{title}: top-1 of the {'test' if split == 'test' else 'validation'} split"
     write_atomically(folder / "sweep.md", lambda path: path.write_text(_markdown(heading, rows)))
     plot_sweep([(row.label, row.family, row.parameters, row.top1) for row in rows], heading, folder / "sweep.png")
     _print(heading, rows)
@@ -60,7 +66,7 @@ def write_sweep(folder: Path, title: str) -> list[Row]:
 
 
 def _natural(path: Path) -> list[list[tuple[str, int]]]:
-    """Orders trials as people do: 8 before 16, and lstm before lstm1997."""
+    """Returns a sort key that compares numbers in a trial's name by value: 8 before 16, lstm before lstm1997."""
     values = path.parent.name.split(",")
     return [[(text, int(digits or 0)) for text, digits in re.findall(r"(\D*)(\d*)", value)] for value in values]
 
@@ -78,7 +84,7 @@ def _rows(records: list[dict[str, Any]], varied: list[str], outcome: str) -> lis
         groups.setdefault(settings, []).append(record)
     return [
         Row(
-            ", ".join(settings) or "all alike",
+            ", ".join(settings) or "equal settings",
             settings[0] if settings else "",
             group[0]["parameters"],
             tuple(record[outcome] for record in group),
@@ -89,7 +95,7 @@ def _rows(records: list[dict[str, Any]], varied: list[str], outcome: str) -> lis
 
 
 def spread(values: Sequence[float]) -> float:
-    """Standard deviation of a sample; not a number where there is but one value."""
+    """Returns the sample standard deviation, or NaN for a single value."""
     return stdev(values) if len(values) > 1 else math.nan
 
 

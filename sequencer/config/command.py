@@ -12,7 +12,7 @@ from sequencer.config.conf_files import ConfigFiles, conf_dir
 from sequencer.config.errors import RequestError
 from sequencer.config.hydra_internals import parse_flags
 from sequencer.config.overrides import complete, parse_overrides
-from sequencer.config.schema import BACKENDS
+from sequencer.names import BACKENDS
 
 
 @dataclass(frozen=True)

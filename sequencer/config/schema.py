@@ -4,19 +4,20 @@ The dataclasses are the schema; the YAML files in `conf/` hold values. `knob` ca
 validation and `docs/configuration.md` read it.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 from omegaconf import MISSING
 
-BACKENDS = ("auto", "triton", "fused", "torch", "reference")
+from sequencer.names import BACKENDS, DATA_SETS
 
 
 def knob(
     default: Any,
     help: str,
     *,
-    choices: tuple[str, ...] | None = None,
+    choices: Sequence[str] | None = None,
     low: float | None = None,
     high: float | None = None,
     ours: bool = False,
@@ -70,22 +71,7 @@ class AugmentConfig:
 class DataConfig:
     """The data set, the preprocessing of its images, and their loading."""
 
-    name: str = knob(
-        MISSING,
-        "data set",
-        choices=(
-            "digits",
-            "mnist",
-            "fashion_mnist",
-            "cifar10",
-            "cifar100",
-            "flowers102",
-            "stanford_cars",
-            "imagefolder",
-            "imagenet",
-            "webdataset",
-        ),
-    )
+    name: str = knob(MISSING, "data set", choices=DATA_SETS)
     root: str = knob(
         "data",
         "folder of the data set; an image folder has train/, val/ and optionally test/; shards may also be at an http, "

@@ -7,7 +7,7 @@ from sequencer.data.memory import MemorySplit
 from sequencer.data.mixing import build_mixup
 from sequencer.data.module import DataModule
 from sequencer.data.quarantine import Quarantine, TooManyBadImages
-from sequencer.data.sets import DATA_SETS, DataSet, has_test_split, open_split
+from sequencer.data.sets import DATA_SETS, DataSet, add_data_set, has_test_split, open_split
 from sequencer.data.shards import ShardSplit
 from sequencer.data.split import Split, SplitName
 from sequencer.data.transforms import channel_statistics, eval_transform, train_transform
@@ -25,6 +25,7 @@ __all__ = [
     "SplitName",
     "TooManyBadImages",
     "UnreadableImage",
+    "add_data_set",
     "build_mixup",
     "channel_statistics",
     "eval_transform",

@@ -1,6 +1,7 @@
 """The table of data sets, and how a split of one is opened.
 
-A new data set is a row of `DATA_SETS` and a YAML file in `conf/data/`. Its row names a function that opens a split as a
+A new data set is a row of `DATA_SETS`, a name in `sequencer.names` and a YAML file in `conf/data/`; `add_data_set` adds
+one from outside the package. Its row names a function that opens a split as a
 `FileSplit`, a `MemorySplit` or any other `Split`; errors, held-out validation images and the check of the classes are
 the same for all sets.
 """
@@ -17,6 +18,7 @@ import torch
 from torchvision import datasets
 from torchvision.datasets.folder import find_classes
 
+from sequencer import names
 from sequencer.config.errors import RequestError
 from sequencer.config.schema import DataConfig
 from sequencer.data.files import FileSplit
@@ -249,3 +251,10 @@ DATA_SETS: dict[str, DataSet] = {
         remedy="scripts/shards.py writes shards with their index, or an index for existing shards",
     ),
 }
+
+
+def add_data_set(name: str, row: DataSet) -> None:
+    """Adds a data set; `data.name=NAME` then selects it in this process."""
+    DATA_SETS[name] = row
+    if name not in names.DATA_SETS:
+        names.DATA_SETS.append(name)

@@ -1,23 +1,28 @@
-"""Metrics on fixed sets, and predictions for images."""
+"""Metrics, the evaluation of a model on a split, and predictions for images."""
 
-from sequencer.evaluation.evaluate import FlipAveraged, evaluate
-from sequencer.evaluation.inputs import check_img_size, data_section, input_config, preprocessing
-from sequencer.evaluation.metrics import ClassificationMetrics, ClassResult, Outcome, wilson_interval
-from sequencer.evaluation.predict import Prediction, find_images, predict, readable_names
+from sequencer.evaluation.inputs import check_img_size, data_section, data_settings, input_config
+from sequencer.evaluation.loop import FlipAveraged, evaluate
+from sequencer.evaluation.metrics import ClassificationMetrics, ClassResult, Outcome
+from sequencer.evaluation.prediction import Prediction, find_images, predict, readable_names
+from sequencer.evaluation.split import Evaluation, evaluate_model, evaluation_data
+from sequencer.evaluation.writing import write_evaluation
 
 __all__ = [
     "ClassResult",
     "ClassificationMetrics",
+    "Evaluation",
     "FlipAveraged",
     "Outcome",
     "Prediction",
     "check_img_size",
     "data_section",
+    "data_settings",
     "evaluate",
+    "evaluate_model",
+    "evaluation_data",
     "find_images",
     "input_config",
     "predict",
-    "preprocessing",
     "readable_names",
-    "wilson_interval",
+    "write_evaluation",
 ]

@@ -1,4 +1,4 @@
-"""What a model is fed with: the data section that it was trained with, or the preprocessing that it was made for."""
+"""The preprocessing of a loaded model as a data section: that of its run, or that of timm's configuration."""
 
 from dataclasses import fields
 from typing import Any
@@ -12,22 +12,25 @@ from sequencer.models import LoadedModel
 
 
 def data_section(loaded: LoadedModel) -> DataConfig | None:
-    """The data section of the run that a model is from, without its augmentation."""
+    """The data section of the run that trained the model, without its augmentation; None if no run is known."""
     if loaded.data is None:
         return None
-    # a run of another version may know other keys; how training images were augmented plays no part here
+    # a run of another version may have other keys; the augmentation of training images is not needed here
     known = {field.name for field in fields(DataConfig)} - {"augment"}
     return DataConfig(**{key: value for key, value in loaded.data.items() if key in known})
 
 
 def input_config(loaded: LoadedModel) -> DataConfig:
-    """A data section that says how the model's images are prepared, and, where it is known, which set they are of."""
-    return data_section(loaded) or DataConfig(**preprocessing(loaded))
+    """A data section with the model's preprocessing; it names the data set of the run, where a run is known."""
+    return data_section(loaded) or DataConfig(**data_settings(loaded.pretrained_cfg))
 
 
-def preprocessing(loaded: LoadedModel) -> dict[str, Any]:
-    """The keys of DataConfig for what timm's configuration of the model says."""
-    entries = resolve_data_config(pretrained_cfg=loaded.pretrained_cfg)
+def data_settings(pretrained_cfg: dict[str, Any]) -> dict[str, Any]:
+    """The keys of `DataConfig` that describe the preprocessing in timm's configuration of a model.
+
+    The inverse of `sequencer.models.timm_preprocessing`. Missing entries get timm's defaults.
+    """
+    entries = resolve_data_config(pretrained_cfg=pretrained_cfg)
     in_chans, img_size, _ = entries["input_size"]
     return {
         "in_chans": in_chans,
@@ -41,9 +44,10 @@ def preprocessing(loaded: LoadedModel) -> dict[str, Any]:
 
 @torch.inference_mode()
 def check_img_size(loaded: LoadedModel, img_size: int) -> None:
-    """
+    """Checks by a forward pass on the CPU that the model takes square images of `img_size` pixels.
+
     Raises:
-        RequestError: the model takes no square images of `img_size` pixels.
+        RequestError: It does not.
     """
     try:
         loaded.model(torch.zeros(1, loaded.pretrained_cfg["input_size"][0], img_size, img_size))

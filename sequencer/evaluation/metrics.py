@@ -1,6 +1,5 @@
-"""Top-1, top-5, cross-entropy and the confusion matrix from exact, summable counts; `K` is the number of classes."""
+"""Top-1, top-5, cross-entropy and the confusion matrix, computed from sums; `K` is the number of classes."""
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -13,36 +12,34 @@ from torchmetrics import Metric
 
 from sequencer import distributed
 
-NORMAL_QUANTILE = 1.959963984540054  # at 97.5%
-
 
 class ClassResult(NamedTuple):
-    """How one class fares; a ratio is None where its denominator is zero."""
+    """Precision and recall of one class; each is None if its denominator is zero."""
 
     name: str
     support: int  # images of this class
-    precision: float | None  # share of the images called so that are of this class
-    recall: float | None  # share of the images of this class that are called so
+    precision: float | None  # fraction of the images predicted as this class that belong to it
+    recall: float | None  # fraction of the images of this class that are predicted as it
 
 
 class Outcome(NamedTuple):
-    """How one image fares; None where its logits are not numbers."""
+    """Label and prediction of one image; the prediction is None if a logit is NaN."""
 
-    image: int  # its index in the set
+    image: int  # its index in the split
     label: int
     predicted: int | None
     probability: float | None  # of the predicted class
-    rank: int | None  # of the label: 1 where it is the predicted class
+    rank: int | None  # of the label among the classes, ordered by their logits: 1 if the label is the predicted class
 
 
 class ClassificationMetrics(Metric):
-    """Metrics of a classifier over any number of batches, however uneven, and of processes.
+    """Metrics of a classifier over batches of any size and over any number of ranks.
 
-    Every state is a sum, and processes are merged by summing, so that each image weighs the same.
+    Every state is a sum, and ranks are merged by adding their states, so that every image has the same weight.
 
-    An image's predicted class is that of its largest logit, the lower index among equals; the label is in the top 5
-    by the same order. An image with a NaN logit has no predicted class: it is a miss in everything, stands in no
-    column of the confusion matrix, and makes the loss NaN.
+    The predicted class is the one with the largest logit; among equal logits the lowest index comes first. The top 5
+    follow the same order. An image with a NaN logit has no predicted class: it counts as wrong in top-1 and top-5, is
+    in no column of the confusion matrix, and makes the loss NaN.
     """
 
     full_state_update = False
@@ -53,7 +50,7 @@ class ClassificationMetrics(Metric):
     loss_sum: Float[Tensor, ""]
 
     def __init__(self, num_classes: int, **kwargs: Any) -> None:
-        """`kwargs` are torchmetrics': how processes are synchronised."""
+        """Starts with no images; `kwargs` are those of torchmetrics' `Metric`."""
         super().__init__(**kwargs)
         self.num_classes = num_classes
         # rows are true classes, columns predicted ones; the last column counts images without a prediction
@@ -66,7 +63,7 @@ class ClassificationMetrics(Metric):
         """Adds a batch.
 
         Raises:
-            ValueError: the logits are of another number of classes.
+            ValueError: The logits do not have `num_classes` columns.
         """
         if logits.ndim != 2 or logits.shape[1] != self.num_classes:
             raise ValueError(f"logits have shape {tuple(logits.shape)}; expected (B, {self.num_classes})")
@@ -77,9 +74,9 @@ class ClassificationMetrics(Metric):
         self.loss_sum = self.loss_sum + F.cross_entropy(logits.double(), labels, reduction="sum")
 
     def compute(self) -> dict[str, Tensor]:
-        """`top1`, `top5` (fractions) and `loss` (mean, nats) as float64, `total` (images) as int64; all scalars.
+        """Returns scalars: `top1`, `top5` (fractions) and `loss` (mean, nats) in float64, `total` (images) in int64.
 
-        The fractions of no images are NaN.
+        Without images the first three are NaN.
         """
         total = self.counts.sum()
         return {
@@ -90,18 +87,21 @@ class ClassificationMetrics(Metric):
         }
 
     def merge_processes(self) -> None:
-        """Adds up all processes' images for good, where torchmetrics' own `sync` ends with the next `compute`."""
+        """Adds up the states of all ranks, on every rank, until the next `reset`.
+
+        torchmetrics' own `sync` is undone after the next `compute`.
+        """
         if distributed.world_size() > 1:
             for state in (self.counts, self.top5_hits, self.loss_sum):
                 dist.all_reduce(state)
 
     @property
     def confusion(self) -> Int[Tensor, "K K"]:
-        """Images by true class (row) and predicted class (column), those of this process until they are merged."""
+        """Number of images by true class (row) and predicted class (column), of this rank until ranks are merged."""
         return self.counts[:, : self.num_classes]
 
     def per_class(self, class_names: Sequence[str]) -> list[ClassResult]:
-        """One result a class, in the order of the logits, over the images of this process."""
+        """Precision and recall of every class, in the order of the logits, of this rank until ranks are merged."""
         hits = self.confusion.diagonal().tolist()
         support = self.counts.sum(dim=1).tolist()
         called = self.confusion.sum(dim=0).tolist()
@@ -112,27 +112,17 @@ class ClassificationMetrics(Metric):
 
 
 def outcomes(logits: Float[Tensor, "B K"], labels: Int[Tensor, " B"], indices: Int[Tensor, " B"]) -> list[Outcome]:
-    """Each image's, by the rules of `ClassificationMetrics`."""
+    """Outcome of every image of a batch, by the rules of `ClassificationMetrics`."""
     probabilities = logits.double().softmax(dim=1).amax(dim=1)
     columns = (logits.argmax(dim=1), probabilities, _rank(logits, labels) + 1)
     rows = zip(*(column.tolist() for column in (indices, labels, ~logits.isnan().any(dim=1), *columns)), strict=True)
-    return [Outcome(i, label, *(said if valid else (None,) * 3)) for i, label, valid, *said in rows]
-
-
-def wilson_interval(share: float, total: int) -> tuple[float, float]:
-    """The 95% confidence interval of a share of `total` images by Wilson's score (1927); NaN of none."""
-    if not total:
-        return math.nan, math.nan
-    z2 = NORMAL_QUANTILE**2 / total
-    centre = (share + z2 / 2) / (1 + z2)
-    half = math.sqrt(share * (1 - share) * z2 + z2**2 / 4) / (1 + z2)
-    return centre - half, centre + half
+    return [Outcome(i, label, *(answer if valid else (None,) * 3)) for i, label, valid, *answer in rows]
 
 
 def _rank(logits: Float[Tensor, "B K"], labels: Int[Tensor, " B"]) -> Int[Tensor, " B"]:
-    """How many classes come before the label: larger logits, and equal ones of a lower index.
+    """Number of classes ordered before the label: those with a larger logit, or an equal one and a lower index.
 
-    Unlike `topk`, which leaves open what comes first among equals, this gives the same on every device.
+    The same on every device, unlike `topk`, which does not define the order of equal values.
     """
     own = logits.gather(1, labels[:, None])
     index = torch.arange(logits.shape[1], device=logits.device)

@@ -1,4 +1,4 @@
-"""Exports with their proof: what is written is read back and compared with the model."""
+"""Export with verification: every exported file is read back and compared with the model."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -6,11 +6,10 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from timm.models._hub import generate_readme
 from torch import nn
 
 from sequencer.evaluation import input_config
-from sequencer.export.describe import describe, model_card
+from sequencer.export.description import describe_export, model_card
 from sequencer.export.folder import write_model_folder
 from sequencer.export.formats import DTYPES, to_onnx, to_program
 from sequencer.export.provenance import versions
@@ -24,33 +23,54 @@ from sequencer.models import (
     read_weights,
     to_paper_layout,
 )
-
-GRAPHS = {"onnx": "model.onnx", "torch_export": "model.pt2"}
-WEIGHTS = {"hub": "model.safetensors", "timm": "model.safetensors", "paper": "model.pth"}
+from sequencer.names import EXPORTED_GRAPHS, EXPORTED_WEIGHTS
+from sequencer.timm_internals import generate_readme
 
 
 def export_graph(
     loaded: LoadedModel, folder: Path, form: str, img_size: int, dtype: str = "fp32", with_preprocessing: bool = False
 ) -> dict[str, Any]:
-    """Writes `onnx` or `torch_export` for square images of `img_size` into `folder`; returns the certificate.
+    """Exports a model as a graph and compares the graph with the model.
+
+    Args:
+        loaded: The model.
+        folder: An existing folder, into which the file named in `EXPORTED_GRAPHS` is written.
+        form: A key of `EXPORTED_GRAPHS`: `onnx` or `torch_export`.
+        img_size: Height and width of the images that the graph accepts, in pixels. The batch size is free.
+        dtype: Data type of weights and computations, `fp32` or `fp16`; inputs and outputs are float32 in both cases.
+        with_preprocessing: If True, the graph takes uint8 images `B H W C` and returns probabilities. Otherwise it
+            takes normalised images `B C H W` and returns logits.
+
+    Returns:
+        The certificate: file, checksums, errors and versions.
 
     Raises:
-        Mismatch: the export gives other outputs than the model.
+        Mismatch: The outputs of the graph differ from those of the model.
+        RequestError: ONNX has no operator for the model's cell.
     """
-    path = folder / GRAPHS[form]
-    description = describe(loaded, img_size, with_preprocessing)
+    path = folder / EXPORTED_GRAPHS[form]
+    description = describe_export(loaded, img_size, with_preprocessing)
     (to_onnx if form == "onnx" else to_program)(loaded.model, path, description, DTYPES[dtype])
     return certify(load_exported(path), loaded, path, img_size, dtype)
 
 
 def export_weights(loaded: LoadedModel, folder: Path, form: str, name: str) -> dict[str, Any]:
-    """Writes the weights as `hub`, `timm` or `paper` into `folder`; returns the certificate. `name` is what the card of
-    a `hub` folder says that `timm.create_model` loads it by.
+    """Exports the weights of a model, loads them again and compares the outputs.
+
+    Args:
+        loaded: The model.
+        folder: An existing folder, into which the file named in `EXPORTED_WEIGHTS` is written, for `hub` also
+            `config.json` and the model card `README.md`.
+        form: A key of `EXPORTED_WEIGHTS`: `hub`, `timm` or `paper`.
+        name: The name by which `timm.create_model` loads the folder, which the model card of `hub` shows.
+
+    Returns:
+        The certificate: file, checksums, errors and versions.
 
     Raises:
-        Mismatch: what was written gives other outputs than the model.
+        Mismatch: The outputs with the exported weights differ from those of the model.
     """
-    path = folder / WEIGHTS[form]
+    path = folder / EXPORTED_WEIGHTS[form]
     channels, img_size, _ = loaded.pretrained_cfg["input_size"]
     if form == "hub":
         write_model_folder(loaded, folder)
@@ -66,8 +86,20 @@ def export_weights(loaded: LoadedModel, folder: Path, form: str, name: str) -> d
 
 
 def certify(exported: nn.Module, loaded: LoadedModel, path: Path, img_size: int, dtype: str) -> dict[str, Any]:
-    fed = replace(input_config(loaded), img_size=img_size)
-    images, source = real_images(fed, own_set=loaded.data is not None)
+    """Compares an exported model with its original on real images, and returns the certificate.
+
+    Args:
+        exported: The model as read back from `path`.
+        loaded: The original.
+        path: The exported file.
+        img_size: Height and width of the images, in pixels.
+        dtype: `fp32` or `fp16`; selects the tolerance.
+
+    Raises:
+        Mismatch: The outputs differ.
+    """
+    config = replace(input_config(loaded), img_size=img_size)
+    images, source = real_images(config, own_set=loaded.data is not None)
     return {
         "file": path.name,
         "sha256": sha256_of_file(path),

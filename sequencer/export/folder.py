@@ -1,4 +1,4 @@
-"""The model folder: timm's hub layout, `config.json` and `model.safetensors`; and its way to a hub."""
+"""The model folder, in timm's hub layout (`config.json` and `model.safetensors`), and its upload to a hub."""
 
 import shutil
 from pathlib import Path
@@ -6,12 +6,17 @@ from typing import Any
 
 from timm.models import push_to_hf_hub, save_for_hf
 
-from sequencer.export.describe import model_card
+from sequencer.export.description import model_card
 from sequencer.models import PREPROCESSING, LoadedModel
 
 
 def save_model_folder(loaded: LoadedModel, folder: Path) -> None:
-    """Writes `folder`, replacing an older one only when the new one is complete. The model is on the CPU."""
+    """Writes a model folder. An existing folder is replaced after the new one is complete.
+
+    Args:
+        loaded: The model, on the CPU.
+        folder: The folder, which need not exist.
+    """
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     write_model_folder(loaded, partial)
@@ -20,14 +25,23 @@ def save_model_folder(loaded: LoadedModel, folder: Path) -> None:
 
 
 def write_model_folder(loaded: LoadedModel, folder: Path) -> None:
+    """Writes a model folder's files into `folder`, which is created if it does not exist."""
     save_for_hf(loaded.model, str(folder), safe_serialization=True, **_configuration(loaded))
 
 
 def push(loaded: LoadedModel, repo_id: str) -> str:
-    """Uploads the model folder, with a card where there is none yet, through timm; returns its address.
+    """Uploads a model folder to a hub by timm's own function. An existing model card is kept.
+
+    Args:
+        loaded: The model, on the CPU.
+        repo_id: `ORG/NAME`.
+
+    Returns:
+        The address of the repository.
 
     Raises:
-        OSError, ValueError: of the hub's client.
+        OSError: The hub cannot be reached or refuses the upload.
+        ValueError: The name of the repository is not valid.
     """
     card = model_card(loaded, f"hf-hub:{repo_id}")
     commit = push_to_hf_hub(loaded.model, repo_id, model_card=card, safe_serialization=True, **_configuration(loaded))
@@ -35,8 +49,9 @@ def push(loaded: LoadedModel, repo_id: str) -> str:
 
 
 def _configuration(loaded: LoadedModel) -> dict[str, Any]:
-    """Arguments of timm's writers. Our entries stand on the top level of `config.json`, because timm refuses a key
-    inside `pretrained_cfg` that it does not know.
+    """Returns the arguments of timm's functions that write `config.json`.
+
+    This package's own entries are at the top level, because timm rejects unknown keys inside `pretrained_cfg`.
     """
     cfg = {key: loaded.pretrained_cfg[key] for key in PREPROCESSING}
     config = {"pretrained_cfg": cfg, "slot": loaded.slot} | loaded.about

@@ -1,4 +1,4 @@
-"""Models in the formats of other runtimes: an ONNX graph or a torch.export program."""
+"""Conversion of models to ONNX graphs and torch.export programs."""
 
 import copy
 import json
@@ -15,15 +15,20 @@ from sequencer.export.recurrence import use_lstms, use_nodes
 from sequencer.models import VSequencer
 from sequencer.models.exported import ENTRY
 
-OPSET = 20  # the first with Gelu
+OPSET = 20  # the first opset with a Gelu operator
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 
 
-class Deliverable(nn.Module):
-    """What is exported: float32 in and out, whatever is between.
+class ExportModule(nn.Module):
+    """The module that is exported: a model with float32 inputs and outputs and optional preprocessing.
 
-    Takes normalised images `B C H W` and gives logits `B K`; with `preprocessing`, eight-bit images `B H W C` and
-    probabilities.
+    It maps normalised images `B C H W` to logits `B K`. If the description says that preprocessing is included, it maps
+    uint8 images `B H W C` to probabilities `B K`.
+
+    Args:
+        model: The model, which is converted to `dtype` in place.
+        description: See `describe_export`.
+        dtype: Data type of weights and computations.
     """
 
     mean: Tensor
@@ -50,13 +55,21 @@ def to_onnx(
     dtype: torch.dtype,
     replace: Callable[[nn.Module], None] = use_nodes,
 ) -> None:
-    """Writes `model` as an ONNX graph whose recurrences are the standard's nodes; any batch, one size. Another
-    `replace` leaves more or less to the exporter."""
-    deliverable, example = _prepare(model, description, dtype, replace)
+    """Exports a model as an ONNX graph for any batch size and one image size.
+
+    Args:
+        model: The model, which is not modified.
+        path: The file that is written.
+        description: See `describe_export`; it is stored in the graph's metadata.
+        dtype: Data type of weights and computations.
+        replace: Function that prepares a copy of the model in place. By default, it replaces every recurrence by ONNX's
+            LSTM, GRU or RNN operator.
+    """
+    module, example = _prepare(model, description, dtype, replace)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the exporter, about itself
+        warnings.simplefilter("ignore")  # the exporter warns of its own deprecations
         program = torch.onnx.export(
-            deliverable,
+            module,
             (example,),
             dynamo=True,
             verbose=False,
@@ -71,24 +84,34 @@ def to_onnx(
 
 
 def to_program(model: nn.Module, path: Path, description: dict[str, Any], dtype: torch.dtype) -> None:
-    """Writes `model` as a torch.export program that runs without this package; any batch, one size."""
-    deliverable, example = _prepare(model, description, dtype, use_lstms)
+    """Exports a model as a torch.export program for any batch size and one image size.
+
+    The program needs only torch; recurrences are torch's own operators.
+
+    Args:
+        model: The model, which is not modified.
+        path: The file that is written.
+        description: See `describe_export`; it is stored in the file.
+        dtype: Data type of weights and computations.
+    """
+    module, example = _prepare(model, description, dtype, use_lstms)
     shapes = ({0: torch.export.Dim("batch")},)
-    program = torch.export.export(deliverable, (example,), dynamic_shapes=shapes)
+    program = torch.export.export(module, (example,), dynamic_shapes=shapes)
     torch.export.save(program, path, extra_files={ENTRY: json.dumps(description)})
 
 
 def _prepare(
     model: nn.Module, description: dict[str, Any], dtype: torch.dtype, replace: Callable[[nn.Module], None]
-) -> tuple[Deliverable, Tensor]:
+) -> tuple[ExportModule, Tensor]:
+    """Returns the module to be exported, made from a copy of the model, and an example input with a batch of 2."""
     model = copy.deepcopy(model).cpu().eval().requires_grad_(False)
     channels, height, width = description["pretrained_cfg"]["input_size"]
     if isinstance(model, VSequencer) and (position := model.absolute_pos_embed) is not None:
         size = [extent // stride for extent, stride in zip((height, width), model.stem.patch_size, strict=True)]
-        resampled = resample_abs_pos_embed_nhwc(position, size)  # once and for all
+        resampled = resample_abs_pos_embed_nhwc(position, size)  # so that it is not part of the graph
         model.absolute_pos_embed = nn.Parameter(resampled, requires_grad=False)
     replace(model)
-    deliverable = Deliverable(model, description, dtype).eval()
+    module = ExportModule(model, description, dtype).eval()
     if description["preprocessing"]:
-        return deliverable, torch.zeros(2, height, width, channels, dtype=torch.uint8)
-    return deliverable, torch.zeros(2, channels, height, width)
+        return module, torch.zeros(2, height, width, channels, dtype=torch.uint8)
+    return module, torch.zeros(2, channels, height, width)

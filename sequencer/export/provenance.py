@@ -1,4 +1,4 @@
-"""What a model was made with, for whoever meets it later."""
+"""Versions of packages and the commit that a model was made with."""
 
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
@@ -10,7 +10,7 @@ PACKAGES = ("torch", "torchvision", "timm", "pytorch-lightning", "onnx", "onnxru
 
 
 def versions() -> dict[str, str]:
-    """Version by package, of those that are installed."""
+    """Returns the version of this package and of the installed packages among `PACKAGES`."""
     found = {"sequencer": sequencer.__version__}
     for package in PACKAGES:
         try:
@@ -21,7 +21,10 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """Commit of this package's checkout, with `-dirty` after it where files differ; None without one."""
+    """Returns the commit of this package's git checkout, or None if it is not in one.
+
+    The suffix `-dirty` says that files differ from the commit.
+    """
     root = Path(__file__).parents[2]
     if not (root / ".git").exists():
         return None

@@ -1,8 +1,9 @@
-"""Recurrences as other runtimes know them: every cell as an LSTM, a GRU or a plain RNN of ONNX or torch.
+"""Conversion of every cell to an LSTM, GRU or plain RNN operator of ONNX or torch.
 
-An IndyLSTM is an LSTM whose recurrent matrices are diagonal. The LSTM of 1997 is one whose forget gate is held open
-and whose cell holds half the value: with `g(x) = 4 s(x) - 2 = 2 tanh(x / 2)` and `h(c) = 2 s(c) - 1 = tanh(c / 2)`,
-`c / 2` grows by `i tanh(x / 2)` and the output is `o tanh(c / 2)`. Both hold exactly, but for rounding.
+An IndyLSTM is an LSTM whose recurrent matrices are diagonal. An LSTM of 1997 is an LSTM whose forget gate is always 1
+and whose cell state is half that of the original: with s the sigmoid, `g(x) = 4 s(x) - 2 = 2 tanh(x / 2)` and
+`h(c) = 2 s(c) - 1 = tanh(c / 2)`, so `c / 2` is increased by `i tanh(x / 2)` and the output is `o tanh(c / 2)`. Both
+conversions are exact up to rounding.
 """
 
 from dataclasses import dataclass
@@ -12,14 +13,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from sequencer.config.errors import RequestError
 from sequencer.layers import RNN, RNN1d, RNN2d
 from sequencer.ops import Weights
 
-OPEN = 30.0  # the sigmoid of this is 1 in float32 and in float16
+OPEN = 30.0  # bias of the forget gate; its sigmoid is 1 in float32 and float16
 
 
 def as_lstm(w: Weights, cell: str) -> Weights:
-    """Weights of an LSTM (i, f, g, o) that does what those of an `indylstm` or `lstm1997` do."""
+    """Converts the weights of an `indylstm` or `lstm1997` to those of an equivalent LSTM with gates i, f, g, o."""
     if cell == "indylstm":
         recurrent = torch.cat([row.diag() for row in w.weight_hh.chunk(4)])
         return Weights(w.weight_ih, recurrent, w.bias_ih, torch.zeros_like(w.bias_ih))
@@ -34,7 +36,7 @@ def as_lstm(w: Weights, cell: str) -> Weights:
 
 @torch.no_grad()
 def use_lstms(model: nn.Module) -> None:
-    """Replaces, in place, the recurrences whose cell other runtimes do not know by equal LSTMs."""
+    """Replaces every `indylstm` and `lstm1997` of a model by an equivalent LSTM, in place."""
     for mixer in [module for module in model.modules() if isinstance(module, RNN1d | RNN2d)]:
         for child, rnn in list(mixer.named_children()):
             if not isinstance(rnn, RNN) or rnn.cell not in ("indylstm", "lstm1997"):
@@ -47,24 +49,24 @@ def use_lstms(model: nn.Module) -> None:
                 if tensor is not None
             }
             inputs = weights["weight_ih_l0"].shape[1]
-            equal = RNN(inputs, rnn.hidden_size, "lstm", len(rnn.suffixes), len(rnn.suffixes[0]) == 2)
-            equal.load_state_dict(weights)
-            setattr(mixer, child, equal)
+            lstm = RNN(inputs, rnn.hidden_size, "lstm", len(rnn.suffixes), len(rnn.suffixes[0]) == 2)
+            lstm.load_state_dict(weights)
+            setattr(mixer, child, lstm)
             if isinstance(mixer, RNN2d):
                 mixer.cell = "lstm"
 
 
 @dataclass(frozen=True)
 class Node:
-    """An ONNX operator that is a cell: its gates, as positions among ours, and its attributes."""
+    """The ONNX operator of a cell."""
 
     operator: str
-    gates: tuple[int, ...]
+    gates: tuple[int, ...]  # for each gate of the operator, its position among this package's gates
     activation: str | None = None
 
 
 NODES = {
-    "lstm": Node("LSTM", (0, 3, 1, 2)),  # i, o, f, c
+    "lstm": Node("LSTM", (0, 3, 1, 2)),  # gates of the operator: i, o, f, c
     "peephole_lstm": Node("LSTM", (0, 3, 1, 2)),
     "gru": Node("GRU", (1, 0, 2)),  # z, r, h
     "rnn": Node("RNN", (0,), "Tanh"),
@@ -72,8 +74,16 @@ NODES = {
 }
 
 
-class OnnxRNN(nn.Module):
-    """One layer of an `RNN` as an ONNX node; its weights are the node's, so that the graph need not cut them up."""
+class OnnxLayer(nn.Module):
+    """One layer of an `RNN` as an ONNX operator.
+
+    The weights are stored in the operator's own layout, so that the graph does not slice or concatenate them.
+
+    Args:
+        directions: Parameters of the forward direction and, if bidirectional, of the backward direction.
+        cell: A key of `NODES`.
+        hidden_size: Hidden size `D` per direction.
+    """
 
     W: Tensor
     R: Tensor
@@ -92,7 +102,7 @@ class OnnxRNN(nn.Module):
         self.register_buffer("B", torch.cat([stack("bias_ih"), stack("bias_hh")], dim=1))
         peepholes = [w.weight_ch.detach() for w in directions if w.weight_ch is not None]
         self.register_buffer("P", None)
-        if peepholes:  # i, f, o here; i, o, f there
+        if peepholes:  # order i, f, o in this package; i, o, f in ONNX
             self.P = torch.stack([torch.cat([p.chunk(3)[k] for k in (0, 2, 1)]) for p in peepholes])
 
     def _reorder(self, weight: Tensor) -> Tensor:
@@ -104,25 +114,25 @@ class OnnxRNN(nn.Module):
         attributes["direction"] = "bidirectional" if self.directions == 2 else "forward"
         inputs: list[Tensor | None] = [x, self.W, self.R, self.B]
         if self.node.operator == "GRU":
-            attributes["linear_before_reset"] = 1  # as torch's
+            attributes["linear_before_reset"] = 1  # torch's definition of a GRU
         elif self.node.activation:
             attributes["activations"] = [self.node.activation] * self.directions
         elif self.P is not None:
-            inputs += [None, None, None, self.P]  # lengths and first states
+            inputs += [None, None, None, self.P]  # sequence lengths, initial h and initial c are left out
         shape = (x.shape[0], self.directions, x.shape[1], self.hidden_size)
         return torch.onnx.ops.symbolic(f"::{self.node.operator}", inputs, attributes, dtype=x.dtype, shape=shape)
 
 
-class OnnxSweep(nn.Module):
-    """The layers of an `RNN` down every column or along every row of a token map."""
+class OnnxRNN(nn.Module):
+    """All layers of an `RNN`, scanning the columns or the rows of a token map, as ONNX operators."""
 
     def __init__(self, rnn: RNN, vertical: bool) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(OnnxRNN(directions, rnn.cell, rnn.hidden_size) for directions in rnn.weights())
+        self.layers = nn.ModuleList(OnnxLayer(directions, rnn.cell, rnn.hidden_size) for directions in rnn.weights())
         self.vertical = vertical
 
     def forward(self, x: Float[Tensor, "B H W C"]) -> Float[Tensor, "B H W K"]:
-        """Steps come first, as the nodes want it; their sequences are the columns or rows of all images."""
+        """Runs the layers with the steps as the first dimension, which the operators require."""
         x = x.permute(1, 0, 2, 3) if self.vertical else x.permute(2, 0, 1, 3)
         T, B, outer, _ = x.shape
         y = self.layers[0](x.reshape(T, B * outer, -1))
@@ -134,13 +144,13 @@ class OnnxSweep(nn.Module):
 
 
 class OnnxMixer(nn.Module):
-    """An `RNN1d` or `RNN2d` of ONNX nodes."""
+    """An `RNN1d` or `RNN2d` whose recurrences are ONNX operators."""
 
     def __init__(self, mixer: RNN1d | RNN2d) -> None:
         super().__init__()
-        sweeps = (mixer.rnn_v, mixer.rnn_h) if isinstance(mixer, RNN2d) else (None, mixer.rnn)
-        self.sweeps = nn.ModuleList(
-            OnnxSweep(rnn, vertical) for rnn, vertical in zip(sweeps, (True, False), strict=True) if rnn is not None
+        rnns = (mixer.rnn_v, mixer.rnn_h) if isinstance(mixer, RNN2d) else (None, mixer.rnn)
+        self.rnns = nn.ModuleList(
+            OnnxRNN(rnn, vertical) for rnn, vertical in zip(rnns, (True, False), strict=True) if rnn is not None
         )
         self.adds = isinstance(mixer, RNN2d) and mixer.union == "add"
         self.fc = mixer.fc if isinstance(mixer, RNN2d) else nn.Identity()
@@ -148,14 +158,21 @@ class OnnxMixer(nn.Module):
 
     def forward(self, x: Float[Tensor, "B H W C"]) -> Float[Tensor, "B H W C"]:
         tokens = x.flatten(1, 2).unsqueeze(1) if self.flat else x
-        outputs = [sweep(tokens) for sweep in self.sweeps]
+        outputs = [rnn(tokens) for rnn in self.rnns]
         joined = sum(outputs) if self.adds else torch.cat(outputs, dim=-1) if len(outputs) > 1 else outputs[0]
         return self.fc(joined).reshape(x.shape)
 
 
 def use_nodes(model: nn.Module) -> None:
-    """Replaces, in place, every token mixer by one of ONNX nodes."""
+    """Replaces every token mixer of a model by one whose recurrences are ONNX operators, in place.
+
+    Raises:
+        RequestError: A cell has no ONNX operator.
+    """
     use_lstms(model)
+    for module in model.modules():
+        if isinstance(module, RNN) and module.cell not in NODES:
+            raise RequestError(f"ONNX has no operator for the cell {module.cell!r}: use --format torch_export or timm")
     for name, module in list(model.named_modules()):
         if isinstance(module, RNN1d | RNN2d):
             model.set_submodule(name, OnnxMixer(module))

@@ -1,4 +1,4 @@
-"""The proof that an export does what its model does, on real images, before it is kept."""
+"""Comparison of an exported model with its original on real images."""
 
 import hashlib
 from collections.abc import Iterator
@@ -18,26 +18,36 @@ from sequencer.data import eval_transform, open_split
 from sequencer.models.exported import Exported
 
 BATCHES = (1, 3, 8)
-TOLERANCES = {"fp32": 2e-5, "fp16": 2e-2}  # of the largest output, or of 1 where all are smaller
+TOLERANCES = {"fp32": 2e-5, "fp16": 2e-2}  # absolute error over the largest output, or over 1 if that is smaller
 
 
 class Mismatch(RuntimeError):
-    """An export gives other outputs than the model that it was made from."""
+    """An exported model whose outputs differ from those of its original."""
 
 
 @torch.inference_mode()
 def compare(exported: nn.Module, model: nn.Module, images: Float[Tensor, "N C H W"], dtype: str) -> dict[str, Any]:
-    """Runs both on batches of 1, 3 and 8 images; returns the errors of the outputs, those of probabilities where the
-    export gives these.
+    """Compares the outputs of an exported model and its original on batches of 1, 3 and 8 images.
+
+    Args:
+        exported: The exported model.
+        model: The original.
+        images: 12 normalised images.
+        dtype: `fp32` or `fp16`; selects the tolerance.
+
+    Returns:
+        Errors of the logits, or of the probabilities where the exported model returns these, and the fraction of images
+        with the same top-1 class.
 
     Raises:
-        Mismatch: an error above the tolerance, or an output that is not finite.
+        Mismatch: An error exceeds the tolerance, or an output is not finite.
     """
     probabilities = False
     if isinstance(exported, Exported) and exported.preprocessing:
-        probabilities = True  # of what eight bits can hold, so that both see the same
-        eight_bits = exported.to_bytes(images).permute(0, 3, 1, 2) / 255
-        images = (eight_bits - exported.mean) / exported.std
+        probabilities = True
+        # images are rounded to 8 bits, so that both models get the same input
+        rounded = exported.to_bytes(images).permute(0, 3, 1, 2) / 255
+        images = (rounded - exported.mean) / exported.std
     batches = images[: sum(BATCHES)].split(BATCHES)
     expected, found = (torch.cat([m(batch) for batch in batches]) for m in (model, exported))
     if probabilities:
@@ -45,7 +55,7 @@ def compare(exported: nn.Module, model: nn.Module, images: Float[Tensor, "N C H 
     error = (found - expected).abs()
     largest, worst = expected.abs().max().item(), error.max().item()
     tolerance = TOLERANCES[dtype] * max(1.0, largest)
-    if not worst <= tolerance:  # a NaN is never within
+    if not worst <= tolerance:  # also true for NaN
         raise Mismatch(
             f"the export differs from the model by {worst:.2g} where {tolerance:.2g} is allowed; it was not kept"
         )
@@ -61,8 +71,12 @@ def compare(exported: nn.Module, model: nn.Module, images: Float[Tensor, "N C H 
 
 
 def real_images(config: DataConfig, own_set: bool) -> tuple[Float[Tensor, "N C H W"], str]:
-    """Images for `compare`, preprocessed as `config` says, and where they are from: with `own_set` the test or
-    validation part of its set, where that is at hand, otherwise pieces of the two photographs that scikit-learn ships.
+    """Returns 12 images for `compare`, and a description of their source.
+
+    Args:
+        config: Data section that describes the preprocessing and, with `own_set`, the data set.
+        own_set: If True, images of the test or validation split of the data set are used, where it is available without
+            a download. Otherwise crops of the two photographs of scikit-learn are used.
     """
     number, transform = sum(BATCHES), eval_transform(config)
     for split in ("test", "val") if own_set else ():
@@ -71,11 +85,12 @@ def real_images(config: DataConfig, own_set: bool) -> tuple[Float[Tensor, "N C H
         except RequestError:
             continue
         if len(examples) == number:
-            return torch.stack([image for image, _ in examples]), f"the {split} part of {config.name}"
-    return torch.stack([transform(piece) for piece in _pieces(number)]), "scikit-learn's photographs"
+            return torch.stack([image for image, _ in examples]), f"the {split} split of {config.name}"
+    return torch.stack([transform(crop) for crop in _crops(number)]), "scikit-learn's photographs"
 
 
-def _pieces(number: int) -> Iterator[Image.Image]:
+def _crops(number: int) -> Iterator[Image.Image]:
+    """Yields random square crops of scikit-learn's photographs; the same ones at every call."""
     from sklearn.datasets import load_sample_images
 
     random = np.random.RandomState(0)
@@ -88,12 +103,13 @@ def _pieces(number: int) -> Iterator[Image.Image]:
 
 
 def sha256_of_file(path: Path) -> str:
+    """Returns the SHA-256 hash of a file, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sha256_of_weights(model: nn.Module) -> str:
-    """Of names and values, in the order of the names."""
+    """Returns the SHA-256 hash, in hexadecimal, of a model's state dict: names and values, sorted by name."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())

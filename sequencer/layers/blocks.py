@@ -1,4 +1,4 @@
-"""What a Sequencer is stacked from; `B H W C` token maps in and out."""
+"""Residual blocks, downsampling and stages of a Sequencer, on token maps `B H W C`."""
 
 import torch
 import torch.nn as nn
@@ -11,14 +11,16 @@ LAYER_NORM_EPS = 1e-6
 
 
 class SequencerBlock(nn.Module):
-    """`x + DropPath(mix(LN(x)))`, then `x + DropPath(MLP(LN(x)))` (Tatsunami and Taki 2022, figure 1).
+    """A residual block that mixes tokens, then channels (Tatsunami and Taki 2022, figure 1).
+
+    Computes `x + DropPath(mix(LN(x)))`, then `x + DropPath(MLP(LN(x)))`.
 
     Args:
-        dim: channels `C`.
-        rnn_tokens: the token mixer, a module that keeps the shape of its input.
-        mlp_ratio: width of the MLP over `dim`.
-        drop: dropout inside the MLP.
-        drop_path: probability that a sample skips a branch.
+        dim: Channels `C`.
+        rnn_tokens: The token mixer, a module that keeps the shape of its input.
+        mlp_ratio: Ratio of the MLP's hidden size to `dim`.
+        drop: Dropout probability inside the MLP.
+        drop_path: Probability that a branch is dropped for a sample.
     """
 
     def __init__(
@@ -37,7 +39,10 @@ class SequencerBlock(nn.Module):
 
 
 class Downsample2d(nn.Module):
-    """Merges `patch_size` x `patch_size` tokens into one by a convolution."""
+    """Merges each patch of `patch_size` x `patch_size` tokens into one token by a convolution.
+
+    Tokens that are left over at the bottom and right edges are dropped.
+    """
 
     def __init__(self, input_dim: int, output_dim: int, patch_size: int) -> None:
         super().__init__()
@@ -48,7 +53,10 @@ class Downsample2d(nn.Module):
 
 
 class Stage(nn.Module):
-    """Blocks at one resolution, after the downsampling that leads to it."""
+    """A downsampling module followed by the blocks of one resolution.
+
+    With `grad_checkpointing` the activations inside each block are computed again in the backward pass.
+    """
 
     def __init__(self, downsample: nn.Module, blocks: list[SequencerBlock]) -> None:
         super().__init__()
@@ -57,7 +65,7 @@ class Stage(nn.Module):
         self.grad_checkpointing = False
 
     def forward(self, x: Float[Tensor, "B H W C"]) -> Float[Tensor, "B H2 W2 C2"]:
-        # a convolution's tokens are a permuted view, which every normalisation of the stage would copy anew
+        # the output of the convolution is a permuted view, which every layer norm of the stage would copy
         x = self.downsample(x).contiguous()
         if not (self.grad_checkpointing and torch.is_grad_enabled()):
             return self.blocks(x)

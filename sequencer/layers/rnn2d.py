@@ -1,4 +1,8 @@
-"""Token mixing by recurrence: `RNN1d` over all tokens in a row, `RNN2d` along the columns and rows of their map."""
+"""Token mixers: `RNN1d` reads a token map as one sequence, `RNN2d` scans its columns and rows.
+
+Shape letters: `B` batch, `H W` token rows and columns, `C` channels, `N` sequences, `T` steps, `D` hidden size per
+direction, `K` output channels.
+"""
 
 import math
 
@@ -13,17 +17,19 @@ UNIONS = ("cat", "add", "vertical", "horizontal")
 
 
 class RNN(nn.Module):
-    """Recurrent layers of any cell; parameters carry `torch.nn.LSTM`'s names and shapes.
+    """Stacked recurrent layers of any cell, with the parameter names and shapes of `torch.nn.LSTM`.
+
+    Maps `N T C` to `N T K`, where `K` is `D`, or `2 D` if bidirectional, the forward direction first.
 
     Args:
-        input_size: channels `C` of a step.
-        hidden_size: `D`, per direction.
-        cell: one of `sequencer.ops.CELLS`.
-        num_layers: layers one upon another.
-        bidirectional: a second direction runs from the last step to the first.
+        input_size: Channels `C` of the input.
+        hidden_size: Hidden size `D` per direction.
+        cell: One of `sequencer.ops.CELLS`.
+        num_layers: Number of stacked layers.
+        bidirectional: If True, every layer also scans from the last step to the first.
 
     Raises:
-        ValueError: unknown cell, or a size below 1.
+        ValueError: The cell is unknown, or a size is below 1.
     """
 
     def __init__(
@@ -43,7 +49,7 @@ class RNN(nn.Module):
         self.cell, self.hidden_size = cell, hidden_size
         directions = 2 if bidirectional else 1
         self.output_size = directions * hidden_size
-        self.suffixes: list[list[str]] = []  # by layer, direction
+        self.suffixes: list[list[str]] = []  # suffixes of the parameters of each direction of each layer
         for layer in range(num_layers):
             shapes = CELLS[cell].shapes(self.output_size if layer else input_size, hidden_size)
             self.suffixes.append([f"_l{layer}", f"_l{layer}_reverse"][:directions])
@@ -55,7 +61,11 @@ class RNN(nn.Module):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Uniform in +-1/sqrt(D), biases included, as torch and the Sequencer paper's code; see `Cell.forget_bias`."""
+        """Draws all parameters, biases included, uniformly from +-1/sqrt(D), as torch and the code of the paper do.
+
+        A cell whose source sets a bias of the forget gate starts with it; see
+        `sequencer.ops.reference.Cell.forget_bias`.
+        """
         bound, forget_bias = 1 / math.sqrt(self.hidden_size), CELLS[self.cell].forget_bias
         for name, parameter in self.named_parameters():
             nn.init.uniform_(parameter, -bound, bound)
@@ -63,7 +73,7 @@ class RNN(nn.Module):
                 nn.init.constant_(parameter[self.hidden_size : 2 * self.hidden_size], forget_bias)
 
     def weights(self) -> Layers:
-        """The parameters in the form that `sequencer.ops` takes."""
+        """Returns the parameters in the form that the functions of `sequencer.ops` take."""
 
         def direction(suffix: str) -> Weights:
             return Weights(**{name: getattr(self, name + suffix) for name in self.parameter_names})
@@ -82,12 +92,20 @@ class RNN(nn.Module):
 
 
 class RNN1d(nn.Module):
-    """A recurrence over all tokens of a map, read in raster order as one sequence.
+    """Recurrent layers over all tokens of a map, read in raster order as one sequence.
 
-    The token mixer of the vanilla Sequencer (Tatsunami and Taki 2022, section 4.3).
+    This is the token mixer of the vanilla Sequencer (Tatsunami and Taki 2022, section 4.3). It maps `B H W C` to
+    `B H W C` and has no linear layer, so that the channels of the recurrence must equal `input_size`.
+
+    Args:
+        input_size: Channels `C` of the input and the output.
+        hidden_size: Hidden size `D` per direction.
+        cell: One of `sequencer.ops.CELLS`.
+        num_layers: Number of stacked layers.
+        bidirectional: If True, every layer also scans from the last token to the first.
 
     Raises:
-        ValueError: the recurrence's channels differ from `input_size`, there being no linear layer to mend it.
+        ValueError: The cell is unknown, a size is below 1, or the channels of the recurrence differ from `input_size`.
     """
 
     def __init__(
@@ -106,21 +124,25 @@ class RNN1d(nn.Module):
 
 
 class RNN2d(nn.Module):
-    """Recurrences down every column and along every row, joined and projected back to the input's channels.
+    """Recurrent layers that scan every column and every row of a token map, followed by a linear layer.
 
-    BiLSTM2D of the Sequencer paper (Tatsunami and Taki 2022, section 3.2) for any cell.
+    This is BiLSTM2D of Tatsunami and Taki 2022, section 3.2, for any cell. It maps `B H W C` to `B H W C`.
 
     Args:
-        input_size: channels `C`, in and out.
-        hidden_size: `D`, per direction.
-        cell: one of `sequencer.ops.CELLS`.
-        num_layers: recurrent layers one upon another, in each sweep.
-        bidirectional: both directions of each sweep, or only top to bottom and left to right.
-        union: `cat` or `add` joins both sweeps; `vertical` or `horizontal` keeps that one alone.
-        with_fc: close with a linear layer; without it the joined channels must equal `input_size`.
+        input_size: Channels `C` of the input and the output.
+        hidden_size: Hidden size `D` per direction.
+        cell: One of `sequencer.ops.CELLS`.
+        num_layers: Number of stacked layers in each axis.
+        bidirectional: If True, columns and rows are scanned in both directions; if False, only from top to bottom and
+            from left to right.
+        union: `cat` concatenates and `add` adds the outputs of both axes; `vertical` scans only the columns,
+            `horizontal` only the rows.
+        with_fc: If True, a linear layer projects the outputs to `input_size` channels; if False, they must have that
+            many.
 
     Raises:
-        ValueError: unknown cell or union, or sizes that do not fit without the linear layer.
+        ValueError: The cell or the union is unknown, a size is below 1, or the channels do not equal `input_size` where
+            there is no linear layer.
     """
 
     def __init__(
@@ -140,11 +162,11 @@ class RNN2d(nn.Module):
         joined = hidden_size * (2 if bidirectional else 1) * (2 if union == "cat" else 1)
         if not with_fc and joined != input_size:
             raise ValueError(
-                f"without the closing linear layer the {joined} channels of the recurrences must equal the "
+                f"without the final linear layer the {joined} channels of the recurrences must equal the "
                 f"{input_size} of the input: change hidden_size, union or directions"
             )
 
-        # registered first, as in timm, so that even the order of the state dict agrees
+        # registered first, as in timm, so that the state dicts have the same order
         self.fc = nn.Linear(joined, input_size) if with_fc else nn.Identity()
         sizes = (input_size, hidden_size, cell, num_layers, bidirectional)
         self.rnn_v = RNN(*sizes) if union != "horizontal" else None

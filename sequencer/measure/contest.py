@@ -1,77 +1,44 @@
-"""Speed and memory of our recurrences and models beside their peers: checked for equal outputs, timed in one run.
+"""The comparison of contenders: outputs and gradients are checked, then all are timed in turns.
 
-Contenders take turns, one pass each, so that whatever else the machine does falls on all of them alike. A speed is
-reported only after the gate: outputs and every gradient against the reference scan in float64.
+Contenders take turns, one pass each, so that other load on the machine affects them equally. No speed is reported
+if the outputs or a gradient of a contender differ from those of the reference scan in float64.
 """
 
-import contextlib
-import copy
-import ctypes
-import os
-import platform
-import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from statistics import median, quantiles
-from typing import Any
+from typing import Any, Literal
 
-import timm
 import torch
-from timm.models.sequencer import LSTM2d
-from timm.models.sequencer import sequencer2d_l as timm_l
-from timm.models.sequencer import sequencer2d_m as timm_m
-from timm.models.sequencer import sequencer2d_s as timm_s
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from torch.utils.flop_counter import FlopCounterMode
 
-from sequencer.layers import RNN2d
+from sequencer.measure.contenders import Contender
+from sequencer.measure.machine import peak_memory, timed
 from sequencer.ops import configure
 
-TIMM_MODELS = {"sequencer2d_s": timm_s, "sequencer2d_m": timm_m, "sequencer2d_l": timm_l}
-TOLERANCES = {torch.float32: 1e-6, torch.float16: 5e-3, torch.bfloat16: 2e-2}  # relative RMS
-WARMUP = 3
+TOLERANCES = {torch.float32: 1e-6, torch.float16: 5e-3, torch.bfloat16: 2e-2}  # relative RMS error
+WARMUP = 3  # passes
 
-
-@dataclass
-class Contender:
-    """A module in one setting; `exact` is what its outputs are checked against. One that was exported from an `origin`
-    has no gradients, and operations that can only be counted there."""
-
-    name: str
-    module: nn.Module
-    backend: str | None = None
-    recompute: bool = False
-    compiled: bool = False
-    exact: nn.Module | None = None
-    origin: nn.Module | None = None
-    counted: nn.Module = field(init=False)  # the module as it is, for the counting of operations
-
-    def __post_init__(self) -> None:
-        self.counted = self.origin or self.module
-        if self.compiled:
-            self.module = torch.compile(self.module)  # type: ignore[assignment]
-
-    @contextlib.contextmanager
-    def settings(self) -> Iterator[nn.Module]:
-        configure(self.backend, self.recompute)
-        try:
-            yield self.module
-        finally:
-            configure()
+Mode = Literal["train", "inference"]
 
 
 @dataclass
 class Case:
-    """What all contenders are given; `dtype` other than float32 is that of autocast."""
+    """The input of all contenders.
+
+    Attributes:
+        x: The input of the module.
+        upstream: The gradient of the output.
+        dtype: float32, or the dtype of autocast.
+    """
 
     x: Tensor
     upstream: Tensor
     dtype: torch.dtype
 
     def train(self, module: nn.Module) -> list[Tensor]:
-        """Outputs and gradients of the input, where it takes one, and of every parameter."""
+        """Returns the output, the gradient of the input if it requires one, and those of all parameters."""
         inputs = [tensor for tensor in (self.x, *module.parameters()) if tensor.requires_grad]
         for tensor in inputs:
             tensor.grad = None
@@ -80,30 +47,33 @@ class Case:
         return [y.detach(), *(tensor.grad for tensor in inputs if tensor.grad is not None)]
 
     def infer(self, module: nn.Module) -> list[Tensor]:
+        """Returns the output in eval mode."""
         with torch.inference_mode():
             return [self.outputs(module.eval() if module.training else module)]
 
     def outputs(self, module: nn.Module) -> Tensor:
+        """Returns the output in the module's present mode."""
         with torch.autocast(self.x.device.type, self.dtype, enabled=self.dtype != torch.float32):
             return module(self.x.view_as(self.x))  # a view, since FlopCounterMode fails on a leaf
 
 
 @dataclass
 class Result:
-    """One contender in one mode: times in seconds, memory in bytes beyond what was held before."""
+    """Measurements of one contender in one mode."""
 
     contender: str
-    mode: str
-    seconds: list[float]
-    memory: int | None
+    mode: Mode
+    seconds: list[float]  # of each pass
+    memory: int | None  # peak, in bytes in addition to what was held before
     flops: int
-    error: float | None
 
     @property
     def median(self) -> float:
+        """Median seconds of a pass."""
         return median(self.seconds)
 
     def record(self) -> dict[str, Any]:
+        """The measurements with percentiles of the time, for JSON."""
         p20, *_, p80 = quantiles(self.seconds, n=5, method="inclusive")
         return {
             "contender": self.contender,
@@ -113,215 +83,86 @@ class Result:
             "p80_s": p80,
             "peak_memory_bytes": self.memory,
             "flops": self.flops,
-            "relative_error": self.error,
         }
 
 
-class PackedLSTM2d(LSTM2d):
-    """timm's layer on packed sequences, for which cuDNN takes another algorithm."""
+def check_outputs(contenders: Sequence[Contender], case: Case) -> dict[str, float | None]:
+    """Checks all contenders against the reference scan in float64.
 
-    def forward(self, x: Tensor) -> Tensor:
-        B, H, W, C = x.shape
-        v = self._sweep(self.rnn_v, x.permute(0, 2, 1, 3).reshape(-1, H, C))
-        v = v.reshape(B, W, H, -1).permute(0, 2, 1, 3)
-        h = self._sweep(self.rnn_h, x.reshape(-1, W, C)).reshape(B, H, W, -1)
-        assert self.fc is not None
-        return self.fc(torch.cat([v, h], dim=-1))
+    The limit is the tolerance of the dtype, or three times the error of timm's modules if that is larger.
 
-    @staticmethod
-    def _sweep(rnn: nn.Module, x: Tensor) -> Tensor:
-        packed = pack_padded_sequence(x, [x.shape[1]] * x.shape[0], batch_first=True)
-        return pad_packed_sequence(rnn(packed)[0], batch_first=True)[0]
+    Returns:
+        The errors by name, as `relative_error` returns them.
 
-
-def randomise(module: nn.Module) -> nn.Module:
-    """Draws every parameter anew, at scales that keep activations near 1."""
-    with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            if parameter.ndim > 1:
-                nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
-            else:
-                nn.init.normal_(parameter, mean=float("norm" in name and name.endswith("weight")), std=0.2)
-    return module
+    Raises:
+        RuntimeError: Outputs or gradients of a contender are wrong.
+    """
+    errors = {contender.name: relative_error(contender, case) for contender in contenders}
+    peers = [error for name, error in errors.items() if name.startswith("timm") and error is not None]
+    limit = max(TOLERANCES[case.dtype], 3 * max(peers, default=0.0))
+    wrong = {name: error for name, error in errors.items() if error is not None and not error <= limit}
+    if wrong:
+        listed = ", ".join(f"{name} by {error:.1e}" for name, error in wrong.items())
+        raise RuntimeError(f"no speed is reported, outputs or gradients are wrong: {listed}; limit {limit:.1e}")
+    return errors
 
 
-def layer_contenders(
-    C: int, D: int, backends: Sequence[str], peers: Sequence[str], compiled: bool, device: torch.device
-) -> list[Contender]:
-    """The peers, then ours, all of one set of weights (IndyLSTM apart)."""
-    theirs = randomise(LSTM2d(C, D, bidirectional=True)).to(device)
-    ours = RNN2d(C, D).to(device)
-    ours.load_state_dict(theirs.state_dict())
-    indy = randomise(RNN2d(C, D, "indylstm")).to(device)
-    exact, exact_indy = (copy.deepcopy(module).double() for module in (ours, indy))
-    found = []
-    if "timm" in peers:
-        found.append(Contender("timm", theirs, exact=exact))
-        if compiled:
-            found.append(Contender("timm, compiled", copy.deepcopy(theirs), compiled=True, exact=exact))
-    if "packed" in peers:
-        packed = PackedLSTM2d(C, D, bidirectional=True).to(device)
-        packed.load_state_dict(theirs.state_dict())
-        found.append(Contender("timm, packed", packed, exact=exact))
-    for backend in backends:
-        found.append(Contender(f"lstm, {backend}", copy.deepcopy(ours), backend, exact=exact))
-    fastest = backends[0]
-    found.append(Contender(f"lstm, {fastest}, recompute", copy.deepcopy(ours), fastest, recompute=True, exact=exact))
-    if compiled:
-        found.append(Contender(f"lstm, {fastest}, compiled", copy.deepcopy(ours), fastest, compiled=True, exact=exact))
-    found.append(Contender(f"indylstm, {fastest}", indy, fastest, exact=exact_indy))
-    return found
+def relative_error(contender: Contender, case: Case) -> float | None:
+    """The largest relative RMS error of the output and of every gradient; None if there is nothing to compare with.
 
-
-def model_contenders(
-    name: str, img_size: int, backends: Sequence[str], peers: Sequence[str], compiled: bool, device: torch.device
-) -> list[Contender]:
-    """The peers, `timm` being its model of the same name and the same weights, then ours."""
-    ours = randomise(timm.create_model(name)).to(device)
-    exact = copy.deepcopy(ours).double()
-    found = []
-    for peer in peers:
-        if peer == "timm":
-            theirs = TIMM_MODELS[name]().to(device)
-            theirs.load_state_dict(ours.state_dict())
-            # its own schedule of stochastic depth has no part in a comparison of speed: the rate is 0 in both
-            found.append(Contender("timm", theirs, exact=exact))
-            if compiled:
-                found.append(Contender("timm, compiled", copy.deepcopy(theirs), compiled=True, exact=exact))
-            if device.type == "cuda":
-                last = copy.deepcopy(theirs).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-                found.append(Contender("timm, channels_last", last, exact=exact))
-        else:
-            found.append(Contender(peer, timm.create_model(peer).to(device)))
-    for backend in backends:
-        found.append(Contender(f"{name}, {backend}", copy.deepcopy(ours), backend, exact=exact))
-    fastest = backends[0]
-    if compiled:
-        found.append(
-            Contender(f"{name}, {fastest}, compiled", copy.deepcopy(ours), fastest, compiled=True, exact=exact)
-        )
-    return found
-
-
-def gate(contender: Contender, case: Case) -> float | None:
-    """The largest relative RMS error of the outputs and of every gradient; None where nothing is to equal."""
+    For an exported module only the output is compared.
+    """
     if contender.exact is None:
         return None
     if contender.origin is not None:
-        (y,) = case.infer(contender.module)
+        (output,) = case.infer(contender.module)
         configure("reference")
-        (expected_y,) = Case(case.x.double(), case.upstream, torch.float32).infer(contender.exact)
+        (expected,) = Case(case.x.double(), case.upstream, torch.float32).infer(contender.exact)
         configure()
-        return float((y.double() - expected_y).norm() / expected_y.norm())
+        return _rms(output, expected)
     x = case.x.detach().double().requires_grad_(case.x.requires_grad)
     configure("reference")
     exact = Case(x, case.upstream.double(), torch.float32).train(contender.exact)
-    named = [name for name, p in contender.exact.named_parameters() if p.requires_grad]
     with contender.settings() as module:
         actual = case.train(module)
-    offset = len(exact) - len(named)
-    expected = dict(zip(named, exact[offset:], strict=True))
-    got = dict(
-        zip([n for n, p in contender.counted.named_parameters() if p.requires_grad], actual[offset:], strict=True)
-    )
-    pairs = [*zip(actual[:offset], exact[:offset], strict=True), *((got[name], expected[name]) for name in named)]
-    return max(float((a.double() - e).norm() / e.norm()) for a, e in pairs)
+    offset = 1 + case.x.requires_grad  # the tensors before the gradients of the parameters
+    expected_grads = dict(zip(_trainable(contender.exact), exact[offset:], strict=True))
+    grads = dict(zip(_trainable(contender.countable), actual[offset:], strict=True))  # in another order
+    pairs = [
+        *zip(actual[:offset], exact[:offset], strict=True),
+        *((grads[name], expected_grads[name]) for name in grads),
+    ]
+    return max(_rms(*pair) for pair in pairs)
 
 
-def measure(contenders: Sequence[Contender], case: Case, mode: str, rounds: int) -> list[Result]:
-    """`rounds` passes of each in turn, after a warm-up; `mode` is train or inference."""
+def _trainable(module: nn.Module) -> list[str]:
+    return [name for name, parameter in module.named_parameters() if parameter.requires_grad]
+
+
+def _rms(actual: Tensor, expected: Tensor) -> float:
+    return float((actual.double() - expected).norm() / expected.norm())
+
+
+def measure(contenders: Sequence[Contender], case: Case, mode: Mode, rounds: int) -> list[Result]:
+    """Times `rounds` passes of every contender, in turns, after a warm-up."""
     step: Callable[[nn.Module], Any] = case.train if mode == "train" else case.infer
-    flops, memory, seconds = {}, {}, {contender.name: [] for contender in contenders}  # type: ignore[var-annotated]
-    # oneDNN has no bfloat16 LSTM on every CPU, and the counter does not go the way that torch takes then
+    # counted in float32: where oneDNN has no bfloat16 LSTM, torch takes a path that the counter does not see
     wide = replace(case, dtype=torch.float32)
+    flops: dict[str, int] = {}
+    memory: dict[str, int | None] = {}
     for contender in contenders:
         with contender.settings() as module:
             with FlopCounterMode(display=False) as counter:
-                (wide.train if mode == "train" else wide.infer)(contender.counted)
+                (wide.train if mode == "train" else wide.infer)(contender.countable)
             flops[contender.name] = counter.get_total_flops()
             for _ in range(WARMUP):
                 step(module)
-            # what another runtime takes it keeps, so that only its first pass would show it
+            # onnxruntime keeps the memory of its first pass, so that later passes would show none
             exported = contender.origin is not None
             memory[contender.name] = None if exported else peak_memory(lambda: step(module), case.x.device)
+    seconds: dict[str, list[float]] = {contender.name: [] for contender in contenders}
     for _ in range(rounds):
         for contender in contenders:
             with contender.settings() as module:
                 seconds[contender.name].append(timed(lambda: step(module), case.x.device))
-    return [Result(name, mode, seconds[name], memory[name], flops[name], None) for name in seconds]
-
-
-def timed(work: Callable[[], Any], device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    work()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
-
-
-def peak_memory(work: Callable[[], Any], device: torch.device) -> int | None:
-    """Bytes that the work holds at its peak beyond what was held before; None where the system does not tell."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        work()
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
-    if platform.system() != "Linux":
-        return None
-    ctypes.CDLL(None).malloc_trim(0)  # what is free but kept would hide what is taken
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-    except OSError:
-        return None
-    before = _status("VmRSS")
-    work()
-    return _status("VmHWM") - before
-
-
-def _status(key: str) -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key + ":"))
-    return int(line.split()[1]) * 1024
-
-
-def layer_bytes(B: int, H: int, W: int, C: int, D: int, mode: str, dtype: torch.dtype) -> int:
-    """What a BiLSTM2D layer cannot but move: in inference input, hidden states and output, each once; in training
-    gates and cells written and read, hidden states, input, output and their gradients. Weights are few."""
-    size = torch.finfo(dtype).bits // 8
-    tokens = B * H * W
-    elements = 2 * C + 2 * 4 * D if mode == "inference" else 5 * C + 2 * (16 + 4) * D + 4 * 4 * D
-    return tokens * elements * size
-
-
-def ceilings(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
-    """FLOPs a second of a large matrix product, and bytes a second of a large copy (read and written)."""
-    n, length = (8192, 2**28) if device.type == "cuda" else (2048, 2**25)
-    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    source = torch.zeros(length, device=device)
-    target = torch.zeros_like(source)
-    products = [timed(lambda: torch.mm(a, b), device) for _ in range(8)]
-    copies = [timed(lambda: target.copy_(source), device) for _ in range(8)]
-    return 2 * n**3 / min(products), 2 * 4 * length / min(copies)
-
-
-def machine(device: torch.device) -> dict[str, Any]:
-    """What the figures were taken on."""
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = [
-            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
-        ]
-        cpu = names[0] if names else cpu
-    return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,
-        "instructions": torch.backends.cpu.get_cpu_capability(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "timm": timm.__version__,
-        "python": platform.python_version(),
-    }
+    return [Result(name, mode, seconds[name], memory[name], flops[name]) for name in seconds]

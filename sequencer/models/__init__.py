@@ -1,4 +1,4 @@
-"""The models and the loading of weights."""
+"""Sequencer models and the loading of models and weights."""
 
 from sequencer.models.average import average_models
 from sequencer.models.checkpoint import (
@@ -10,7 +10,7 @@ from sequencer.models.checkpoint import (
 )
 from sequencer.models.exported import Exported, load_exported
 from sequencer.models.layouts import to_paper_layout, to_timm_layout
-from sequencer.models.load import PREPROCESSING, LoadedModel, create_model, load_model, preprocessing, read_weights
+from sequencer.models.load import PREPROCESSING, LoadedModel, create_model, load_model, read_weights, timm_preprocessing
 from sequencer.models.sequencer import Sequencer, Sequencer2d, VSequencer
 
 __all__ = [
@@ -26,11 +26,11 @@ __all__ = [
     "load_exported",
     "load_model",
     "load_weights",
-    "preprocessing",
     "pretrained_cfg",
     "read_checkpoint",
     "read_weights",
     "select_weights",
+    "timm_preprocessing",
     "to_paper_layout",
     "to_timm_layout",
 ]

@@ -1,4 +1,4 @@
-"""One model of several: the uniform soup of Wortsman et al. 2022 (Model soups), section 3."""
+"""Averaging of models: the uniform soup of Wortsman et al. 2022 (Model soups), section 3."""
 
 import copy
 from collections.abc import Iterable
@@ -12,16 +12,18 @@ from sequencer.models.load import PREPROCESSING, LoadedModel
 
 
 def average_models(models: Iterable[tuple[str, LoadedModel]]) -> LoadedModel:
-    """The mean of the weights of models of one kind, taken in float64; what is no floating-point number is the first's.
+    """Averages the weights of models of equal architecture, classes, preprocessing and slot.
+
+    Means are computed in float64. Non-float tensors are taken from the first model.
 
     Args:
-        models: two or more, each with where it is from; one at a time is held.
+        models: Pairs of source and model, two or more. If this is a generator, two models are in memory at a time.
 
     Returns:
-        The first with the means as its weights; its `about` says what was averaged, and no metrics.
+        The first model, whose weights are replaced by the means. Its `about` lists the sources and has no metrics.
 
     Raises:
-        CheckpointError: fewer than two, or one is of another kind than the first.
+        CheckpointError: There are fewer than two models, or one of them differs in kind from the first.
     """
     models = iter(models)
     first_source, first = next(models)
@@ -35,7 +37,7 @@ def average_models(models: Iterable[tuple[str, LoadedModel]]) -> LoadedModel:
             sums[name] += tensor
         sources.append(source)
     if len(sources) < 2:
-        raise CheckpointError("an average is of two models or more")
+        raise CheckpointError("an average needs two models or more")
     with torch.no_grad():
         for name, tensor in first.model.state_dict().items():
             if tensor.is_floating_point():
@@ -46,7 +48,13 @@ def average_models(models: Iterable[tuple[str, LoadedModel]]) -> LoadedModel:
 
 @torch.inference_mode()
 def _difference(first: LoadedModel, other: LoadedModel, probe: nn.Module) -> str | None:
-    """In what the models are of different kinds; `probe` is a copy of the first, which takes the other's weights."""
+    """Returns how two models differ in kind, or None.
+
+    Args:
+        first: The first model.
+        other: The model that is compared with it.
+        probe: A copy of the first model, whose weights are overwritten.
+    """
     kinds = [
         {
             "architectures": one.arch,
@@ -64,5 +72,5 @@ def _difference(first: LoadedModel, other: LoadedModel, probe: nn.Module) -> str
         probe.load_state_dict(other.model.state_dict())
     except RuntimeError:
         return "their weights have different names or shapes"
-    # arguments may differ that matter in training alone
-    return None if torch.equal(probe(x), other.model(x)) else "they do other things with the same weights"
+    # outputs are compared instead of arguments, since some arguments matter in training only
+    return None if torch.equal(probe(x), other.model(x)) else "with equal weights they compute different outputs"

@@ -1,4 +1,4 @@
-"""Weights from files: one function for every layout, and never a file that carries code."""
+"""Reading of checkpoint files without running code from them, and loading of their weights into models."""
 
 import argparse
 import pickle
@@ -20,14 +20,15 @@ POSITION = "absolute_pos_embed"
 
 
 class CheckpointError(ValueError):
-    """A MODEL that cannot be read or does not fit, in one or two lines."""
+    """A model that cannot be read or does not fit its architecture; the message has one or two lines."""
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """What a `.safetensors`, `.pth` or `.ckpt` file holds, on the CPU.
+    """Reads a `.safetensors`, `.pth` or `.ckpt` file; tensors are placed on the CPU.
 
     Raises:
-        CheckpointError: no such file, a damaged one, or one that would need code to be run.
+        CheckpointError: The file does not exist or cannot be read, is damaged, holds something else than a dictionary,
+            or holds objects whose unpickling would run code.
     """
     path = Path(path)
     if not path.is_file():
@@ -40,10 +41,10 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         if path.suffix == ".safetensors":
             return load_file(path)
         _check_sums(path)
-        # timm and the paper's repository keep their command line in the file, as a Namespace of plain values
+        # timm and the paper's repository store their command-line arguments as a Namespace of plain values
         with torch.serialization.safe_globals([argparse.Namespace]):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # readers trip over a damaged file in a dozen ways
+    except Exception as error:  # a damaged file raises errors of many types
         refused = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
         if refused:
             raise CheckpointError(f"{path} holds code ({refused[1]}), not only weights; it was not loaded") from error
@@ -54,22 +55,28 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def _check_sums(path: Path) -> None:
-    """torch stores a sum of each part of a file but does not look at it when it reads."""
-    if not zipfile.is_zipfile(path):  # saved before torch 1.6, or cut short, which torch notices
+    """Verifies the checksums of a checkpoint's records, which torch writes but does not verify.
+
+    Raises:
+        ValueError: A record does not match its checksum.
+    """
+    if not zipfile.is_zipfile(path):  # saved before torch 1.6, or truncated, which `torch.load` detects
         return
     with zipfile.ZipFile(path) as parts:
         if (altered := parts.testzip()) is not None:
-            raise ValueError(f"{altered} is not as it was written")
+            raise ValueError(f"{altered} does not match its checksum")
 
 
 def select_weights(checkpoint: dict[str, Any], slot: str | None = None) -> dict[str, Tensor]:
-    """The model's tensors in timm's layout.
+    """Returns the weights of a checkpoint under timm's names.
 
-    `slot` picks the `raw` or the `ema` weights of a file that names both; without it the raw ones are taken where
-    the file has them.
+    Args:
+        checkpoint: The contents of a checkpoint file.
+        slot: `raw` or `ema`, for checkpoints that hold both. By default the raw weights where there are any, otherwise
+            the EMA weights.
 
     Raises:
-        CheckpointError: the file has no such slot, or no tensors.
+        CheckpointError: The checkpoint does not have this slot, or has no tensors.
     """
     keys = {"raw": RAW_KEYS, "ema": EMA_KEYS, None: RAW_KEYS + EMA_KEYS}[slot]
     found = next((checkpoint[key] for key in keys if isinstance(checkpoint.get(key), dict)), None)
@@ -86,14 +93,19 @@ def select_weights(checkpoint: dict[str, Any], slot: str | None = None) -> dict[
 def load_weights(
     model: nn.Module, weights: dict[str, Tensor], *, source: str = "the checkpoint", replace_head: bool = False
 ) -> list[str]:
-    """Loads tensors in timm's layout into `model`; returns the names of the head's parameters that were left as
-    they are.
+    """Loads weights into `model`. A position embedding of another size is resampled.
 
-    A position embedding of another size is resampled. `replace_head` keeps the model's own head where the number
-    of classes differs.
+    Args:
+        model: The model.
+        weights: Tensors under timm's names.
+        source: Name of the weights in error messages.
+        replace_head: If True, the model keeps its own head where the weights' head is missing or has another shape.
+
+    Returns:
+        The names of the head's parameters that were not loaded.
 
     Raises:
-        CheckpointError: missing or unexpected keys, or shapes that differ; the model is then unchanged.
+        CheckpointError: Keys are missing or unexpected, or shapes differ. The model is unchanged in this case.
     """
     own, weights = model.state_dict(), dict(weights)
     if POSITION in weights and POSITION in own and weights[POSITION].shape != own[POSITION].shape:
@@ -124,14 +136,14 @@ def load_weights(
 
 
 def pretrained_cfg(model: nn.Module) -> dict[str, Any]:
-    """What timm notes beside a model: where its weights are, its preprocessing, the name of its classifier."""
+    """Returns timm's configuration of a model: source of the weights, preprocessing, name of the classifier."""
     config = model.pretrained_cfg
     assert isinstance(config, dict)
     return config
 
 
 def classifier_name(model: nn.Module) -> str:
-    """Module name of the head's last layer."""
+    """Returns the module name of the head's last layer."""
     return pretrained_cfg(model).get("classifier") or "head.fc"
 
 

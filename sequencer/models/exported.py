@@ -1,4 +1,4 @@
-"""Exported files as models: ONNX graphs and torch.export programs, with the description that they carry."""
+"""Loading of exported files, ONNX graphs and torch.export programs, as models."""
 
 import json
 from pathlib import Path
@@ -11,14 +11,17 @@ from torch import Tensor, nn
 from sequencer.models.checkpoint import CheckpointError
 
 SUFFIXES = (".onnx", ".pt2")
-ENTRY = "sequencer.json"  # the description's name among what the file says about itself
+ENTRY = "sequencer.json"  # key of the description in the metadata of an exported file
 
 
 class Exported(nn.Module):
-    """An exported model that is called like the one it was made from: normalised images in, logits out.
+    """An exported model with the interface of its original: normalised images in, logits out.
 
-    `description` is that of `sequencer.export`. Where the preprocessing is built in, images are turned back into
-    eight bits a channel, and the logarithms of the probabilities stand for the logits.
+    If normalisation is part of the exported file, the input is converted back to 8-bit images, and the logarithms of
+    the probabilities are returned as logits.
+
+    Args:
+        description: The file's description; see `sequencer.export.describe_export`.
     """
 
     description: dict[str, Any]
@@ -36,9 +39,10 @@ class Exported(nn.Module):
             self.register_buffer(name, values.view(-1, 1, 1), persistent=False)
 
     def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B K"]:
-        """
+        """Computes the logits.
+
         Raises:
-            ValueError: the images have another size than the file was made for.
+            ValueError: The images do not have the size that the file was exported for.
         """
         if tuple(x.shape[1:]) != self.input_size:
             wanted, given = ("x".join(map(str, size)) for size in (self.input_size, x.shape[1:]))
@@ -48,15 +52,16 @@ class Exported(nn.Module):
         return self.run(self.to_bytes(x)).log()
 
     def to_bytes(self, x: Float[Tensor, "B C H W"]) -> Tensor:
-        """The images before normalisation, uint8 `B H W C`."""
+        """Returns the images before normalisation, uint8 `B H W C`."""
         return (x * self.std + self.mean).mul(255).round().clamp(0, 255).byte().permute(0, 2, 3, 1)
 
     def run(self, x: Tensor) -> Tensor:
+        """Runs the exported file on the inputs that it was exported for."""
         raise NotImplementedError
 
 
 class OnnxModel(Exported):
-    """Runs on the CPU, whatever the device of its input."""
+    """An ONNX graph, run by onnxruntime on the CPU; inputs may be on any device."""
 
     def __init__(self, path: Path) -> None:
         try:
@@ -67,7 +72,7 @@ class OnnxModel(Exported):
         options.intra_op_num_threads = torch.get_num_threads()
         try:
             session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # onnxruntime's errors share no class
+        except Exception as error:  # onnxruntime's errors have no common base class
             raise CheckpointError(f"{path} is damaged or no ONNX file") from error
         super().__init__(_parse(session.get_modelmeta().custom_metadata_map.get(ENTRY), path))
         self.session = session
@@ -78,7 +83,7 @@ class OnnxModel(Exported):
 
 
 class Program(Exported):
-    """Runs where it was exported: on the CPU."""
+    """A torch.export program, run on the CPU; inputs may be on any device."""
 
     def __init__(self, path: Path) -> None:
         entries = {ENTRY: ""}
@@ -87,21 +92,23 @@ class Program(Exported):
         except Exception as error:
             raise CheckpointError(f"{path} is damaged or no torch.export program") from error
         super().__init__(_parse(entries[ENTRY], path))
-        self.programs = [program.module()]  # in a list, so that it stays on the CPU when this module is moved
+        self.programs = [program.module()]  # in a list, so that `to` does not move it to another device
 
     def run(self, x: Tensor) -> Tensor:
         return self.programs[0](x.cpu()).to(x.device)
 
 
 def load_exported(path: Path) -> Exported:
-    """
+    """Loads an `.onnx` or `.pt2` file that was written by this package.
+
     Raises:
-        CheckpointError: damaged, made elsewhere, or for a package that is not installed.
+        CheckpointError: The file is damaged, was written by another program, or needs onnxruntime, which is not
+            installed.
     """
     return OnnxModel(path) if path.suffix == ".onnx" else Program(path)
 
 
 def _parse(entry: str | None, path: Path) -> dict[str, Any]:
     if not entry:
-        raise CheckpointError(f"{path} does not describe its classes and preprocessing: export it with export.py")
+        raise CheckpointError(f"{path} has no description of its classes and preprocessing: export it with export.py")
     return json.loads(entry)

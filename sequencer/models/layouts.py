@@ -1,7 +1,7 @@
-"""State dicts as others write them, brought to timm's layout, which is ours.
+"""Conversion of state-dict keys between timm's names, which this package uses, and other names.
 
-The paper's repository keeps blocks as `blocks.<stage>.<i>`, with the downsampling convolution as the last entry of
-the stage before the one that it leads to, and a bare `head`.
+The paper's repository names block i of a stage `blocks.<stage>.<i>`. Its downsampling convolution is the last entry of
+the previous stage, and its head is `head`.
 """
 
 import re
@@ -13,7 +13,7 @@ WRAPPERS = ("_orig_mod.", "module.", "model.")  # torch.compile, DistributedData
 
 
 def strip_wrappers(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same tensors without the prefixes that wrapping modules put before every name."""
+    """Removes the prefixes that wrapping modules add to every name."""
     while state_dict and (prefix := _common_prefix(state_dict)):
         state_dict = {name.removeprefix(prefix): tensor for name, tensor in state_dict.items()}
     return {name.replace("._orig_mod.", "."): tensor for name, tensor in state_dict.items()}
@@ -24,9 +24,11 @@ def _common_prefix(state_dict: dict[str, Tensor]) -> str | None:
 
 
 def to_timm_layout(state_dict: dict[str, Any], model: nn.Module | None = None) -> dict[str, Any]:
-    """Renames the paper repository's keys; any other state dict passes unchanged.
+    """Renames the keys of the paper's repository to timm's; any other state dict is returned unchanged.
 
-    `model` is what timm hands to such a function; the names alone decide.
+    Args:
+        state_dict: The state dict.
+        model: Not used; timm passes the model to a filter function of pretrained weights.
     """
     if not any(re.match(r"blocks\.\d+\.\d+\.", name) for name in state_dict) or "stem.proj.weight" not in state_dict:
         return state_dict
@@ -41,7 +43,7 @@ def _to_timm_name(name: str) -> str:
 
 
 def to_paper_layout(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse of `to_timm_layout`: our tensors under the paper repository's keys."""
+    """Renames timm's keys to those of the paper's repository; the inverse of `to_timm_layout`."""
     lengths: dict[int, int] = {}
     for name in state_dict:
         if match := re.match(r"stages\.(\d+)\.blocks\.(\d+)\.", name):

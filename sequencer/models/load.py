@@ -1,4 +1,4 @@
-"""The one reading of MODEL: a run folder, a model folder, a checkpoint file, an export or a timm name."""
+"""Loading of a model from a run folder, a model folder, a checkpoint file, an exported file or a timm name."""
 
 import difflib
 import json
@@ -22,46 +22,40 @@ from sequencer.models.checkpoint import (
 from sequencer.models.exported import SUFFIXES, load_exported
 from sequencer.variants import VARIANTS
 
-PREPROCESSING = ("input_size", "mean", "std", "crop_pct", "interpolation")  # what timm's configuration says of it
-ABOUT = (
-    "config",
-    "metrics",
-    "commit",
-    "versions",
-    "averaged",
-)  # entries of ours on the top level of a model folder's config.json
+PREPROCESSING = ("input_size", "mean", "std", "crop_pct", "interpolation")  # keys of timm's pretrained_cfg
+ABOUT = ("config", "metrics", "commit", "versions", "averaged")  # keys of `LoadedModel.about` in a folder's config.json
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model as it was trained, with what is needed to use it."""
+    """A trained model with its classes, its preprocessing and its origin."""
 
-    model: nn.Module  # eval mode, on the CPU
-    arch: str
-    slot: str  # raw or ema: which weights these are
+    model: nn.Module  # in eval mode, on the CPU
+    arch: str  # registered name of the architecture
+    slot: str  # which weights the model has: raw or ema
     class_names: tuple[str, ...] | None
-    pretrained_cfg: dict[str, Any]  # timm's: input_size, mean, std, crop_pct, interpolation
-    model_args: dict[str, Any] = field(default_factory=dict)  # beyond classes, channels and size
-    about: dict[str, Any] = field(default_factory=dict)  # where it comes from: config, metrics, versions, ...
+    pretrained_cfg: dict[str, Any]  # timm's preprocessing: input_size, mean, std, crop_pct, interpolation
+    model_args: dict[str, Any] = field(default_factory=dict)  # besides num_classes, in_chans and img_size
+    about: dict[str, Any] = field(default_factory=dict)  # origin: config, metrics, versions, ...
 
     @property
     def data(self) -> dict[str, Any] | None:
-        """The data section of the run's configuration."""
+        """The data section of the run's configuration, or None if the model is not from a run."""
         return self.about.get("config", {}).get("data")
 
 
 def load_model(source: str | Path, arch: str | None = None, slot: str | None = None) -> LoadedModel:
-    """Loads MODEL.
+    """Loads a model.
 
     Args:
-        source: a run folder (its `model/`, or, while the run lasts, its checkpoint), a model folder, a `.ckpt` of a
-            run, a `.safetensors` or `.pth` file of any layout, an export (`.onnx`, `.pt2`), or a timm name, whose
-            published weights are taken.
-        arch: registered name of the architecture, for files that do not say.
-        slot: `raw` or `ema`, for files that hold both; by default what the run was set to, or raw.
+        source: A run folder (its `model/`, or its checkpoint while the run has not finished), a model folder, a `.ckpt`
+            of a run, a `.safetensors` or `.pth` file, an exported file (`.onnx`, `.pt2`), or a timm name, whose
+            published weights are downloaded.
+        arch: Registered name of the architecture, for files that do not name it.
+        slot: `raw` or `ema`, for files that hold both. By default the run's `trainer.slot`, or raw.
 
     Raises:
-        CheckpointError: nothing of the kind, or it does not fit the architecture.
+        CheckpointError: `source` is none of these, cannot be read, or does not fit the architecture.
     """
     path = Path(source)
     if path.is_dir():
@@ -120,7 +114,7 @@ def _load_run_checkpoint(checkpoint: dict[str, Any], path: Path, slot: str | Non
         **section["kwargs"],
     )
     load_weights(model, select_weights(checkpoint, slot), source=str(path))
-    cfg = preprocessing(config["data"])
+    cfg = timm_preprocessing(config["data"])
     return LoadedModel(model.eval(), section["name"], slot, tuple(names), cfg, section["kwargs"], {"config": config})
 
 
@@ -148,20 +142,20 @@ def _load_published(name: str) -> LoadedModel:
 
 def _load_exported(path: Path) -> LoadedModel:
     model = load_exported(path)
-    said = model.description
+    description = model.description
     return LoadedModel(
         model.eval(),
-        said["arch"],
-        said["slot"],
-        _names(said),
-        _with_tuples(said["pretrained_cfg"]),
-        said["model_args"],
-        said["about"],
+        description["arch"],
+        description["slot"],
+        _names(description),
+        _with_tuples(description["pretrained_cfg"]),
+        description["model_args"],
+        description["about"],
     )
 
 
 def _with_tuples(cfg: dict[str, Any]) -> dict[str, Any]:
-    """What JSON has made lists of, as timm writes it."""
+    """Converts lists to tuples, which timm's configurations have and JSON does not keep."""
     return {key: tuple(value) if isinstance(value, list) else value for key, value in cfg.items()}
 
 
@@ -170,8 +164,8 @@ def _names(config: dict[str, Any]) -> tuple[str, ...] | None:
     return tuple(names) if names else None
 
 
-def preprocessing(data: dict[str, Any]) -> dict[str, Any]:
-    """timm's preprocessing entries for a data section."""
+def timm_preprocessing(data: dict[str, Any]) -> dict[str, Any]:
+    """Converts the data section of a configuration to the preprocessing entries of timm's pretrained_cfg."""
     return {
         "input_size": (data["in_chans"], data["img_size"], data["img_size"]),
         "mean": tuple(data["mean"]),
@@ -187,10 +181,17 @@ def _head_size(model: nn.Module, weights: dict[str, Tensor]) -> int | None:
 
 
 def create_model(name: str, img_size: int | Sequence[int] | None = None, **kwargs: Any) -> nn.Module:
-    """`timm.create_model`, giving `img_size` to the models that are built for one size.
+    """Builds a model by `timm.create_model`.
+
+    Args:
+        name: Registered name.
+        img_size: Height and width of the images in pixels. It is passed to models that are built for one size and
+            ignored by others.
+        **kwargs: Arguments of `timm.create_model`.
 
     Raises:
-        CheckpointError: no such model, arguments that it does not take, or published weights out of reach.
+        CheckpointError: There is no model of this name, it does not accept the arguments, or its published weights
+            cannot be downloaded.
     """
     if not timm.is_model(name):
         nearest = difflib.get_close_matches(name, timm.list_models(), n=3)
@@ -201,16 +202,19 @@ def create_model(name: str, img_size: int | Sequence[int] | None = None, **kwarg
         if img_size is not None and (get_arch_name(name) in VARIANTS or (config and config.fixed_input_size)):
             kwargs["img_size"] = img_size
         return timm.create_model(name, **kwargs)
-    except Exception as error:  # timm's models refuse arguments in many ways, and so does the hub client
+    except Exception as error:  # timm's models and the hub client raise errors of many types
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"{name} cannot be built: {reason}") from error
 
 
 def read_weights(source: str | Path) -> dict[str, Tensor]:
-    """The tensors of MODEL in timm's layout, whatever architecture they are for.
+    """Reads the weights of a model, of any architecture, under timm's names.
+
+    Args:
+        source: A checkpoint file, or any `source` of `load_model`.
 
     Raises:
-        CheckpointError: as `load_model`.
+        CheckpointError: As `load_model`.
     """
     if Path(source).is_file():
         return select_weights(read_checkpoint(source))

@@ -1,8 +1,8 @@
 """Sequencer: deep recurrent networks for image classification (Tatsunami and Taki 2022, arXiv 2205.01972).
 
-A stem of patches, stages of blocks that mix tokens by recurrence and channels by an MLP, a mean over tokens and a
-linear head. `Sequencer2d` sweeps columns and rows, `VSequencer` reads all tokens as one sequence. Images are
-`B 3 H W` at the boundary, tokens `B H W C` inside. Module names, and with them the state-dict keys, are timm's.
+A model consists of a patch embedding, stages of blocks that mix tokens by recurrence and channels by an MLP, a mean
+over tokens, and a linear head. `Sequencer2d` scans columns and rows of the token map, `VSequencer` reads all tokens as
+one sequence. Images are `B C H W`, tokens `B H W C`. Module names and state-dict keys are those of timm.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,29 +21,37 @@ from timm.layers import (
     to_2tuple,
 )
 from timm.models import named_apply
-from timm.models._features import feature_take_indices
 from torch import Tensor
 
 from sequencer.layers import LAYER_NORM_EPS, Downsample2d, RNN1d, RNN2d, SequencerBlock, Stage
+from sequencer.timm_internals import feature_take_indices
 
 
 class Sequencer(nn.Module):
-    """The backbone, for any token mixer.
+    """The architecture shared by all models, for any token mixer.
+
+    Maps images `B C H W`, normalised and of a floating-point dtype, to logits `B num_classes`.
 
     Args:
-        token_mixer: `(channels, hidden_size) -> module` that keeps the shape of a `B H W C` map.
-        num_classes: size of the head; 0 leaves the head out.
-        img_size: height and width the model is meant for; any multiple of the total stride may be fed.
-        in_chans: image channels.
-        global_pool: timm's pooling names; `''` keeps the map.
-        layers, patch_sizes, embed_dims, hidden_sizes, mlp_ratios: one entry a stage: blocks, stride of the
-            convolution that leads to it, channels, hidden size per direction, MLP width over channels.
-        drop_rate: dropout before the head.
-        proj_drop_rate: dropout inside the MLPs.
-        drop_path_rate: stochastic depth of the last block; the rates grow linearly from 0 over all blocks.
+        token_mixer: Function `(channels, hidden_size) -> module`. The module must keep the shape of a `B H W C` map.
+        num_classes: Number of outputs of the head; 0 leaves the head out.
+        img_size: Height and width that the model is made for, in pixels. It accepts images of any other size whose
+            height and width are multiples of the total stride.
+        in_chans: Channels of the images.
+        global_pool: One of timm's pooling types; `''` keeps the token map.
+        layers: Number of blocks of each stage.
+        patch_sizes: Stride of the convolution before each stage.
+        embed_dims: Channels of each stage.
+        hidden_sizes: Hidden size per direction in each stage.
+        mlp_ratios: Ratio of the MLPs' hidden size to the channels in each stage; 3 by default.
+        drop_rate: Dropout probability before the head.
+        proj_drop_rate: Dropout probability inside the MLPs.
+        drop_path_rate: Stochastic-depth probability of the last block. The probabilities of the blocks increase
+            linearly from 0.
 
     Raises:
-        ValueError: stages of unequal description, or `img_size` no multiple of the total stride.
+        ValueError: The lists that describe the stages have different lengths, or `img_size` is not a multiple of the
+            total stride.
     """
 
     norm: nn.Module
@@ -97,7 +105,11 @@ class Sequencer(nn.Module):
         named_apply(_init_weights, self)
 
     def check_input_size(self, height: int, width: int) -> None:
-        """Raises ValueError, naming the nearest sizes that work, unless both are multiples of the total stride."""
+        """Checks that an image's height and width are multiples of the total stride.
+
+        Raises:
+            ValueError: They are not; the message names the nearest valid sizes.
+        """
         stride = self.total_stride
         for name, size in (("height", height), ("width", width)):
             if size % stride or size == 0:
@@ -108,7 +120,7 @@ class Sequencer(nn.Module):
                 )
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Parameters by depth, for layer-wise learning-rate decay."""
+        """Returns timm's grouping of parameters by depth, for layer-wise learning-rate decay."""
         block: list[tuple[str, tuple[int, ...] | None]] = [(r"^stages\.(\d+)", None)]
         if not coarse:
             block = [(r"^stages\.(\d+)\.blocks\.(\d+)", None), (r"^stages\.(\d+)\.downsample", (0,))]
@@ -118,7 +130,7 @@ class Sequencer(nn.Module):
         return {"absolute_pos_embed"}
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each block's activations in the backward pass."""
+        """Enables or disables recomputation of each block's activations in the backward pass."""
         for module in self.modules():
             if isinstance(module, Stage):
                 module.grad_checkpointing = enable
@@ -127,7 +139,7 @@ class Sequencer(nn.Module):
         return self.head.fc
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A new head, initialised as the first was; 0 classes removes it."""
+        """Replaces the head by one for `num_classes` classes, initialised like the first; 0 removes the head."""
         self.num_classes = num_classes
         self.head.reset(num_classes, global_pool)
         self.head_hidden_size = self.head.num_features
@@ -136,7 +148,7 @@ class Sequencer(nn.Module):
         _init_weights(self.head.fc, "head.fc")
 
     def forward_embed(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B H2 W2 C2"]:
-        """Image to tokens."""
+        """Converts images to tokens."""
         self.check_input_size(*x.shape[-2:])
         return self.stem(x)
 
@@ -150,7 +162,10 @@ class Sequencer(nn.Module):
         return self.forward_head(self.forward_features(x))
 
     def _take_indices(self, indices: int | Sequence[int] | None) -> tuple[list[int], int]:
-        """The stages meant: the last `n`, those named, or all; and the last of them."""
+        """Returns the indices of the chosen stages, and the largest of them.
+
+        `indices` is a number of stages counted from the end, a list of indices, or None for all stages.
+        """
         return feature_take_indices(len(self.stages), list(indices) if isinstance(indices, Sequence) else indices)
 
     def forward_intermediates(
@@ -162,7 +177,19 @@ class Sequencer(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Outputs of the stages, and of the backbone; arguments as in timm."""
+        """Returns the output of the backbone and the outputs of chosen stages; timm's interface.
+
+        Args:
+            x: Images.
+            indices: Number of stages counted from the end, a list of stage indices, or None for all stages.
+            norm: Whether to apply the final layer norm to the output of the last stage.
+            stop_early: Whether to stop after the last chosen stage.
+            output_fmt: Format of the intermediate outputs, `NCHW` or `NHWC`.
+            intermediates_only: Whether to return only the list of intermediate outputs.
+
+        Raises:
+            ValueError: `output_fmt` is unknown, or the size of the images is not valid.
+        """
         if output_fmt not in ("NCHW", "NHWC"):
             raise ValueError(f"output_fmt must be NCHW or NHWC, not {output_fmt!r}")
         wanted, last_wanted = self._take_indices(indices)
@@ -180,7 +207,7 @@ class Sequencer(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Drops what the stages in `indices` do not need; returns their indices."""
+        """Removes the modules that the stages in `indices` do not need; returns the indices of these stages."""
         wanted, last = self._take_indices(indices)
         shortened = last < len(self.stages) - 1
         self.stages = self.stages[: last + 1]
@@ -194,15 +221,18 @@ class Sequencer(nn.Module):
 
 
 class Sequencer2d(Sequencer):
-    """Sequencer whose blocks sweep the columns and the rows of the token map.
+    """Sequencer2D: its blocks scan the columns and the rows of the token map (Tatsunami and Taki 2022, section 3).
 
     Args:
-        cell: one of `sequencer.ops.CELLS`.
-        num_rnn_layers: recurrent layers one upon another in each sweep.
-        bidirectional: both directions of each sweep.
+        cell: One of `sequencer.ops.CELLS`.
+        num_rnn_layers: Number of stacked recurrent layers in each token mixer.
+        bidirectional: Whether columns and rows are scanned in both directions.
         union: `cat`, `add`, `vertical` or `horizontal`; see `sequencer.layers.RNN2d`.
-        with_fc: close each token mixer with a linear layer.
-        **backbone: arguments of `Sequencer`.
+        with_fc: Whether each token mixer ends with a linear layer.
+        **backbone: Arguments of `Sequencer`.
+
+    Raises:
+        ValueError: As `Sequencer` and `sequencer.layers.RNN2d`.
     """
 
     def __init__(
@@ -222,13 +252,21 @@ class Sequencer2d(Sequencer):
 
 
 class VSequencer(Sequencer):
-    """Vanilla Sequencer: tokens in raster order as one sequence (Tatsunami and Taki 2022, section 4.3).
+    """Vanilla Sequencer: its blocks read all tokens, in raster order, as one sequence.
+
+    See Tatsunami and Taki 2022, section 4.3.
 
     Args:
-        cell, num_rnn_layers, bidirectional: as in `Sequencer2d`.
-        ape: add a learned absolute position embedding after the stem; it is resampled for other input sizes.
-        shuffle: in training, permute the tokens at random, once per batch, alike for all its images.
-        **backbone: arguments of `Sequencer`.
+        cell: One of `sequencer.ops.CELLS`.
+        num_rnn_layers: Number of stacked recurrent layers in each token mixer.
+        bidirectional: Whether the sequence is scanned in both directions.
+        ape: Whether to add a learned absolute position embedding to the tokens of the stem. It is resampled for images
+            of other sizes than `img_size`.
+        shuffle: Whether to permute the tokens in training, by one random permutation for all images of a batch.
+        **backbone: Arguments of `Sequencer`.
+
+    Raises:
+        ValueError: As `Sequencer` and `sequencer.layers.RNN1d`.
     """
 
     def __init__(
@@ -263,9 +301,10 @@ class VSequencer(Sequencer):
 
 
 def _init_weights(module: nn.Module, name: str) -> None:
-    """The paper's initialisation; recurrences have their own, and layer norms keep torch's.
+    """Initialises a linear or convolutional layer as the paper's code does.
 
-    The head starts at zero, so that the first loss is that of a uniform guess.
+    Recurrences initialise themselves, and layer norms keep torch's initialisation. The head starts at zero, so that the
+    first predictions are uniform.
     """
     if isinstance(module, nn.Linear):
         if name.startswith("head"):

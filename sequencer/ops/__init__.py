@@ -1,16 +1,21 @@
 """Recurrences as pure functions on tensors."""
 
-from sequencer.ops.bilstm2d import BACKENDS, Choice, Layers, configure, explain, rnn1d, rnn2d
+from sequencer.ops.backends import BACKENDS, Backend, Choice, Inputs, add_backend, configure, explain
+from sequencer.ops.bilstm2d import rnn1d, rnn2d
 from sequencer.ops.packing import PackedWeights
-from sequencer.ops.reference import CELLS, Weights
+from sequencer.ops.reference import CELLS, Cell, Layers, Weights
 
 __all__ = [
     "BACKENDS",
     "CELLS",
+    "Backend",
+    "Cell",
     "Choice",
+    "Inputs",
     "Layers",
     "PackedWeights",
     "Weights",
+    "add_backend",
     "configure",
     "explain",
     "rnn1d",

@@ -1,134 +1,24 @@
-"""The recurrences as users call them: along one sequence, or along the columns and rows of a token map.
+"""Recurrences along one sequence (`rnn1d`) or along the columns and rows of a token map (`rnn2d`).
 
-The only place that chooses a backend. `B` batch, `H W` token rows and columns, `C` channels, `N` sequences,
-`T` steps, `D` hidden size per direction, `K` output channels.
+Shape letters: `B` batch, `H W` token rows and columns, `C` channels, `N` sequences, `T` steps, `D` hidden size per
+direction, `K` output channels.
 """
 
-import functools
-import logging
-import os
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sequencer.ops import cpu, fused, reference, torch_rnn, triton_kernels
+from sequencer.ops import fused, torch_rnn
+from sequencer.ops.backends import BACKENDS, Settings, explain
 from sequencer.ops.packing import PackedWeights
-from sequencer.ops.reference import CELLS, Weights, autocast_dtype
-
-log = logging.getLogger("sequencer")
-
-BY_SPEED = ("triton", "fused", "torch", "reference")
-BACKENDS = ("auto", *BY_SPEED)
-Layers = list[tuple[Weights, ...]]  # layers, first to last; each holds one direction or (forward, backward)
+from sequencer.ops.reference import CELLS, Layers, autocast_dtype
 
 
-class Choice(NamedTuple):
-    """Which backend serves a recurrence, and why."""
-
-    backend: str
-    reason: str
-
-
-class _Settings:
-    backend: str | None = None
-    recompute: bool = False
-
-
-def configure(backend: str | None = None, recompute: bool = False) -> None:
-    """Settings of the process, for all recurrences.
-
-    Args:
-        backend: one of `BACKENDS`, preferred: what it cannot serve goes to the next best, as `explain` tells. `auto`
-            takes the fastest; None what the environment variable SEQUENCER_BACKEND says, or else the fastest.
-        recompute: the fused backends keep no activations of the recurrence but run it again in the backward pass:
-            less memory, more time.
-
-    Raises:
-        ValueError: the backend is unknown.
-    """
-    if backend is not None:
-        _check(backend)
-    _Settings.backend, _Settings.recompute = backend, recompute
-
-
-def explain(
-    cell: str = "lstm",
-    hidden_size: int = 48,
-    dtype: torch.dtype = torch.float32,
-    device: str | torch.device = "cpu",
-    backend: str | None = None,
-) -> Choice:
-    """The backend that `rnn1d` and `rnn2d` take for such inputs, with the reason; `backend` as they are given it.
-
-    Raises:
-        ValueError: the cell or the backend is unknown, or a backend given here cannot serve such inputs. One that
-            `configure` or the environment prefers hands over instead.
-    """
-    preferred = _Settings.backend or os.environ.get("SEQUENCER_BACKEND", "auto")
-    return _choose(cell, hidden_size, dtype, torch.device(device).type, preferred, backend)
-
-
-@torch.compiler.assume_constant_result  # decided once a graph
+@torch.compiler.assume_constant_result  # the choice is made when a graph is traced
 def _backend(cell: str, hidden_size: int, dtype: torch.dtype, device: str, backend: str | None) -> str:
     return explain(cell, hidden_size, dtype, device, backend).backend
-
-
-@functools.cache
-def _choose(
-    cell: str, hidden_size: int, dtype: torch.dtype, device: str, preferred: str, demanded: str | None
-) -> Choice:
-    if cell not in CELLS:
-        raise ValueError(f"unknown cell {cell!r}; there are {', '.join(CELLS)}")
-    first = demanded or preferred
-    _check(first)
-    refusals: dict[str, str] = {}
-    for candidate in [first, *(name for name in BY_SPEED if name != first)]:
-        if candidate == "auto":
-            continue
-        refusal = _refusal(candidate, cell, hidden_size, dtype, device, asked=candidate == first)
-        if refusal is None:
-            why = "the fastest that serves it" if first == "auto" else f"{first} was asked for"
-            return Choice(candidate, "; ".join([why, *(f"{name}: {reason}" for name, reason in refusals.items())]))
-        if candidate == demanded:
-            raise ValueError(f"the {demanded} backend cannot serve {cell}: {refusal}")
-        refusals[candidate] = refusal
-    raise AssertionError("the reference serves everything")
-
-
-def _check(backend: str) -> None:
-    if backend not in BACKENDS:
-        raise ValueError(f"unknown backend {backend!r}; there are {', '.join(BACKENDS)}")
-
-
-def _refusal(backend: str, cell: str, hidden_size: int, dtype: torch.dtype, device: str, asked: bool) -> str | None:
-    """Why a backend does not serve such inputs; None where it does. The interpreter serves only if asked for."""
-    if backend == "reference":
-        return None
-    if backend == "torch":
-        return None if cell in torch_rnn.FUNCTIONS else f"it has no {cell} cell"
-    if cell not in fused.CELLS:
-        return f"it serves {' and '.join(fused.CELLS)}"
-    if backend == "fused":
-        if device != "cpu":
-            return "it runs on a CPU"
-        return f"it has no {dtype}" if dtype not in cpu.DTYPES else _once(cpu.unavailable())
-    if device != "cuda" and not (device == "cpu" and asked and triton_kernels.interpreted()):
-        return "it runs on a GPU"
-    low, high = triton_kernels.HIDDEN_SIZES
-    if not low <= hidden_size <= high:
-        return f"its hidden sizes are {low} to {high}"
-    return f"it has no {dtype}" if dtype not in triton_kernels.DTYPES else triton_kernels.unavailable()
-
-
-@functools.cache
-def _once(refusal: str | None) -> str | None:
-    """Says once in a process that the fast way is shut."""
-    if refusal is not None:
-        log.warning("recurrences run on torch's slower kernels: %s", refusal)
-    return refusal
 
 
 def rnn1d(
@@ -138,7 +28,22 @@ def rnn1d(
     backend: str | None = None,
     packed: PackedWeights | None = None,
 ) -> Float[Tensor, "N T K"]:
-    """Outputs of every step, forward and backward direction concatenated; the state starts at zero."""
+    """Runs recurrent layers over a batch of sequences, from a zero state.
+
+    Args:
+        x: Inputs, in any floating-point dtype. Under autocast the recurrence runs in autocast's dtype.
+        layers: The parameters of each layer.
+        cell: One of `CELLS`.
+        backend: A backend that must be used. By default the one that `explain` names.
+        packed: A cache in which the fused backends keep packed weights between inference calls.
+
+    Returns:
+        The outputs of the last layer at every step. `K` is `D` for one direction. For two it is `2 D`, the forward
+        direction first.
+
+    Raises:
+        ValueError: The cell or the backend is unknown, or `backend` does not support the inputs.
+    """
     return rnn2d(x.unsqueeze(1), None, layers, cell, backend=backend, packed=packed).squeeze(1)
 
 
@@ -151,60 +56,77 @@ def rnn2d(
     backend: str | None = None,
     packed: PackedWeights | None = None,
 ) -> Float[Tensor, "B H W K"]:
-    """BiLSTM2D without its closing linear layer (Tatsunami and Taki 2022, section 3.2).
+    """Runs recurrent layers along the columns and the rows of a token map, each from a zero state.
 
-    `vertical` runs down every column, `horizontal` along every row; a sweep that is None is left out. `union`
-    joins the two: `cat` stacks their channels in the order [vertical, horizontal], `add` sums them. `packed` keeps
-    what the fused backends make of the weights from one inference to the next.
+    This is BiLSTM2D of Tatsunami and Taki 2022, section 3.2, without its final linear layer, for any cell.
+
+    Args:
+        x: Token map, in any floating-point dtype. Under autocast the recurrence runs in autocast's dtype.
+        vertical: The parameters of each layer that scans the columns, or None to leave this axis out.
+        horizontal: The parameters of each layer that scans the rows, or None to leave this axis out.
+        cell: One of `CELLS`.
+        union: `cat` concatenates the channels of both axes in the order vertical, horizontal; `add` adds them.
+        backend: A backend that must be used. By default the one that `explain` names.
+        packed: A cache in which the fused backends keep packed weights between inference calls.
+
+    Returns:
+        The outputs of the last layers at every token. An axis has `D` channels for one direction and `2 D` for two, the
+        forward direction first. `K` is the channels of one axis, or twice that where `cat` joins both.
+
+    Raises:
+        ValueError: The cell or the backend is unknown, or `backend` does not support the inputs.
     """
-    layers = {sweep: stack for sweep, stack in ((0, vertical), (2, horizontal)) if stack is not None}
-    first = next(iter(layers.values()))[0][0]
+    # an axis is identified by its forward direction: 0 down the columns, 2 along the rows; see `sequencer.ops.fused`
+    axes = {axis: layers for axis, layers in ((0, vertical), (2, horizontal)) if layers is not None}
+    first = next(iter(axes.values()))[0][0]
     hidden_size = first.weight_hh.shape[0] // CELLS[cell].gates
     dtype = autocast_dtype(x.device.type) or x.dtype
     name = _backend(cell, hidden_size, dtype, x.device.type, backend)
     if torch.compiler.is_exporting():
-        name = "torch" if cell in torch_rnn.FUNCTIONS else "reference"  # a program that runs without this package
+        name = "torch" if cell in torch_rnn.FUNCTIONS else "reference"  # these run without this package
     elif torch.compiler.is_compiling() and name == "torch":
-        name = "reference"  # inductor fails on oneDNN's LSTM primitive; the scan can be traced
-    if name in ("fused", "triton"):
-        joined = _all_at_once(x, layers, name, packed)
-        outputs = joined.chunk(2, dim=-1) if len(layers) == 2 and union == "add" else (joined,)
+        name = "reference"  # inductor fails on oneDNN's LSTM primitive
+    rnn = BACKENDS[name].rnn
+    if rnn is None:
+        joined = _run_fused(x, axes, name, packed)
+        outputs = joined.chunk(2, dim=-1) if len(axes) == 2 and union == "add" else (joined,)
     else:
-        rnn = torch_rnn.rnn if name == "torch" else reference.rnn
-        outputs = tuple(_one_by_one(x, sweep, stack, cell, rnn) for sweep, stack in layers.items())
+        outputs = tuple(_run_axis(x, axis, layers, cell, rnn) for axis, layers in axes.items())
     if len(outputs) == 1:
         return outputs[0]
     return outputs[0] + outputs[1] if union == "add" else torch.cat(outputs, dim=-1)
 
 
-def _one_by_one(
-    x: Tensor, sweep: int, layers: Layers, cell: str, rnn: Callable[[Tensor, Layers, str], Tensor]
-) -> Tensor:
-    """One sweep as a recurrence over a batch of columns (0) or rows (2)."""
-    tokens = x.transpose(1, 2) if sweep == 0 else x
+def _run_axis(x: Tensor, axis: int, layers: Layers, cell: str, rnn: Callable[[Tensor, Layers, str], Tensor]) -> Tensor:
+    """Runs the layers of one axis as a recurrence over a batch of columns (axis 0) or rows (axis 2)."""
+    tokens = x.transpose(1, 2) if axis == 0 else x
     B, outer, T, C = tokens.shape
     y = rnn(tokens.reshape(B * outer, T, C), layers, cell)
     y = y.reshape(B, outer, T, y.shape[-1])
-    return y.transpose(1, 2) if sweep == 0 else y
+    return y.transpose(1, 2) if axis == 0 else y
 
 
-def _all_at_once(x: Tensor, layers: dict[int, Layers], backend: str, packed: PackedWeights | None) -> Tensor:
-    """The first layer of all sweeps in one launch, deeper ones sweep by sweep, since their inputs differ."""
+def _run_fused(x: Tensor, axes: dict[int, Layers], backend: str, packed: PackedWeights | None) -> Tensor:
+    """Runs all layers by a fused backend; the outputs of the axes are concatenated.
 
-    def run(x: Tensor, depth: int, sweeps: list[int]) -> Tensor:
-        weights = [w for sweep in sweeps for w in layers[sweep][depth]]
-        directions = [sweep + i for sweep in sweeps for i in range(len(layers[sweep][depth]))]
+    The first layers of both axes read the same input and share one launch. Deeper layers take one launch an axis.
+    """
+
+    def run(x: Tensor, depth: int, chosen: list[int]) -> Tensor:
+        weights = [w for axis in chosen for w in axes[axis][depth]]
+        directions = [axis + i for axis in chosen for i in range(len(axes[axis][depth]))]
+        # only plain tensors outside of autograd and tracing have contents to keep
         if packed is None or torch.is_grad_enabled() or torch.compiler.is_compiling() or type(x) is not Tensor:
             weight = fused.pack(weights)
         else:
-            weight = packed.get((depth, *sweeps), weights, backend, autocast_dtype(x.device.type) or x.dtype)
-        return fused.run(x, weight, directions, backend, _Settings.recompute)
+            weight = packed.get((depth, *chosen), weights, backend, autocast_dtype(x.device.type) or x.dtype)
+        return fused.run(x, weight, directions, backend, Settings.recompute)
 
-    y = run(x, 0, list(layers))
-    depth = len(next(iter(layers.values())))
-    if depth == 1:
+    y = run(x, 0, list(axes))
+    num_layers = len(next(iter(axes.values())))
+    if num_layers == 1:
         return y
-    parts = dict(zip(layers, y.chunk(len(layers), dim=-1), strict=True))
-    for layer in range(1, depth):
-        parts = {sweep: run(part, layer, [sweep]) for sweep, part in parts.items()}
-    return torch.cat(list(parts.values()), dim=-1)
+    outputs = dict(zip(axes, y.chunk(len(axes), dim=-1), strict=True))
+    for depth in range(1, num_layers):
+        outputs = {axis: run(output, depth, [axis]) for axis, output in outputs.items()}
+    return torch.cat(list(outputs.values()), dim=-1)

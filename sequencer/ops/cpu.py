@@ -1,9 +1,12 @@
-"""LSTM and IndyLSTM on a CPU: matrix products by torch, what lies between them by `recurrence.cpp`, compiled once.
+"""LSTM and IndyLSTM on a CPU: matrix products by torch, the scans over time by the kernel in `recurrence.cpp`.
 
-The kernel takes 2 s to build with the C++ compiler on the PATH (`CXX` names another) and is kept in the user's cache
-folder (`XDG_CACHE_HOME`), one file for each source, compiler and instruction set. Threads are torch's own: the
-OpenMP runtime that torch has loaded serves the kernel too. Everything is computed in float32; narrower inputs are
-widened first.
+The kernel is compiled in 2 s by the C++ compiler on the PATH, or the one named by `CXX`. The library is kept in the
+user's cache folder (`XDG_CACHE_HOME`), one file for each combination of source, compiler and instruction set. The
+kernel runs on torch's threads, since it uses the OpenMP runtime that torch has loaded. Computations are in float32;
+inputs of narrower dtypes are converted.
+
+Shape letters: `B` batch, `H W` token rows and columns, `C` channels, `S` number of directions, `D` hidden size.
+Direction codes are those of `sequencer.ops.fused`.
 """
 
 import ctypes
@@ -23,15 +26,15 @@ from torch import Tensor
 
 SOURCE = Path(__file__).with_name("recurrence.cpp")
 FLAGS = ["-O3", "-std=c++17", "-fopenmp", "-shared", "-fPIC"]
-INSTRUCTIONS = {"AVX2": "-march=x86-64-v3", "AVX512": "-march=x86-64-v4"}  # by what torch's own kernels use
+INSTRUCTIONS = {"AVX2": "-march=x86-64-v3", "AVX512": "-march=x86-64-v4"}  # by the capability that torch reports
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-CHUNK = 2**20  # gates a thread has in flight, 4 MiB: what is written is read again before it leaves the cache
+CHUNK = 2**20  # gate values (4 MiB) a thread computes before the kernel reads them, so that they are still in cache
 
 _SIZE, _POINTER = ctypes.c_ssize_t, ctypes.c_void_p
 
 
 class _Map(ctypes.Structure):
-    _fields_ = (*((name, _SIZE) for name in ("B", "H", "W", "D", "S", "tile", "threads")), ("sweeps", _POINTER))
+    _fields_ = (*((name, _SIZE) for name in ("B", "H", "W", "D", "S", "tile", "threads")), ("directions", _POINTER))
 
 
 class _Forward(ctypes.Structure):
@@ -53,7 +56,7 @@ class _Backward(ctypes.Structure):
 
 @functools.cache
 def unavailable() -> str | None:
-    """Why the kernel cannot be had on this machine; None where it can. Builds it where that has not been done."""
+    """Returns why the kernel is not available on this machine, or None if it is; builds it at the first call."""
     try:
         _library()
     except subprocess.CalledProcessError as error:
@@ -74,11 +77,11 @@ def _library() -> ctypes.CDLL:
 
 
 def _build() -> Path:
-    """The shared library for this machine's instruction set.
+    """Returns the path of the shared library for this machine's instruction set; compiles it if it is not cached.
 
     Raises:
-        OSError: no compiler, or the cache folder cannot be written.
-        subprocess.CalledProcessError: the compiler refused.
+        OSError: The system is not Linux, there is no compiler, or the cache folder cannot be written.
+        subprocess.CalledProcessError: The compiler failed.
     """
     if platform.system() != "Linux":
         raise OSError("the kernel is built on Linux only")
@@ -93,7 +96,7 @@ def _build() -> Path:
     library = folder / f"recurrence-{key[:16]}.so"
     if not library.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:  # several processes may build at once
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:  # several processes may build it at the same time
             built = Path(scratch) / library.name
             subprocess.run([*command, str(SOURCE), "-o", str(built)], capture_output=True, text=True, check=True)
             built.replace(library)
@@ -101,14 +104,20 @@ def _build() -> Path:
 
 
 def saved_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What gates and cells are kept in between the forward and the backward pass, for inputs of `dtype`."""
+    """Returns the dtype in which gates and cells are kept for the backward pass, for inputs of `dtype`."""
     return torch.float32
 
 
 def pack(weight_hh: Tensor) -> Tensor:
-    """Recurrent weights `[S, 4D, D]` as the forward pass reads them; a diagonal `[S, 4D]` as it is.
+    """Converts recurrent weights to the layout that the forward pass reads, in float32.
 
-    Blocks of vectors of units, of each first what its four gates take from unit 0 of the step before, then from 1...
+    Args:
+        weight_hh: Weights `[S, 4D, D]`, or diagonals `[S, 4D]`, whose layout is kept.
+
+    Returns:
+        Layout `[S, blocks, D, 4, lanes]`: `lanes` is the number of floats in a vector register, and a block is `lanes`
+        consecutive units (rows), padded with zeros. Within a block, the weights of unit k of the previous step are
+        contiguous for all four gates.
     """
     weight_hh = weight_hh.float()
     if weight_hh.dim() == 2:
@@ -119,7 +128,12 @@ def pack(weight_hh: Tensor) -> Tensor:
 
 
 def _pack_backward(weight_hh: Tensor) -> Tensor:
-    """The same for the backward pass: blocks of units, of each what it takes from the gates of the step after."""
+    """Converts recurrent weights `[S, 4D, D]` to the layout that the backward pass reads, in float32.
+
+    Layout `[S, blocks, 4P, V * lanes]`: `P` is D padded with zeros to a multiple of `lanes`, and a block is `V * lanes`
+    consecutive units of the previous step (columns). Within a block, the weights of one gate row of the next step are
+    contiguous. Diagonals `[S, 4D]` keep their layout.
+    """
     weight_hh = weight_hh.float()
     if weight_hh.dim() == 2:
         return weight_hh.contiguous()
@@ -130,30 +144,43 @@ def _pack_backward(weight_hh: Tensor) -> Tensor:
 
 
 def checksum(tensors: Sequence[Tensor]) -> int:
-    """Of all bits of contiguous float32 tensors: it tells whether anything has been written to them."""
+    """Returns a checksum of the bits of contiguous float32 tensors, by which changes of their values are detected."""
     pointers = (_POINTER * len(tensors))(*(tensor.data_ptr() for tensor in tensors))
     sizes = (_SIZE * len(tensors))(*(tensor.numel() for tensor in tensors))
     return _library().checksum(pointers, sizes, len(tensors), torch.get_num_threads())
 
 
 def forward(
-    x: Tensor, weight_ih: Tensor, packed: Tensor, bias: Tensor, sweeps: Sequence[int], save: bool
+    x: Tensor, weight_ih: Tensor, packed: Tensor, bias: Tensor, directions: Sequence[int], save: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Outputs `[B, H, W, S D]` and, to go back from, gates `[B H W, S 4D]` and cells `[B H W, S D]` in float32."""
+    """Runs one layer in all directions, from a zero state.
+
+    Args:
+        x: Token map `[B, H, W, C]`.
+        weight_ih: Input weights `[S 4D, C]`.
+        packed: Recurrent weights as returned by `pack`.
+        bias: Biases `[S, 4D]`.
+        directions: `S` direction codes.
+        save: If True, gates and cells are returned for the backward pass.
+
+    Returns:
+        Outputs `[B, H, W, S D]` in the dtype of `x`, then gates `[B H W, S 4D]` and cells `[B H W, S D]` in float32, or
+        None for both.
+    """
     B, H, W, _ = x.shape
-    S, D = len(sweeps), bias.numel() // len(sweeps) // 4
+    S, D = len(directions), bias.numel() // len(directions) // 4
     tokens, projection, bias = _rows(x), weight_ih.float().t(), bias.float().contiguous()
     out = tokens.new_empty(B * H * W, S * D)
     gates = tokens.new_empty(B * H * W, S * 4 * D) if save else None
     cells = torch.empty_like(out) if save else None
     scratch = None
-    for rows, images in _chunks(x, sweeps, D):
+    for rows, images in _chunks(x, directions, D):
         if scratch is None:
             scratch = tokens.new_empty(0 if save else images * H * W, S * 4 * D)
         target = gates[rows] if gates is not None else scratch[: images * H * W]
         torch.mm(tokens[rows], projection, out=target)
         call = _Forward(
-            _map(images, H, W, D, sweeps),
+            _map(images, H, W, D, directions),
             bias.data_ptr(),
             packed.data_ptr(),
             target.data_ptr(),
@@ -170,26 +197,26 @@ def backward(
     x: Tensor,
     weight_ih: Tensor,
     weight_hh: Tensor,
-    sweeps: Sequence[int],
+    directions: Sequence[int],
     out: Tensor,
     gates: Tensor,
     cells: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, weight_ih, weight_hh and the bias `[S, 4D]`."""
+    """Computes the gradients of x, weight_ih, weight_hh and bias, whose shapes are those of `forward` and `pack`."""
     _, H, W, _ = x.shape
-    S, D, diagonal = len(sweeps), out.shape[-1] // len(sweeps), weight_hh.dim() == 2
+    S, D, diagonal = len(directions), out.shape[-1] // len(directions), weight_hh.dim() == 2
     tokens, outputs, grad_outputs, weight = _rows(x), _rows(out), _rows(grad_out), weight_ih.float()
     packed = _pack_backward(weight_hh)
     grad_x, grad_ih = torch.empty_like(tokens), torch.zeros_like(weight)
     grad_hh = torch.zeros_like(weight_hh, dtype=torch.float32)
     grad_bias = tokens.new_zeros(S, 4 * D)
     scratch: list[Tensor] = []
-    for rows, images in _chunks(x, sweeps, D):
-        size = _map(images, H, W, D, sweeps)
+    for rows, images in _chunks(x, directions, D):
+        size = _map(images, H, W, D, directions)
         if not scratch:
             scratch = [tokens.new_empty(images * H * W, S * width) for width in (4 * D, D)]
         grad_gates, previous = (buffer[: images * H * W] for buffer in scratch)
-        counts = [-(-images * (W if sweep < 2 else H) // size.tile) for sweep in sweeps]
+        counts = [-(-images * (W if direction < 2 else H) // size.tile) for direction in directions]
         bias_sums = tokens.new_empty(sum(counts), 4 * D)
         diagonal_sums = torch.empty_like(bias_sums) if diagonal else None
         call = _Backward(
@@ -217,27 +244,32 @@ def backward(
 
 
 def _rows(x: Tensor) -> Tensor:
-    """`[B, H, W, C]` as `[tokens, C]`, contiguous float32."""
+    """Returns `[B, H, W, C]` as contiguous float32 `[tokens, C]`."""
     return x.reshape(-1, x.shape[-1]).float().contiguous()
 
 
-def _map(B: int, H: int, W: int, D: int, sweeps: Sequence[int]) -> _Map:
-    """The problem's size, cut into tiles so that no thread is idle where there are sequences enough."""
+def _map(B: int, H: int, W: int, D: int, directions: Sequence[int]) -> _Map:
+    """Describes the token map to the kernel; the tile is small enough that every thread has work, if possible."""
     threads = torch.get_num_threads()
-    sequences = sum(B * (W if sweep < 2 else H) for sweep in sweeps)
+    sequences = sum(B * (W if direction < 2 else H) for direction in directions)
     tile = max(1, min(_library().max_tile(), sequences // threads))
-    codes = (_SIZE * len(sweeps))(*sweeps)
-    size = _Map(B, H, W, D, len(sweeps), tile, threads, ctypes.cast(codes, _POINTER))
-    size.keep_alive = codes
+    codes = (_SIZE * len(directions))(*directions)
+    size = _Map(B, H, W, D, len(directions), tile, threads, ctypes.cast(codes, _POINTER))
+    size.keep_alive = codes  # the structure holds only their address
     return size
 
 
-def _chunks(x: Tensor, sweeps: Sequence[int], D: int) -> Iterator[tuple[slice, int]]:
-    """Rows of tokens and number of images, a few images at a time; the first chunk is the largest."""
+def _chunks(x: Tensor, directions: Sequence[int], D: int) -> Iterator[tuple[slice, int]]:
+    """Splits the batch into chunks of a few images; yields the token rows and the number of images of each.
+
+    The first chunk is the largest.
+    """
     B, H, W, _ = x.shape
     threads = torch.get_num_threads()
-    sequences = sum(W if sweep < 2 else H for sweep in sweeps)
-    step = max(CHUNK * threads // (H * W * len(sweeps) * 4 * D), -(-_library().max_tile() * threads // sequences), 1)
+    sequences = sum(W if direction < 2 else H for direction in directions)
+    step = max(
+        CHUNK * threads // (H * W * len(directions) * 4 * D), -(-_library().max_tile() * threads // sequences), 1
+    )
     for first in range(0, B, step):
         images = min(step, B - first)
         yield slice(first * H * W, (first + images) * H * W), images

@@ -1,8 +1,11 @@
-"""LSTM and IndyLSTM in every sweep at once, as an operator that torch knows: autograd, torch.compile, FLOP counts.
+"""LSTM and IndyLSTM in up to four directions of a token map, as a custom operator of torch.
 
-A sweep is a direction of a token map: 0 runs down the columns, 1 up, 2 along the rows, 3 back. All sweeps of a layer
-share one input projection and one launch. The work is done by `sequencer.ops.cpu` or `sequencer.ops.triton_kernels`,
-which have the same functions; `B H W C` is the token map, `S` the number of sweeps, `D` hidden size.
+The operator supports autograd, `torch.compile` and FLOP counting. Directions are integers: 0 scans the columns from top
+to bottom, 1 from bottom to top, 2 scans the rows from left to right, 3 from right to left. All directions of a layer
+share one input projection and one kernel launch. The kernels are in `sequencer.ops.cpu` and
+`sequencer.ops.triton_kernels`, modules with the same functions.
+
+Shape letters: `B` batch, `H W` token rows and columns, `C` channels, `S` number of directions, `D` hidden size.
 """
 
 import math
@@ -23,16 +26,16 @@ _BACKENDS: dict[str, ModuleType] = {"fused": cpu, "triton": triton_kernels}
 
 
 class Packed(NamedTuple):
-    """The weights of all sweeps of a layer side by side."""
+    """The parameters of all directions of a layer, stacked in the order of the directions."""
 
     weight_ih: Float[Tensor, "S4D C"]
     weight_hh: Float[Tensor, "S 4D D"] | Float[Tensor, "S 4D"]
     bias: Float[Tensor, "S 4D"]
-    panels: Tensor | None = None  # weight_hh in the order in which the kernel reads it
+    panels: Tensor | None = None  # weight_hh in the kernel's own layout, see the backend's `pack`
 
 
 def pack(weights: Sequence[Weights]) -> Packed:
-    """One `Weights` a sweep, differentiably."""
+    """Stacks the parameters of all directions of a layer, given as one `Weights` a direction; differentiable."""
     return Packed(
         torch.cat([w.weight_ih for w in weights]),
         torch.stack([w.weight_hh for w in weights]),
@@ -41,52 +44,60 @@ def pack(weights: Sequence[Weights]) -> Packed:
 
 
 def pack_once(weights: Sequence[Weights], backend: str, dtype: torch.dtype) -> Packed:
-    """The same for inference, with what the kernel would otherwise make at each call."""
+    """Stacks the parameters for inference, cast to `dtype` and with the recurrent weights in the kernel's layout."""
     weight_ih, weight_hh, bias, _ = pack(weights)
     weight_hh = weight_hh.to(dtype)
     return Packed(weight_ih.to(dtype), weight_hh, bias.to(dtype), _BACKENDS[backend].pack(weight_hh))
 
 
-def run(x: Float[Tensor, "B H W C"], packed: Packed, sweeps: list[int], backend: str, recompute: bool) -> Tensor:
-    """Outputs `[B, H, W, S D]` of all sweeps, from a zero state; autocast is honoured, bfloat16 included.
+def run(x: Float[Tensor, "B H W C"], packed: Packed, directions: list[int], backend: str, recompute: bool) -> Tensor:
+    """Runs one layer in all `directions`, from a zero state.
 
-    With `recompute` the backward pass runs the forward pass again instead of keeping gates and cells.
+    Args:
+        x: Token map, float32, bfloat16 or float16. Under autocast the layer runs in autocast's dtype.
+        packed: Parameters, stacked in the order of `directions`.
+        directions: Direction codes, see the module's docstring.
+        backend: `fused` or `triton`.
+        recompute: If True, the backward pass computes gates and cells again instead of keeping them.
+
+    Returns:
+        Outputs `[B, H, W, S D]`.
     """
     device = x.device.type
     dtype = autocast_dtype(device) or x.dtype
     *tensors, panels = packed
     weight_ih, weight_hh, bias = (t.to(dtype) for t in tensors)
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *tensors)) and not recompute
-    return sweep(x.to(dtype), weight_ih, weight_hh, bias, panels, sweeps, backend, keep)[0]
+    return scan2d(x.to(dtype), weight_ih, weight_hh, bias, panels, directions, backend, keep)[0]
 
 
-@torch.library.custom_op("sequencer::sweep", mutates_args=())
-def sweep(
+@torch.library.custom_op("sequencer::scan2d", mutates_args=())
+def scan2d(
     x: Tensor,
     weight_ih: Tensor,
     weight_hh: Tensor,
     bias: Tensor,
     panels: Tensor | None,
-    sweeps: Sequence[int],
+    directions: Sequence[int],
     backend: str,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Outputs, and the gates and cells that the backward pass needs; these are empty unless `keep`."""
+    """Returns outputs, and the gates and cells that the backward pass reads, which are empty unless `keep`."""
     module = _BACKENDS[backend]
     with torch.autocast(x.device.type, enabled=False):
         panels = module.pack(weight_hh) if panels is None else panels
-        out, gates, cells = module.forward(x, weight_ih, panels, bias, sweeps, keep)
+        out, gates, cells = module.forward(x, weight_ih, panels, bias, directions, keep)
     return out, x.new_empty(0) if gates is None else gates, x.new_empty(0) if cells is None else cells
 
 
-@sweep.register_fake
+@scan2d.register_fake
 def _(
     x: Tensor,
     weight_ih: Tensor,
     weight_hh: Tensor,
     bias: Tensor,
     panels: Tensor | None,
-    sweeps: Sequence[int],
+    directions: Sequence[int],
     backend: str,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -100,8 +111,8 @@ def _(
     return out, gates, cells
 
 
-@torch.library.custom_op("sequencer::sweep_backward", mutates_args=())
-def sweep_backward(
+@torch.library.custom_op("sequencer::scan2d_backward", mutates_args=())
+def scan2d_backward(
     grad_out: Tensor,
     x: Tensor,
     weight_ih: Tensor,
@@ -110,24 +121,24 @@ def sweep_backward(
     out: Tensor,
     gates: Tensor,
     cells: Tensor,
-    sweeps: Sequence[int],
+    directions: Sequence[int],
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, weight_ih, weight_hh and bias."""
+    """Returns the gradients of x, weight_ih, weight_hh and bias."""
     module = _BACKENDS[backend]
     with torch.autocast(x.device.type, enabled=False):
         if not gates.numel():
-            _, gates, cells = module.forward(x, weight_ih, module.pack(weight_hh), bias, sweeps, True)
-        return module.backward(grad_out, x, weight_ih, weight_hh, sweeps, out, gates, cells)
+            _, gates, cells = module.forward(x, weight_ih, module.pack(weight_hh), bias, directions, True)
+        return module.backward(grad_out, x, weight_ih, weight_hh, directions, out, gates, cells)
 
 
-@sweep_backward.register_fake
+@scan2d_backward.register_fake
 def _(grad_out: Tensor, x: Tensor, weight_ih: Tensor, weight_hh: Tensor, bias: Tensor, *_: Any) -> Any:
     return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, weight_ih, weight_hh, bias))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    x, weight_ih, weight_hh, bias, _, ctx.sweeps, ctx.backend, _ = inputs
+    x, weight_ih, weight_hh, bias, _, ctx.directions, ctx.backend, _ = inputs
     ctx.save_for_backward(x, weight_ih, weight_hh, bias, *output)
     ctx.set_materialize_grads(False)
 
@@ -135,19 +146,19 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
 def _backward(ctx: Any, grad_out: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if grad_out is None:
         return (None,) * 8
-    grads = sweep_backward(grad_out, *ctx.saved_tensors, ctx.sweeps, ctx.backend)
+    grads = scan2d_backward(grad_out, *ctx.saved_tensors, ctx.directions, ctx.backend)
     return *grads, None, None, None, None
 
 
-def _twice(ctx: Any, *_: Any) -> None:
+def _refuse_second_derivative(ctx: Any, *_: Any) -> None:
     raise RuntimeError(
         "the fused recurrences are differentiable once; for higher derivatives choose the reference backend: "
         "SEQUENCER_BACKEND=reference"
     )
 
 
-sweep.register_autograd(_backward, setup_context=_save)
-sweep_backward.register_autograd(_twice)
+scan2d.register_autograd(_backward, setup_context=_save)
+scan2d_backward.register_autograd(_refuse_second_derivative)
 
 
 Shape: TypeAlias = Sequence[int]
@@ -157,11 +168,11 @@ def _multiplications(x: Shape, weight_ih: Shape, weight_hh: Shape) -> int:
     return x[0] * x[1] * x[2] * (weight_ih[0] * weight_ih[1] + math.prod(weight_hh))
 
 
-@register_flop_formula(torch.ops.sequencer.sweep)
+@register_flop_formula(torch.ops.sequencer.scan2d)
 def _forward_flops(x: Shape, weight_ih: Shape, weight_hh: Shape, *_: Any, **__: Any) -> int:
     return 2 * _multiplications(x, weight_ih, weight_hh)
 
 
-@register_flop_formula(torch.ops.sequencer.sweep_backward)
+@register_flop_formula(torch.ops.sequencer.scan2d_backward)
 def _backward_flops(_: Any, x: Shape, weight_ih: Shape, weight_hh: Shape, *__: Any, **___: Any) -> int:
     return 4 * _multiplications(x, weight_ih, weight_hh)

@@ -1,4 +1,4 @@
-"""What the fused backends make of the weights, kept from one inference to the next."""
+"""A cache of packed weights, which the fused backends read in inference."""
 
 from collections.abc import Hashable, Sequence
 from typing import Any
@@ -11,31 +11,39 @@ from sequencer.ops.reference import Weights
 
 
 class PackedWeights:
-    """Packed weights by slot, made anew when a parameter has changed.
+    """Packed weights by slot, packed again when a parameter has changed.
 
-    A change shows in a parameter's version or address. Writing through `.data` shows in neither; on a CPU a checksum
-    of the parameters finds it. On a GPU, which reading one back would stall, the owner calls `clear` whenever it is
-    put into training or evaluation mode, and so must who writes through `.data` in between.
+    Changes are detected by the version counter and the address of each parameter. A write through `.data` changes
+    neither of them. On a CPU it is detected by a checksum of the parameters. On a GPU a checksum would synchronise, so
+    call `clear` after writing through `.data`. The modules that own a cache clear it in `train()` and `eval()`.
     """
 
     def __init__(self) -> None:
         self._slots: dict[Hashable, tuple[Any, fused.Packed]] = {}
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
-        return PackedWeights, ()  # copies and pickles start empty
+        return PackedWeights, ()  # a copied or unpickled cache starts empty
 
     def clear(self) -> None:
+        """Removes all packed weights."""
         self._slots.clear()
 
     def get(self, slot: Hashable, weights: Sequence[Weights], backend: str, dtype: torch.dtype) -> fused.Packed:
-        """The weights of all sweeps of a layer, in `dtype`."""
+        """Returns the packed weights of all directions of a layer.
+
+        Args:
+            slot: Identifies the layer and its directions within the module that owns the cache.
+            weights: The parameters, one `Weights` a direction.
+            backend: `fused` or `triton`.
+            dtype: Data type of the packed weights.
+        """
         tensors = [tensor for w in weights for tensor in w if tensor is not None]
-        if any(tensor.is_inference() for tensor in tensors):  # these count no versions
+        if any(tensor.is_inference() for tensor in tensors):  # these have no version counter
             return fused.pack(weights)
         key = (backend, dtype, *((t.data_ptr(), t._version) for t in tensors), _checksum(tensors, backend))
         kept = self._slots.get(slot)
         if kept is None or kept[0] != key:
-            with torch.inference_mode(False):  # what is kept may serve outside of inference mode too
+            with torch.inference_mode(False):  # usable outside of inference mode too
                 kept = self._slots[slot] = (key, fused.pack_once(weights, backend, dtype))
         return kept[1]
 

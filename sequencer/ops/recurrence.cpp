@@ -1,19 +1,20 @@
 // LSTM and IndyLSTM along the columns and rows of a token map, forward and backward through time, in float32.
 //
-// The input projection and the weights' gradients are plain matrix products and stay with torch. Here is what lies
-// between them: a tile of sequences walks through all its steps with its state in cache, the product with the
-// recurrent weights and the activations fused in registers, and tokens read where they lie, so that no sweep needs
-// a transposed or flipped copy.
+// The input projection and the gradients of the weights are plain matrix products, which the caller computes with
+// torch. This file contains the scans over time. A thread processes all steps of a tile of sequences, with its state in
+// cache. The product with the recurrent weights and the activations are fused in registers. The token map is indexed in
+// place, so that no direction needs a transposed or flipped copy.
 //
-// A token is a row; S sweeps of D units stand side by side in its columns:
-//   gates [tokens, S, 4, D] in the order i, f, g, o      cells, out [tokens, S, D]
-//   sweep 0 runs down the columns, 1 up, 2 along the rows, 3 back
+// Layouts, for S directions of D units:
+//   gates [tokens, S, 4, D], the gates in the order i, f, g, o      cells, out [tokens, S, D]
+// Directions: 0 scans the columns from top to bottom, 1 from bottom to top, 2 scans the rows from left to right, 3 from
+// right to left.
 #include <algorithm>
 #include <cstddef>
 #include <cstring>
 #include <vector>
 
-// A block of the products keeps REGISTERS accumulators, as many as leave room for its operands: of 16 or 32 registers.
+// Vector registers used as accumulators in a block of a product; the rest of the 16 or 32 registers holds its operands.
 #if defined(__AVX512F__)
 constexpr int LANES = 16, REGISTERS = 24;
 #else
@@ -38,9 +39,10 @@ static inline void store(float* p, vec v, ptrdiff_t n = LANES) {
     else std::memcpy(p, &v, n * sizeof(float));
 }
 
-// Reduction to [-ln 2 / 2, ln 2 / 2] and a polynomial, coefficients as in Cephes' expf; a NaN stays a NaN.
+// exp(x), with x clamped to [-87, 88]: reduction to [-ln 2 / 2, ln 2 / 2] and a polynomial with the coefficients of
+// Cephes' expf. NaN gives NaN.
 static inline vec exponential(vec x) {
-    const float ROUND = 12582912.0f;  // 1.5 * 2^23: once added, no digit after the point is left
+    const float ROUND = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
     x = x > 88.0f ? splat(88.0f) : x;
     x = x < -87.0f ? splat(-87.0f) : x;
     const vec shifted = x * 1.44269504f + ROUND;
@@ -55,7 +57,7 @@ static inline vec exponential(vec x) {
     p = p * r * r + r + 1.0f;
     ivec bits;
     std::memcpy(&bits, &shifted, sizeof bits);
-    bits = (bits - 0x4B400000 + 127) << 23;  // the bits of ROUND off, the exponent's bias on
+    bits = (bits - 0x4B400000 + 127) << 23;  // subtract the bits of ROUND, add the exponent's bias
     vec power;
     std::memcpy(&power, &bits, sizeof power);
     return p * power;
@@ -63,7 +65,8 @@ static inline vec exponential(vec x) {
 
 static inline vec sigmoid(vec x) { return 1.0f / (1.0f + exponential(-x)); }
 
-// 1 - 2 / (1 + exp(2x)) cancels near zero, where a polynomial takes over, coefficients as in Cephes' tanhf.
+// tanh(x) as 1 - 2 / (1 + exp(2x)), which suffers from cancellation near zero; there, a polynomial with the
+// coefficients of Cephes' tanhf.
 static inline vec hyperbolic_tangent(vec x) {
     const vec far = 1.0f - 2.0f / (1.0f + exponential(2.0f * x));
     const vec z = x * x;
@@ -76,8 +79,8 @@ static inline vec hyperbolic_tangent(vec x) {
     return z < 0.390625f ? near : far;
 }
 
-// acc[v][r] += sum over k of w[k][v] * x[r][k]. The shorter side of a block is held in registers, the longer passes by:
-// with both held, AVX2 runs out of registers.
+// acc[v][r] += sum over k of w[k][v] * x[r][k]. Only the operand of the shorter side of the block is kept in registers,
+// since AVX2 has too few for both.
 template <int V, int R>
 static inline __attribute__((always_inline)) void product(
     vec (&acc)[V][R], const float* w, const float* x, ptrdiff_t row, ptrdiff_t depth) {
@@ -100,19 +103,19 @@ static inline __attribute__((always_inline)) void product(
     }
 }
 
-// The members are those of the ctypes structures in cpu.py, in their order.
+// The members of the following structures and their order must equal those of the ctypes structures in cpu.py.
 struct Map {
     ptrdiff_t B, H, W, D, S, tile, threads;
-    const ptrdiff_t* sweeps;
+    const ptrdiff_t* directions;
 
     ptrdiff_t padded() const { return (D + LANES - 1) / LANES * LANES; }
-    bool vertical(ptrdiff_t s) const { return sweeps[s] < 2; }
-    bool reverse(ptrdiff_t s) const { return sweeps[s] % 2; }
+    bool vertical(ptrdiff_t s) const { return directions[s] < 2; }
+    bool reverse(ptrdiff_t s) const { return directions[s] % 2; }
     ptrdiff_t steps(ptrdiff_t s) const { return vertical(s) ? H : W; }
     ptrdiff_t sequences(ptrdiff_t s) const { return B * (vertical(s) ? W : H); }
     ptrdiff_t tiles(ptrdiff_t s) const { return (sequences(s) + tile - 1) / tile; }
     ptrdiff_t stride(ptrdiff_t s) const { return (vertical(s) ? W : 1) * (reverse(s) ? -1 : 1); }
-    // the token of a sequence's first step
+    // index of the token that is the first step of sequence n
     ptrdiff_t start(ptrdiff_t s, ptrdiff_t n) const {
         const ptrdiff_t first = vertical(s) ? n / W * H * W + n % W : n * W;
         return first - (reverse(s) ? (steps(s) - 1) * stride(s) : 0);
@@ -122,22 +125,23 @@ struct Map {
 struct Forward {
     Map map;
     const float* bias;    // [S, 4, D]
-    const float* weight;  // [S, P / LANES, D, 4, LANES] with P units, D padded; or diagonal [S, 4, D]
-    float *gates, *out;   // gates: the projected input; becomes the activations where cells are kept
+    const float* weight;  // layout [S, P / LANES, D, 4, LANES] with P = padded(); or diagonals [S, 4, D]
+    float *gates, *out;   // gates: in, the projected inputs; out, the activated gates where cells is not null
     float* cells;         // null in inference
     bool diagonal;
 };
 
 struct Backward {
     Map map;
-    const float* weight;  // [S, P / (V * LANES), 4 P, V, LANES] with V = vectors(D); or diagonal [S, 4, D]
+    const float* weight;  // layout [S, P / (V * LANES), 4 P, V, LANES] with V = vectors(D); or diagonals [S, 4, D]
     const float *gates, *cells, *out, *grad_out;
-    float *grad_gates, *previous;      // previous: the outputs of the step before, [tokens, S, D]
-    float *grad_bias, *grad_diagonal;  // [tiles of all sweeps, 4, D], each summed over its tile
+    float *grad_gates, *previous;      // previous: out, the outputs of each token's previous step, [tokens, S, D]
+    float *grad_bias, *grad_diagonal;  // [tiles of all directions, 4, D], partial sums, one a tile
     bool diagonal;
 };
 
-// Body is called with (tile of all sweeps, sweep, first sequence, sequences).
+// Calls body(task, s, first, count) for every tile of every direction: index among all tiles, direction's position,
+// first sequence of the tile, number of its sequences.
 template <typename Body>
 static void for_each_tile(const Map& m, Body body) {
     ptrdiff_t total = 0;
@@ -151,7 +155,7 @@ static void for_each_tile(const Map& m, Body body) {
     }
 }
 
-// LANES units of R sequences take one step.
+// Advances LANES units of R sequences by one step.
 template <int R>
 static inline __attribute__((always_inline)) void forward_block(
     const Forward& f, ptrdiff_t s, ptrdiff_t unit, const ptrdiff_t* token, const float* h, float* h_next, float* c) {
@@ -207,19 +211,19 @@ static void forward_tile(const Forward& f, ptrdiff_t s, ptrdiff_t first, ptrdiff
     }
 }
 
-// What a tile carries from one step back to the one before it.
+// The values that the backward pass of a tile carries from a step to the previous one.
 struct Carry {
-    ptrdiff_t sweep, before;         // before: from a token to that of the step before; 0 on the first step
-    ptrdiff_t token[MAX_TILE];
-    float *grad, *grad_next, *cell;  // gradients of the gates of the step after and of this one, [., 4, P]; of c
-    float *bias, *diagonal;          // sums so far, [4, P]
+    ptrdiff_t direction, before;     // before: token index of the previous step minus this one's; 0 at the first step
+    ptrdiff_t token[MAX_TILE];       // token of the current step of each sequence
+    float *grad, *grad_next, *cell;  // gradients of the gates of the next step and of this step, [count, 4, P]; of c
+    float *bias, *diagonal;          // partial sums of grad_bias and grad_diagonal, [4, P]
 };
 
-// V * LANES units of R sequences take one step back, the first sequence being `row`.
+// Propagates gradients through one step, for V * LANES units of R sequences starting at sequence `row` of the tile.
 template <int V, int R>
 static inline __attribute__((always_inline)) void backward_block(
     const Backward& b, const Carry& carry, ptrdiff_t unit, ptrdiff_t row) {
-    const ptrdiff_t D = b.map.D, S = b.map.S, P = b.map.padded(), s = carry.sweep;
+    const ptrdiff_t D = b.map.D, S = b.map.S, P = b.map.padded(), s = carry.direction;
     vec dh[V][R];
     for (int v = 0; v < V; ++v)
         for (int r = 0; r < R; ++r)
@@ -270,7 +274,7 @@ static void backward_tile(const Backward& b, ptrdiff_t task, ptrdiff_t s, ptrdif
     const ptrdiff_t D = b.map.D, P = b.map.padded(), T = b.map.steps(s), stride = b.map.stride(s);
     std::vector<float> memory((9 * count + 8) * P);
     Carry carry = {};
-    carry.sweep = s;
+    carry.direction = s;
     carry.grad = memory.data();
     carry.grad_next = carry.grad + 4 * count * P;
     carry.cell = carry.grad_next + 4 * count * P;
@@ -300,20 +304,20 @@ int lanes() { return LANES; }
 
 int max_tile() { return MAX_TILE; }
 
-// Of the bits of several arrays of floats: whether anything has been written to them.
+// Checksum of the bits of several float arrays, by which changes of their values are detected.
 unsigned checksum(const unsigned* const* arrays, const ptrdiff_t* sizes, ptrdiff_t count, ptrdiff_t threads) {
     unsigned total = 0;
 #pragma omp parallel for schedule(dynamic) num_threads(threads) reduction(+ : total)
     for (ptrdiff_t a = 0; a < count; ++a)
         for (ptrdiff_t i = 0; i < sizes[a]; ++i) {
-            unsigned mixed = (arrays[a][i] + unsigned(i)) * 0x9E3779B1u;  // a place's own value, spread over all bits
+            unsigned mixed = (arrays[a][i] + unsigned(i)) * 0x9E3779B1u;  // position-dependent, spread over all bits
             mixed = (mixed ^ (mixed >> 15)) * (2 * unsigned(a) + 0x85EBCA6Bu);
             total += mixed ^ (mixed >> 13);
         }
     return total;
 }
 
-// Vectors of units that a block of the backward pass takes: the most that leave none over.
+// Vectors of units in a block of the backward pass: the largest of 3, 2 and 1 that divides the number of vectors.
 int vectors(ptrdiff_t D) {
     const ptrdiff_t blocks = (D + LANES - 1) / LANES;
     return blocks % 3 == 0 ? 3 : blocks % 2 == 0 ? 2 : 1;

@@ -1,11 +1,14 @@
-"""The recurrences, written out: one scan over time in plain PyTorch, any dtype, differentiable any number of times.
+"""Reference implementation of every cell: a loop over time steps in plain PyTorch.
 
-This is the truth that every other backend is tested against. `N` sequences, `T` steps, `C` channels, `D` hidden
-size, `G` gates; the rows of a weight are its gates one after another, in the order named in each step function.
+It works in any floating-point dtype and is differentiable any number of times. It is the standard that all other
+backends are tested against.
 
-Sources: LSTM with forget gate, GRU and plain RNN as in PyTorch, whose parameters they share; peepholes from Gers
-and Schmidhuber 2000; IndyLSTM from Gonnet and Deselaers 2019 (arXiv 1903.08023), section 2; the LSTM without a
-forget gate from Hochreiter and Schmidhuber 1997, section 4 and appendix A.1.
+Shape letters: `N` sequences, `T` steps, `C` channels, `D` hidden size, `G` gates. The rows of a weight are `G` blocks
+of `D` rows, one a gate, in the order given in the docstring of each step function.
+
+Sources: LSTM with a forget gate, GRU and plain RNN as in PyTorch, with the same parameters; peephole connections from
+Gers and Schmidhuber 2000; IndyLSTM from Gonnet and Deselaers 2019 (arXiv 1903.08023), section 2; LSTM without a forget
+gate from Hochreiter and Schmidhuber 1997, section 4 and appendix A.1.
 """
 
 from collections.abc import Callable
@@ -19,20 +22,21 @@ from torch import Tensor
 
 
 class Weights(NamedTuple):
-    """The parameters of one direction of one layer; what a cell does not have is None."""
+    """The parameters of one direction of one layer; parameters that the cell does not have are None."""
 
     weight_ih: Float[Tensor, "GD C"]
-    weight_hh: Float[Tensor, "GD D"] | Float[Tensor, " GD"]  # a vector where the recurrence is diagonal
+    weight_hh: Float[Tensor, "GD D"] | Float[Tensor, " GD"]  # the diagonals of the gates, for an IndyLSTM
     bias_ih: Float[Tensor, " GD"]
     bias_hh: Float[Tensor, " GD"] | None = None
-    weight_ch: Float[Tensor, " 3D"] | None = None  # peepholes of i, f and o
+    weight_ch: Float[Tensor, " 3D"] | None = None  # peephole weights of i, f and o
 
 
-State = tuple[Tensor, Tensor]  # h and c, each (N, D); cells without an inner state carry c along untouched
+Layers = list[tuple[Weights, ...]]  # first layer first; each layer holds (forward,) or (forward, backward)
+State = tuple[Tensor, Tensor]  # h and c, each (N, D); a GRU and a plain RNN return c unchanged
 
 
 def _lstm(gates: Tensor, state: State, w: Weights) -> State:
-    """i, f, g, o."""
+    """Computes one step of an LSTM; gates i, f, g, o."""
     h, c = state
     i, f, g, o = (gates + F.linear(h, w.weight_hh, w.bias_hh)).chunk(4, dim=-1)
     c = f.sigmoid() * c + i.sigmoid() * g.tanh()
@@ -40,7 +44,10 @@ def _lstm(gates: Tensor, state: State, w: Weights) -> State:
 
 
 def _peephole_lstm(gates: Tensor, state: State, w: Weights) -> State:
-    """i, f, g, o; the input and forget gates see the cell before the update, the output gate after it."""
+    """Computes one step of an LSTM with peepholes; gates i, f, g, o.
+
+    The input and forget gates read the cell state before the update, the output gate reads it after the update.
+    """
     h, c = state
     i, f, g, o = (gates + F.linear(h, w.weight_hh, w.bias_hh)).chunk(4, dim=-1)
     assert w.weight_ch is not None
@@ -50,7 +57,7 @@ def _peephole_lstm(gates: Tensor, state: State, w: Weights) -> State:
 
 
 def _indylstm(gates: Tensor, state: State, w: Weights) -> State:
-    """i, f, g, o; every unit sees its own output alone."""
+    """Computes one step of an IndyLSTM, whose recurrent weights are diagonal matrices; gates i, f, g, o."""
     h, c = state
     i, f, g, o = (gates + w.weight_hh * h.repeat(1, 4)).chunk(4, dim=-1)
     c = f.sigmoid() * c + i.sigmoid() * g.tanh()
@@ -58,9 +65,10 @@ def _indylstm(gates: Tensor, state: State, w: Weights) -> State:
 
 
 def _lstm1997(gates: Tensor, state: State, w: Weights) -> State:
-    """i, g, o; nothing is forgotten, the cell input is squashed to [-2, 2] and the cell state to [-1, 1].
+    """Computes one step of the LSTM of 1997, which has no forget gate; gates i, g, o.
 
-    The paper feeds the gates' own activations back as well and cuts the gradient at the gates; this does neither.
+    The cell input is squashed to [-2, 2], the cell state to [-1, 1]. Two properties of the paper are left out: gate
+    activations are not fed back as inputs, and gradients are not truncated at the gates.
     """
     h, c = state
     i, g, o = (gates + F.linear(h, w.weight_hh)).chunk(3, dim=-1)
@@ -69,7 +77,7 @@ def _lstm1997(gates: Tensor, state: State, w: Weights) -> State:
 
 
 def _gru(gates: Tensor, state: State, w: Weights) -> State:
-    """r, z, n; the reset gate scales the recurrent term of n, bias included."""
+    """Computes one step of a GRU; gates r, z, n. The reset gate scales the recurrent term of n, including its bias."""
     h, c = state
     r, z, n = gates.chunk(3, dim=-1)
     r_h, z_h, n_h = F.linear(h, w.weight_hh, w.bias_hh).chunk(3, dim=-1)
@@ -88,17 +96,17 @@ def _rnn(activation: Callable[[Tensor], Tensor]) -> Callable[[Tensor, State, Wei
 
 @dataclass(frozen=True)
 class Cell:
-    """What distinguishes one cell from another: its step and the parameters it has."""
+    """The step function of a cell and the parameters that it has."""
 
-    step: Callable[[Tensor, State, Weights], State]
+    step: Callable[[Tensor, State, Weights], State]  # (input projection, previous state, weights) -> state
     gates: int
-    diagonal: bool = False
+    diagonal: bool = False  # weight_hh holds diagonals
     bias_hh: bool = True
     peephole: bool = False
-    forget_bias: float | None = None  # where the source starts the forget gate open
+    forget_bias: float | None = None  # initial bias of the forget gate, where the source sets one
 
     def shapes(self, input_size: int, hidden_size: int) -> dict[str, tuple[int, ...]]:
-        """Field of `Weights` -> shape."""
+        """Returns the shape of each parameter, by its field name in `Weights`."""
         rows = self.gates * hidden_size
         shapes: dict[str, tuple[int, ...]] = {
             "weight_ih": (rows, input_size),
@@ -124,15 +132,23 @@ CELLS = {
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
-    """The dtype that autocast asks for; None where it is off, and on devices that it does not know (meta)."""
+    """Returns autocast's dtype, or None where it is disabled or does not support the device (e.g. meta)."""
     known = torch.amp.is_autocast_available(device_type)
     return torch.get_autocast_dtype(device_type) if known and torch.is_autocast_enabled(device_type) else None
 
 
 def scan(x: Float[Tensor, "N T C"], w: Weights, cell: str, reverse: bool = False) -> Float[Tensor, "N T D"]:
-    """Outputs of one direction of one layer, from a zero state; `reverse` walks from the last step to the first.
+    """Runs one direction of one layer, from a zero state.
 
-    Half-precision inputs (autocast included) keep their state in float32.
+    Args:
+        x: Inputs, in any floating-point dtype.
+        w: The parameters.
+        cell: One of `CELLS`.
+        reverse: If True, the scan runs from the last step to the first.
+
+    Returns:
+        The outputs of every step, in the dtype of `x` or of autocast. The state is kept in float32 where that is
+        narrower.
     """
     gates = F.linear(x, w.weight_ih, w.bias_ih)
     state_dtype = torch.promote_types(gates.dtype, torch.float32)
@@ -150,8 +166,8 @@ def scan(x: Float[Tensor, "N T C"], w: Weights, cell: str, reverse: bool = False
     return torch.stack(outputs, dim=1).to(gates.dtype)
 
 
-def rnn(x: Float[Tensor, "N T C"], layers: list[tuple[Weights, ...]], cell: str) -> Float[Tensor, "N T K"]:
-    """Layers one upon another, each of one or two directions; `K` is `D` times the number of directions."""
+def rnn(x: Float[Tensor, "N T C"], layers: Layers, cell: str) -> Float[Tensor, "N T K"]:
+    """Runs stacked layers of one or two directions each; `K` is `D` times the number of directions."""
     for directions in layers:
         outputs = [scan(x, w, cell, reverse=bool(index)) for index, w in enumerate(directions)]
         x = torch.cat(outputs, dim=-1)

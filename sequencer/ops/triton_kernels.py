@@ -1,15 +1,19 @@
-"""LSTM and IndyLSTM on a GPU: matrix products by torch, what lies between them by Triton kernels.
+"""LSTM and IndyLSTM on a GPU: matrix products by torch, the scans over time by Triton kernels.
 
-One launch serves every sweep: a program takes a tile of sequences of one sweep through all its steps and reads tokens
-where they lie, so that no sweep needs a transposed or flipped copy. State and sums are float32; products take the
-inputs' dtype. The layout is that of `recurrence.cpp`.
+All directions of a layer share one launch. A program processes all steps of a tile of sequences of one direction. It
+indexes the token map in place, so that no direction needs a transposed or flipped copy. State and accumulators are
+float32; the operands of products have the dtype of the inputs. Arrays have the layout described in `recurrence.cpp`.
 
-The resident kernels keep the state in registers and the recurrent weights on the chip. Where these do not fit (float32,
-or a hidden size above 128) the streamed kernels take the units in blocks, read the weights at each step, and pass the
-state on through memory. With `TRITON_INTERPRET=1` all run on a CPU, for tests, in float32 and float16.
+There are two sets of kernels. The resident kernels keep the state in registers and the recurrent weights in shared
+memory. Where the weights do not fit (float32, or a hidden size above 128), the streamed kernels process the units in
+blocks, read the weights from global memory at each step, and keep the state in global memory. With `TRITON_INTERPRET=1`
+all kernels run on a CPU, for tests, in float32 and float16.
 
-Sums over tokens go through one partial sum a program, added up afterwards in a fixed order: no atomics, so the same
-inputs give the same bits.
+The gradients of weights and biases are deterministic: each program writes a partial sum, and the partial sums are added
+in a fixed order, without atomics.
+
+Shape letters: `B` batch, `H W` token rows and columns, `C` channels, `S` number of directions, `D` hidden size, `P` the
+hidden size padded to a power of two. Direction codes are those of `sequencer.ops.fused`.
 """
 
 import functools
@@ -23,25 +27,25 @@ from torch import Tensor
 try:
     import triton
     import triton.language as tl
-except ImportError:  # torch's builds for other systems come without it
+except ImportError:  # builds of torch for systems other than Linux do not include it
     triton = None
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 HIDDEN_SIZES = (8, 256)
-RESIDENT = 128  # hidden size up to which four gates' weights in two bytes fit in an A100's or H100's shared memory
-SHARED_MEMORY = 140_000  # bytes that they take there at the most
-PROGRAMS = 64  # partial sums of the weights' gradient
+RESIDENT = 128  # largest hidden size whose weights, in a 2-byte dtype, fit in the shared memory of an A100 or H100
+SHARED_MEMORY = 140_000  # the most bytes of shared memory that a resident kernel needs
+PROGRAMS = 64  # largest number of partial sums of the gradients of weights and biases
 
 
 @functools.cache
 def interpreted() -> bool:
-    """Whether the kernels run in Triton's interpreter; read when this module is imported."""
+    """Returns whether the kernels run in Triton's interpreter, which is decided when this module is imported."""
     return triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @functools.cache
 def unavailable() -> str | None:
-    """Why the kernels cannot run on this machine; None where they can."""
+    """Returns why the kernels cannot run on this machine, or None if they can."""
     if triton is None:
         return "triton is not installed"
     if interpreted():
@@ -54,26 +58,26 @@ def unavailable() -> str | None:
 
 
 def saved_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What gates and cells are kept in between the forward and the backward pass."""
+    """Returns the dtype in which gates and cells are kept for the backward pass, for inputs of `dtype`."""
     return dtype
 
 
 def pack(weight_hh: Tensor) -> Tensor:
-    """Recurrent weights as the kernels read them."""
+    """Returns recurrent weights `[S, 4D, D]` or diagonals `[S, 4D]` in the layout that the kernels read: contiguous."""
     return weight_hh.contiguous()
 
 
 if triton is not None:
 
     @triton.jit
-    @no_type_check  # Triton reads the bare function
+    @no_type_check  # Triton compiles the undecorated function
     def _sigmoid(x):
         return 1.0 / (1.0 + tl.exp(-x))
 
     @triton.jit
     @no_type_check
     def _tanh(x):
-        # from the side where exp cannot overflow; near zero, where the difference cancels, a series takes over
+        # exp(-2|x|) cannot overflow; near zero, where 1 - e suffers from cancellation, a series is used
         e = tl.exp(-2.0 * tl.abs(x))
         far = (1.0 - e) / (1.0 + e)
         z = x * x
@@ -82,9 +86,14 @@ if triton is not None:
 
     @triton.jit
     @no_type_check
-    def _sequences(sweeps, B, H, W, TILE: tl.constexpr):
-        """Of this program's tile and sweep: sequences, mask, first tokens, steps, stride from step to step."""
-        code = (sweeps >> (2 * tl.program_id(1))) & 3
+    def _sequences(directions, B, H, W, TILE: tl.constexpr):
+        """Describes the sequences of this program's tile and direction.
+
+        Returns:
+            Indices of the sequences, a mask of the valid ones, the index of each sequence's first token, the number of
+            steps, and the difference of token indices between consecutive steps.
+        """
+        code = (directions >> (2 * tl.program_id(1))) & 3
         vertical = code < 2
         backwards = code % 2
         n = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
@@ -96,7 +105,7 @@ if triton is not None:
     @triton.jit
     @no_type_check
     def _load4(p, offset, mask):
-        """What belongs to the gates i, f, g, o, `offset` elements apart."""
+        """Loads the blocks of the gates i, f, g, o, which start `offset` elements apart."""
         i = tl.load(p, mask=mask, other=0.0)
         f = tl.load(p + offset, mask=mask, other=0.0)
         g = tl.load(p + 2 * offset, mask=mask, other=0.0)
@@ -133,7 +142,7 @@ if triton is not None:
     @triton.jit
     @no_type_check
     def _step_back(gates, D: tl.constexpr, mask, dh, dc, c, c_before):
-        """Gradients of the preactivations and of the cell before."""
+        """Returns the gradients of the preactivations of i, f, g, o and of the previous cell state."""
         i, f, g, o = _load4(gates, D, mask)
         i, f, g, o = i.to(tl.float32), f.to(tl.float32), g.to(tl.float32), o.to(tl.float32)
         tanh_c = _tanh(c)
@@ -147,19 +156,19 @@ if triton is not None:
     @triton.jit
     @no_type_check
     def _forward_resident(
-        gates, weight, bias, out, cells, sweeps, B, H, W,
+        gates, weight, bias, out, cells, directions, B, H, W,
         S: tl.constexpr, D: tl.constexpr, P: tl.constexpr, TILE: tl.constexpr,
         DIAGONAL: tl.constexpr, KEEP: tl.constexpr,
     ):  # fmt: skip
         s = tl.program_id(1)
-        _, valid, token, steps, stride = _sequences(sweeps, B, H, W, TILE)
+        _, valid, token, steps, stride = _sequences(directions, B, H, W, TILE)
         u = tl.arange(0, P)
         unit = u < D
         mask = valid[:, None] & unit[None, :]
         if DIAGONAL:
             w_i, w_f, w_g, w_o = _load4(weight + s * 4 * D + u, D, unit)
             w_i, w_f, w_g, w_o = w_i.to(tl.float32), w_f.to(tl.float32), w_g.to(tl.float32), w_o.to(tl.float32)
-        else:  # transposed: from unit k of the step before to unit u of this one
+        else:  # transposed: rows are units of the previous step, columns units of this step
             square = weight + s * 4 * D * D + u[None, :] * D + u[:, None]
             w_i, w_f, w_g, w_o = _load4(square, D * D, unit[None, :] & unit[:, None])
         h = tl.zeros((TILE, P), dtype=tl.float32)
@@ -189,11 +198,11 @@ if triton is not None:
     @triton.jit
     @no_type_check
     def _backward_resident(
-        gates, cells, weight, grad_out, grad_gates, sweeps, B, H, W,
+        gates, cells, weight, grad_out, grad_gates, directions, B, H, W,
         S: tl.constexpr, D: tl.constexpr, P: tl.constexpr, TILE: tl.constexpr, DIAGONAL: tl.constexpr,
     ):  # fmt: skip
         s = tl.program_id(1)
-        _, valid, start, steps, stride = _sequences(sweeps, B, H, W, TILE)
+        _, valid, start, steps, stride = _sequences(directions, B, H, W, TILE)
         u = tl.arange(0, P)
         unit = u < D
         mask = valid[:, None] & unit[None, :]
@@ -228,12 +237,12 @@ if triton is not None:
     @triton.jit
     @no_type_check
     def _forward_streamed(
-        gates, weight, bias, out, cells, state, sweeps, B, H, W,
+        gates, weight, bias, out, cells, state, directions, B, H, W,
         S: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
         KEEP: tl.constexpr, PRECISION: tl.constexpr,
     ):  # fmt: skip
         s = tl.program_id(1)
-        n, valid, start, steps, stride = _sequences(sweeps, B, H, W, TILE)
+        n, valid, start, steps, stride = _sequences(directions, B, H, W, TILE)
         carried = state + (n * S + s)[:, None] * D
         token = start
         for _ in range(steps):
@@ -262,17 +271,17 @@ if triton is not None:
                 if KEEP:
                     _store4(at, D, mask, i, f, g, o)
                     tl.store(cells + row + u[None, :], c.to(cells.dtype.element_ty), mask=mask)
-            tl.debug_barrier()  # other threads of the program read these outputs in the next step
+            tl.debug_barrier()  # in the next step, other threads of the program read these outputs
             token += stride
 
     @triton.jit
     @no_type_check
     def _backward_streamed(
-        gates, cells, weight, grad_out, grad_gates, state, sweeps, B, H, W,
+        gates, cells, weight, grad_out, grad_gates, state, directions, B, H, W,
         S: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr,
     ):  # fmt: skip
         s = tl.program_id(1)
-        n, valid, start, steps, stride = _sequences(sweeps, B, H, W, TILE)
+        n, valid, start, steps, stride = _sequences(directions, B, H, W, TILE)
         carried = state + (n * S + s)[:, None] * D
         last = start + (steps - 1) * stride
         token = last
@@ -307,18 +316,21 @@ if triton is not None:
     @triton.jit
     @no_type_check
     def _weight_grad(
-        grad_gates, out, weight_sums, bias_sums, sweeps, tokens, H, W,
+        grad_gates, out, weight_sums, bias_sums, directions, tokens, H, W,
         S: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
         DIAGONAL: tl.constexpr, PRECISION: tl.constexpr,
     ):  # fmt: skip
-        """Of one gate in one sweep, the sums over this program's share of the tokens, BLOCK x BLOCK units at a time."""
+        """Computes one partial sum of the gradients of `weight_hh` and the bias.
+
+        A program handles one part of the tokens, one direction, one gate, and a block of BLOCK x BLOCK units.
+        """
         part, s, z = tl.program_id(0), tl.program_id(1), tl.program_id(2)
         blocks: tl.constexpr = (D + BLOCK - 1) // BLOCK
         columns: tl.constexpr = 1 if DIAGONAL else blocks
         q = z // (blocks * columns)
         u = z // columns % blocks * BLOCK + tl.arange(0, BLOCK)
         k = u if DIAGONAL else z % columns * BLOCK + tl.arange(0, BLOCK)
-        code = (sweeps >> (2 * s)) & 3
+        code = (directions >> (2 * s)) & 3
         vertical = code < 2
         backwards = code % 2
         stride = tl.where(vertical, W, 1)
@@ -354,16 +366,29 @@ if triton is not None:
 
 
 def forward(
-    x: Tensor, weight_ih: Tensor, packed: Tensor, bias: Tensor, sweeps: Sequence[int], save: bool
+    x: Tensor, weight_ih: Tensor, packed: Tensor, bias: Tensor, directions: Sequence[int], save: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Outputs `[B, H, W, S D]` and, to go back from, gates `[B H W, S 4D]` and cells `[B H W, S D]`."""
+    """Runs one layer in all directions, from a zero state.
+
+    Args:
+        x: Token map `[B, H, W, C]`.
+        weight_ih: Input weights `[S 4D, C]`.
+        packed: Recurrent weights as returned by `pack`.
+        bias: Biases `[S, 4D]`.
+        directions: `S` direction codes.
+        save: If True, gates and cells are returned for the backward pass.
+
+    Returns:
+        Outputs `[B, H, W, S D]`, then gates `[B H W, S 4D]` and cells `[B H W, S D]`, or None for both; all in the
+        dtype of `x`.
+    """
     B, H, W, C = x.shape
-    S, D, diagonal = len(sweeps), bias.numel() // len(sweeps) // 4, packed.dim() == 2
+    S, D, diagonal = len(directions), bias.numel() // len(directions) // 4, packed.dim() == 2
     gates = torch.mm(x.reshape(-1, C), weight_ih.t())
     out = x.new_empty(B, H, W, S * D)
     cells = x.new_empty(B * H * W, S * D) if save else None
     tensors = (gates, packed, bias.contiguous(), out, out if cells is None else cells)
-    size = (_encode(sweeps), B, H, W)
+    size = (_encode(directions), B, H, W)
     with torch.cuda.device_of(x):
         if _resident(x, D, diagonal):
             plan = _resident_plan(D)
@@ -381,17 +406,17 @@ def backward(
     x: Tensor,
     weight_ih: Tensor,
     weight_hh: Tensor,
-    sweeps: Sequence[int],
+    directions: Sequence[int],
     out: Tensor,
     gates: Tensor,
     cells: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, weight_ih, weight_hh and the bias `[S, 4D]`."""
+    """Computes the gradients of x, weight_ih, weight_hh and bias, whose shapes are those of `forward` and `pack`."""
     B, H, W, C = x.shape
-    S, D, diagonal = len(sweeps), out.shape[-1] // len(sweeps), weight_hh.dim() == 2
+    S, D, diagonal = len(directions), out.shape[-1] // len(directions), weight_hh.dim() == 2
     grad_gates = torch.empty_like(gates)
     tensors = (gates, cells, weight_hh.contiguous(), grad_out.contiguous(), grad_gates)
-    size = (_encode(sweeps), B, H, W)
+    size = (_encode(directions), B, H, W)
     sums = _sum_plan(D, x.element_size())
     parts = max(1, min(PROGRAMS, triton.cdiv(B * H * W, sums["ROWS"])))
     blocks = triton.cdiv(D, sums["BLOCK"])
@@ -407,7 +432,7 @@ def backward(
                 *tensors, _state(x, S * D), *size, S, D, PRECISION=_precision(), **plan
             )
         _weight_grad[(parts, S, 4 * blocks * (1 if diagonal else blocks))](
-            grad_gates, out, weight_sums, bias_sums, _encode(sweeps), B * H * W, H, W,
+            grad_gates, out, weight_sums, bias_sums, _encode(directions), B * H * W, H, W,
             S, D, DIAGONAL=diagonal, PRECISION=_precision(), **sums,
         )  # fmt: skip
     grad_x = torch.mm(grad_gates, weight_ih).view(x.shape)
@@ -415,39 +440,42 @@ def backward(
     return grad_x, grad_ih, weight_sums.sum(0).to(weight_hh.dtype), bias_sums.sum(0).to(weight_ih.dtype)
 
 
-def _encode(sweeps: Sequence[int]) -> int:
-    """Two bits a sweep."""
-    return sum(sweep << (2 * s) for s, sweep in enumerate(sweeps))
+def _encode(directions: Sequence[int]) -> int:
+    """Encodes direction codes as one integer, two bits each, since a kernel takes no list."""
+    return sum(direction << (2 * s) for s, direction in enumerate(directions))
 
 
 def _padded(D: int) -> int:
-    """Units of a tile: a power of two, and no less than a matrix product takes."""
+    """Returns the hidden size padded to a power of two, at least 16, the smallest size of a `tl.dot` operand."""
     return max(16, triton.next_power_of_2(D))
 
 
 def _resident(x: Tensor, D: int, diagonal: bool) -> bool:
-    """Whether the state fits in registers and the recurrent weights on the chip; a diagonal always does."""
+    """Returns whether the resident kernels are used: the recurrent weights are diagonal or fit in shared memory."""
     if diagonal:
         return True
     if x.element_size() > 2 or D > RESIDENT:
         return False
-    shared = torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin if x.is_cuda else SHARED_MEMORY
-    return D <= RESIDENT // 2 or shared >= SHARED_MEMORY
+    if D <= RESIDENT // 2 or not x.is_cuda:
+        return True
+    device = torch.cuda.get_device_properties(x.device)
+    # the attribute is missing from torch's type stubs, and on ROCm
+    return getattr(device, "shared_memory_per_block_optin", device.shared_memory_per_block) >= SHARED_MEMORY
 
 
 def _resident_plan(D: int) -> dict[str, int]:
-    """Units and sequences of a program, and its warps."""
+    """Returns padded hidden size, sequences and warps of a program of the resident kernels."""
     tile = 32 if D <= 64 else 16
     return {"P": _padded(D), "TILE": tile, "num_warps": 8 if D > 16 else 4}
 
 
 def _streamed_plan() -> dict[str, int]:
-    """Units that are taken at a time, sequences of a program, and its warps."""
+    """Returns units of a block, sequences and warps of a program of the streamed kernels."""
     return {"BLOCK": 32, "TILE": 16, "num_warps": 4}
 
 
 def _sum_plan(D: int, element_size: int) -> dict[str, int]:
-    """Units and tokens that the weights' gradient takes at a time."""
+    """Returns units of a block, tokens of a block and warps of a program of `_weight_grad`."""
     return {"BLOCK": min(_padded(D), 32 if element_size > 2 else 64), "ROWS": 32, "num_warps": 8}
 
 
@@ -456,10 +484,10 @@ def _grid(B: int, H: int, W: int, S: int, plan: dict[str, int]) -> tuple[int, in
 
 
 def _state(x: Tensor, width: int) -> Tensor:
-    """What the streamed kernels carry from step to step, for every sequence."""
+    """Allocates the state that the streamed kernels carry from step to step, for every sequence."""
     return torch.zeros(x.shape[0] * max(x.shape[1:3]), width, dtype=torch.float32, device=x.device)
 
 
 def _precision() -> str:
-    """How float32 products are rounded: as torch's own are."""
+    """Returns the precision of float32 products, following `torch.set_float32_matmul_precision`."""
     return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"

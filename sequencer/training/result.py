@@ -19,7 +19,7 @@ from sequencer.distributed import is_first
 from sequencer.evaluation import evaluate
 from sequencer.export import commit, save_model_folder, versions
 from sequencer.files import write_atomically
-from sequencer.models import LoadedModel, load_weights, preprocessing, read_checkpoint, select_weights
+from sequencer.models import LoadedModel, load_weights, read_checkpoint, select_weights, timm_preprocessing
 from sequencer.training.checkpoints import RunCheckpoints
 from sequencer.training.module import parameters_of
 from sequencer.training.report import EpochReport
@@ -80,7 +80,7 @@ def finish(
         config.model.name,
         config.trainer.slot,
         tuple(data.class_names),
-        preprocessing(asdict(config.data)),
+        timm_preprocessing(asdict(config.data)),
         config.model.kwargs,
         {"metrics": summary, "config": asdict(config), "commit": commit(), "versions": versions()},
     )

@@ -1,4 +1,4 @@
-"""What the pictures show, read from the figures that are returned."""
+"""The contents of the plots, read from the figures that the functions return."""
 
 import csv
 import math
@@ -12,7 +12,10 @@ from sequencer.analysis import plot_confusion, plot_curves, plot_growth, plot_sw
 
 
 def write_metrics(path, rows, **changes):
-    """metrics.csv with `rows` epochs of falling loss and rising top-1; `changes` are columns, written as they are."""
+    """Writes a metrics.csv with `rows` epochs of decreasing loss and increasing top-1.
+
+    `changes` are replaced or additional columns; `__` in a name stands for `/`.
+    """
     epochs = range(rows)
     columns = {
         "epoch": epochs,
@@ -59,11 +62,14 @@ def test_curves(tmp_path, output, epochs):
     assert legend(loss) == ["training", "validation"]
     assert legend(top1) == [f"validation: best {1 - 0.9 / epochs:.2%}, epoch {epochs}"]
     assert lr.get_legend() is None
+    assert list(lr.lines[0].get_xdata()) == list(range(1, epochs + 1))
+    assert list(lr.lines[0].get_ydata()) == [1e-3] * epochs
+    assert lr.get_ylim()[0] == 0
     assert top1.get_xlim()[0] < 1
     assert top1.get_xlim()[1] > epochs
 
 
-def test_curves_with_moving_average_and_holes(tmp_path, output):
+def test_curves_with_moving_average_and_missing_values(tmp_path, output):
     path = write_metrics(
         tmp_path / "metrics.csv",
         5,
@@ -74,6 +80,7 @@ def test_curves_with_moving_average_and_holes(tmp_path, output):
     )
     loss, top1, _ = plot_curves(path, output).axes
     assert legend(loss) == ["training", "validation", "validation, EMA"]
+    np.testing.assert_array_equal(loss.lines[4].get_ydata(), [2, 1.5, np.nan, 1, 1])  # an infinite value is a gap
     assert legend(top1) == ["validation: best 70.00%, epoch 3", "validation, EMA: best 40.00%, epoch 4"]
     marked = [line.get_xydata().tolist() for line in top1.lines if line.get_marker() == "o"]
     assert marked == [[[3, 0.7]], [[1, 0.1], [3, 0.7], [5, 0.6]], [[4, 0.4]], []]
@@ -152,7 +159,7 @@ def test_growth(output):
     assert not any(label.get_text() for axes in figure.axes for label in axes.get_yticklabels(minor=True))
 
 
-def test_sweep(output):
+def test_sweep_plot(output):
     rows = [("gru 8", "gru", 80, (0.5, 0.6)), ("gru 4", "gru", 40, (0.4,)), ("rnn 8", "rnn", 20, (0.3, 0.2))]
     left, right = plot_sweep(rows, "cells", output).axes
     check_image(output)
@@ -169,12 +176,12 @@ def test_sweep(output):
     assert len(set(colours)) == 2
 
 
-def test_a_sweep_of_many_families_has_one_colour(output):
+def test_sweep_with_many_families_has_one_colour(output):
     rows = [(f"lr {lr}", f"lr {lr}", 50 + lr, (0.5,)) for lr in range(8)]
     left, right = plot_sweep(rows, "rates", output).axes
     check_image(output)
     assert len({line.get_color() for line in [*left.lines[::2], *right.lines]}) == 1
 
 
-def test_a_sweep_of_one_size_has_one_panel(output):
+def test_sweep_with_one_model_size_has_one_panel(output):
     assert len(plot_sweep([("lr 1", "lr 1", 50, (0.5,)), ("lr 2", "lr 2", 50, (0.6,))], "rates", output).axes) == 1

@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from sequencer import ops
-from sequencer.config import compose, conf_dir, schema
+from sequencer.config import compose, conf_dir
 from sequencer.config.command import parse_command
 from sequencer.config.conf_files import ConfigFiles
 from sequencer.config.errors import RequestError
@@ -75,10 +74,6 @@ def test_data_brings_what_the_model_needs():
     config = compose(["data=cifar100"])
     assert (config.model.num_classes, config.model.in_chans, config.model.img_size) == (100, 3, 32)
     assert compose(["data=cifar100", "data.img_size=64"]).model.img_size == 64
-
-
-def test_backends_are_those_of_the_operators():
-    assert schema.BACKENDS == ops.BACKENDS
 
 
 def test_several_loggers():

@@ -19,8 +19,9 @@ from PIL import Image
 from sequencer.config.composition import compose
 from sequencer.config.errors import RequestError, summarise_error
 from sequencer.config.schema import AugmentConfig, Config, DataConfig
-from sequencer.data import DataModule, Quarantine, TooManyBadImages, UnreadableImage, read_image
+from sequencer.data import DataModule, Quarantine, TooManyBadImages, UnreadableImage, open_split, read_image
 from sequencer.data.quarantine import COLUMNS
+from sequencer.data.seeding import SeededSet
 from sequencer.training import run
 
 TRAIN = Path(__file__).parents[2] / "train.py"
@@ -223,6 +224,22 @@ def test_several_processes_write_one_list(tmp_path):
         process.join()
         assert process.exitcode == 0
     assert listed(tmp_path / "bad.csv") == sorted(("train", f"{number}.jpg") for number in range(50))
+
+
+def test_the_share_that_is_allowed_may_be_reached(tmp_path):
+    quarantine = Quarantine(tmp_path / "bad.csv", "train", 10, 0.1)
+    for _ in range(2):
+        quarantine.report(UnreadableImage("a.jpg", "one"))
+    with pytest.raises(TooManyBadImages, match="2 of 10 train images"):
+        quarantine.report(UnreadableImage("b.jpg", "two"))
+
+
+def test_replacements_are_drawn(root):
+    """The neighbour of a bad image would be trained on twice as often."""
+    split = open_split(config(root), "train", np.asarray)
+    bad = split.ids.index("ants/text.png")
+    drawn = SeededSet(split, seed=0).__getitems__([(epoch, bad) for epoch in range(20)])
+    assert len({image.tobytes() for image, _ in drawn}) > 8
 
 
 def test_a_line_torn_by_a_kill(tmp_path):

@@ -20,10 +20,10 @@ from PIL import Image
 from sequencer.config.composition import compose
 from sequencer.config.errors import RequestError
 from sequencer.config.schema import AugmentConfig, DataConfig
-from sequencer.data import DataModule, Quarantine, TooManyBadImages, open_split
-from sequencer.data.shard_files import read_samples
+from sequencer.data import DataModule, Quarantine, TooManyBadImages, UnreadableImage, open_split
+from sequencer.data.shard_files import Sample, read_samples
 from sequencer.data.shard_order import ShardOrder
-from sequencer.data.shards import EvaluationStream, ShardSampler, ShardSplit
+from sequencer.data.shards import EvaluationStream, ShardSampler, ShardSplit, TrainingStream
 from sequencer.models import read_checkpoint
 from sequencer.training import run
 
@@ -175,6 +175,29 @@ def test_an_epoch_goes_on_where_it_was(shards_root, workers, done):
         assert torch.equal(labels, expected_labels)
 
 
+def test_a_reshuffled_epoch_is_another_order_of_its_own(shards_root):
+    data, again = module(shards_root), module(shards_root)
+    for wanted, reshuffles in ((data, [2]), (again, [])):
+        wanted.load_state_dict({"epoch": 1, "batches": 2, "reshuffles": reshuffles})
+    orders = [[wanted.images_of(epoch, 3) for wanted in (data, again)] for epoch in range(3)]
+    assert [a == b for a, b in orders] == [True, False, True]
+    loader = data.train_dataloader()
+    loader.sampler.set_epoch(1)
+    assert [values(images) for images, _ in loader] == [data.images_of(1, batch) for batch in range(2, 7)]
+
+
+def test_the_augmentation_depends_on_seed_epoch_and_sample_alone(shards_root):
+    split = open_split(config(shards_root), "train", lambda image: (image.getpixel((0, 0))[0], torch.rand(1).item()))
+    drawn = []
+    for seed, epoch, workers in ((3, 1, 1), (3, 1, 2), (4, 1, 1), (3, 2, 1)):
+        order = ShardOrder(split.starts, 30, 4, workers, seed=seed, buffer=5)
+        items = TrainingStream(split, order, seed).__getitems__([(epoch, index) for index in range(30)])
+        drawn.append(sorted(image for image, _ in items))
+    assert drawn[0] == drawn[1]
+    assert [value for value, _ in drawn[0]] == list(range(30))
+    assert len({number for draws in (drawn[0], *drawn[2:]) for _, number in draws}) == 90
+
+
 def test_images_of_a_batch_are_named(shards_root):
     data = module(shards_root)
     batches = list(data.train_dataloader())
@@ -316,6 +339,11 @@ def test_a_label_that_no_class_has(folder, tmp_path):
     batches = list(split.evaluation_loader(config(folder)))
     assert [index for _, _, indices in batches for index in indices.tolist()] == [0, 1, 3, 4, 6, 7]
     assert (tmp_path / "bad.csv").read_text().count("its label is 2 of 2 classes") == 3
+
+
+def test_a_sample_without_a_label(shards_root):
+    with pytest.raises(UnreadableImage, match=r"its label is -1 of 3 classes"):
+        val_split(shards_root).decode(Sample(png(0), -1, "sample"))
 
 
 SMALL = ["model.name=sequencer2d_t_32", "trainer.accelerator=cpu", "trainer.max_epochs=2", "data.batch_size=4",

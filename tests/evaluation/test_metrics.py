@@ -1,14 +1,18 @@
-"""Metrics against scikit-learn, in uneven batches and over several processes."""
+"""Metrics compared with scikit-learn, in uneven batches and over several ranks."""
 
 import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
-from scipy.stats import binomtest
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support, top_k_accuracy_score
 
-from sequencer.evaluation import ClassificationMetrics, wilson_interval
+from sequencer import distributed
+from sequencer.evaluation import ClassificationMetrics
 
 
 def sample(num_classes: int, count: int = 203) -> tuple[torch.Tensor, torch.Tensor]:
@@ -47,26 +51,37 @@ def test_equals_scikit_learn(num_classes):
     assert [result.recall for result in results] == pytest.approx(recall.tolist())
 
 
-def test_batches_do_not_matter():
+def test_sizes_of_batches_do_not_matter():
     logits, labels = sample(10)
-    whole, parts = measure(logits, labels, [203]), measure(logits, labels, [1] * 203)
-    assert torch.equal(whole.counts, parts.counts)
-    assert whole.compute()["loss"].item() == pytest.approx(parts.compute()["loss"].item(), rel=1e-12)
+    whole, single = measure(logits, labels, [203]), measure(logits, labels, [1] * 203)
+    assert torch.equal(whole.counts, single.counts)
+    assert whole.compute()["loss"].item() == pytest.approx(single.compute()["loss"].item(), rel=1e-12)
 
 
-def test_processes_are_summed():
+def test_ranks_are_merged_by_sums(monkeypatch):
+    """Four ranks with uneven shares, one of them empty, as threads with a gloo group each."""
     logits, labels = sample(10)
-    sizes = [100, 3, 0, 100]  # uneven shares, one of them empty
+    sizes = [100, 3, 0, 100]
     whole = measure(logits, labels, [203])
-    shares = [measure(*share, [len(share[0])]) for share in zip(logits.split(sizes), labels.split(sizes), strict=True)]
-    merged = ClassificationMetrics(10)
-    for name, reduce in merged._reductions.items():  # what torchmetrics does with the gathered states
-        setattr(merged, name, reduce(torch.stack([getattr(share, name) for share in shares])))
-    merged._update_count = 1
-    assert torch.equal(merged.counts, whole.counts)
-    assert {n: v.item() for n, v in merged.compute().items()} == pytest.approx(
-        {n: v.item() for n, v in whole.compute().items()}, rel=1e-12
-    )
+    store = dist.HashStore()
+    own = threading.local()
+    monkeypatch.setattr(distributed, "world_size", lambda: len(sizes))
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor: own.group.allreduce([tensor]).wait())
+
+    def evaluate(rank, share):
+        own.group = dist.ProcessGroupGloo(store, rank, len(sizes), timedelta(seconds=30))
+        metrics = measure(*share, [len(share[0])])
+        metrics.merge_processes()
+        return metrics
+
+    with ThreadPoolExecutor(len(sizes)) as pool:
+        shares = zip(logits.split(sizes), labels.split(sizes), strict=True)
+        merged = list(pool.map(evaluate, range(len(sizes)), shares))
+    expected = {name: value.item() for name, value in whole.compute().items()}
+    for metrics in merged:
+        assert torch.equal(metrics.counts, whole.counts)
+        assert {name: value.item() for name, value in metrics.compute().items()} == pytest.approx(expected, rel=1e-12)
+        assert metrics.per_class(list("abcdefghij")) == whole.per_class(list("abcdefghij"))
 
 
 def test_ties_go_to_the_lower_index():
@@ -129,13 +144,3 @@ def test_same_counts_on_a_gpu():
     on_gpu.update(logits.cuda(), labels.cuda())
     assert torch.equal(on_gpu.counts.cpu(), on_cpu.counts)
     assert on_gpu.top5_hits.item() == on_cpu.top5_hits.item()
-
-
-@pytest.mark.parametrize(("hits", "total"), [(0, 7), (7, 7), (1, 1), (350, 359), (37_213, 50_000)])
-def test_wilson_interval_equals_scipy(hits, total):
-    expected = binomtest(hits, total).proportion_ci(method="wilson")
-    assert wilson_interval(hits / total, total) == pytest.approx((expected.low, expected.high), abs=1e-12)
-
-
-def test_no_images_give_no_interval():
-    assert all(map(math.isnan, wilson_interval(math.nan, 0)))

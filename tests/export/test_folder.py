@@ -1,8 +1,7 @@
-"""Model folders that timm alone reads, and their way to a hub."""
+"""Model folders, which timm reads without this package, and their upload to a hub."""
 
 import base64
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,12 +11,13 @@ from threading import Thread
 
 import pytest
 import torch
+from huggingface_hub import constants
 
 from sequencer.export import save_model_folder
-from sequencer.models import LoadedModel, create_model, load_model, preprocessing
-from tests.test_evaluate_cli import DIGITS, SCRIPTS, save_run
+from sequencer.models import LoadedModel, create_model, load_model, timm_preprocessing
+from tests.helpers import DIGITS, save_run
 
-ALONE = """
+WITHOUT_THIS_PACKAGE = """
 import sys
 sys.modules["sequencer"] = None
 import timm, torch
@@ -35,7 +35,7 @@ assert tuple(config["mean"]) == (0.1, 0.2, 0.3) and config["input_size"] == (3, 
     "name",
     ["sequencer2d_s", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sequencer2d_m", "sequencer2d_l"))],
 )
-def test_timm_alone_loads_the_models_that_it_has(name, tmp_path):
+def test_timm_loads_its_models_without_this_package(name, tmp_path):
     torch.manual_seed(0)
     model = create_model(name, num_classes=7, img_size=56, drop_path_rate=0.1).eval()
     torch.nn.init.normal_(model.get_classifier().weight)
@@ -46,11 +46,11 @@ def test_timm_alone_loads_the_models_that_it_has(name, tmp_path):
     x = torch.randn(2, 3, 56, 56)
     with torch.inference_mode():
         torch.save({"x": x, "y": model(x)}, tmp_path / "case.pt")
-    done = subprocess.run([sys.executable, "-c", ALONE], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", WITHOUT_THIS_PACKAGE], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
-def test_what_a_folder_says(tmp_path):
+def test_contents_of_a_model_folder(tmp_path):
     loaded = load_model(save_run(tmp_path, DIGITS, list("0123456789")))
     about = loaded.about | {"metrics": {"test/top1": 0.5}, "commit": "c0ffee", "versions": {"torch": "2"}}
     save_model_folder(LoadedModel(**(vars(loaded) | {"about": about, "slot": "ema"})), tmp_path / "folder")
@@ -59,19 +59,20 @@ def test_what_a_folder_says(tmp_path):
     assert config["slot"] == "ema"
     assert config["label_names"] == list("0123456789")
     assert config["model_args"]["layers"] == [1]
-    assert {key: config[key] for key in about} == json.loads(json.dumps(about))
+    assert {key: config[key] for key in about} == as_json(about)
     assert not {"slot", "metrics", "config"} & config["pretrained_cfg"].keys()
     again = load_model(tmp_path / "folder")
-    assert (again.slot, again.about, again.pretrained_cfg["mean"]) == ("ema", config_of(about), (0.3,))
-    assert preprocessing(again.data)["input_size"] == (1, 8, 8)
+    assert (again.slot, again.about, again.pretrained_cfg["mean"]) == ("ema", as_json(about), (0.3,))
+    assert timm_preprocessing(again.data)["input_size"] == (1, 8, 8)
 
 
-def config_of(about: dict) -> dict:
+def as_json(about: dict) -> dict:
+    """Converts tuples to lists."""
     return json.loads(json.dumps(about))
 
 
 class Hub(BaseHTTPRequestHandler):
-    """As much of a hub as an upload needs; it keeps the files of the commit."""
+    """The part of a hub's interface that an upload uses; uploaded files are kept in `server.files`."""
 
     protocol_version = "HTTP/1.1"
 
@@ -127,14 +128,15 @@ def hub() -> Iterator[ThreadingHTTPServer]:
     server.server_close()
 
 
-def test_to_a_hub(hub, tmp_path):
+def test_upload_to_a_hub(hub, load_script, tmp_path, monkeypatch, capsys):
     run = save_run(tmp_path / "run", DIGITS, list("0123456789"))
-    env = os.environ | {"HF_ENDPOINT": hub.address, "HF_TOKEN": "hf_secret", "HF_HOME": str(tmp_path / "home")}
-    command = [sys.executable, str(SCRIPTS / "export.py"), str(run), "--format", "hub", "--output", "folder"]
-    command += ["--push-to", "somebody/digits"]
-    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert f"pushed to {hub.address}/somebody/digits" in done.stdout
+    template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, hub.address)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "ENDPOINT", hub.address)
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    arguments = [str(run), "--format", "hub", "--output", "folder", "--push-to", "somebody/digits"]
+    assert load_script("export").main(arguments) == 0
+    assert f"pushed to {hub.address}/somebody/digits" in capsys.readouterr().out
     assert hub.tokens == {"Bearer hf_secret"}
     assert {"README.md", "config.json", "model.safetensors"} <= hub.files.keys()
     pushed = tmp_path / "pushed"
@@ -153,10 +155,10 @@ def test_to_a_hub(hub, tmp_path):
     assert Path(tmp_path, "folder", "certificate.json").exists()
 
 
-def test_the_card_has_results_and_code_that_runs(tmp_path, monkeypatch):
+def test_model_card_has_results_and_code_that_runs(tmp_path, monkeypatch):
     from PIL import Image
 
-    from sequencer.export.describe import model_card
+    from sequencer.export.description import model_card
 
     monkeypatch.chdir(tmp_path)
     loaded = load_model(save_run(tmp_path / "run", DIGITS, list("0123456789")))

@@ -1,4 +1,4 @@
-"""Shapes, initialisation and refusals of the token mixers."""
+"""Shapes, initialisation and errors of the token mixers."""
 
 import math
 
@@ -24,8 +24,8 @@ def test_rnn2d_keeps_the_shape(cell, union, bidirectional, with_fc):
     assert y.shape == x.shape
     y.square().sum().backward()
     assert all(parameter.grad.abs().sum() > 0 for parameter in mixer.parameters())
-    sweeps = {"vertical": {"rnn_v"}, "horizontal": {"rnn_h"}}.get(union, {"rnn_v", "rnn_h"})
-    assert {name.split(".")[0] for name in mixer.state_dict()} == sweeps | ({"fc"} if with_fc else set())
+    axes = {"vertical": {"rnn_v"}, "horizontal": {"rnn_h"}}.get(union, {"rnn_v", "rnn_h"})
+    assert {name.split(".")[0] for name in mixer.state_dict()} == axes | ({"fc"} if with_fc else set())
 
 
 def test_rnn2d_applies_its_linear_layer_last():
@@ -44,7 +44,7 @@ def test_rnn1d_reads_the_map_row_by_row(cell):
 
 
 @pytest.mark.parametrize("cell", CELLS)
-def test_one_direction_sees_no_later_step(cell):
+def test_forward_direction_does_not_depend_on_later_steps(cell):
     torch.manual_seed(0)
     layer, x = RNN(3, 4, cell, bidirectional=False), torch.randn(2, 6, 3)
     changed = x.clone()
@@ -69,7 +69,7 @@ def test_initialisation(cell):
 
 @pytest.mark.parametrize("cell", CELLS)
 def test_parameter_counts(cell):
-    """Of both directions of one layer, by the papers' formulas."""
+    """One layer with both directions has the number of parameters that the formulas of the papers give."""
     C, D = 7, 5
     gates = GATES[cell]
     per_direction = {
@@ -80,7 +80,7 @@ def test_parameter_counts(cell):
     assert sum(parameter.numel() for parameter in RNN(C, D, cell).parameters()) == 2 * per_direction
 
 
-def test_refusals():
+def test_invalid_arguments_raise():
     with pytest.raises(ValueError, match="unknown cell 'lstmm'; there are lstm, gru"):
         RNN(4, 4, "lstmm")
     with pytest.raises(ValueError, match="unknown cell"):
@@ -96,5 +96,5 @@ def test_refusals():
             RNN(**{"input_size": 4, "hidden_size": 4} | sizes)
 
 
-def test_printed_form():
+def test_repr():
     assert "cell=gru, hidden_size=4, output_size=8" in str(RNN(4, 4, "gru"))

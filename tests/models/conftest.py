@@ -1,4 +1,4 @@
-"""Weights that matter: as built, a head is zero and every model of one size gives the same logits."""
+"""Random weights for models, whose heads are initialised to zero, so that all logits would be equal."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from torch import nn
 
 
 def randomise(model: nn.Module) -> nn.Module:
-    """Draws every parameter anew, at scales that keep activations and logits near 1."""
+    """Draws all parameters at random, at scales that keep activations and logits near 1."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1:

@@ -1,4 +1,4 @@
-"""Weights of every layout load into the same model, and nothing else does."""
+"""Loading of weights from files of every layout, and the errors for files that do not fit."""
 
 import argparse
 import copy
@@ -49,7 +49,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 
 def to_paper_layout(weights: dict[str, torch.Tensor], layers: tuple[int, ...]) -> dict[str, torch.Tensor]:
-    """As the paper's repository names them: a stage ends with the convolution that leads to the next."""
+    """Renames timm's keys to those of the paper's repository, independently of the package's own function."""
     out = {}
     for name, tensor in weights.items():
         stage = re.match(r"stages\.(\d+)\.(blocks\.(\d+)|downsample)\.(.*)", name)
@@ -111,7 +111,7 @@ def test_slots(model):
         select_weights({"state_dict": raw}, "ema")
 
 
-def test_a_file_that_does_not_fit_says_why_and_changes_nothing(model):
+def test_weights_that_do_not_fit_raise_and_change_nothing(model):
     before = copy.deepcopy(model.state_dict())
     weights = dict(before)
     del weights["norm.bias"]
@@ -152,7 +152,7 @@ def test_position_embedding_is_resampled():
 
 
 class Evil:
-    """Would make a file when unpickled."""
+    """An object that creates a file when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -161,8 +161,8 @@ class Evil:
         return (Path.touch, (self.path,))
 
 
-def test_code_is_refused(tmp_path):
-    mark = tmp_path / "was run"
+def test_checkpoints_with_code_are_refused(tmp_path):
+    mark = tmp_path / "code was run"
     torch.save({"state_dict": {"w": torch.zeros(1)}, "extra": Evil(mark)}, tmp_path / "evil.pth")
     with pytest.raises(CheckpointError, match="not loaded"):
         read_checkpoint(tmp_path / "evil.pth")
@@ -190,6 +190,19 @@ def test_damaged_files(model, name, tmp_path):
     with pytest.raises(CheckpointError, match=re.escape(str(path))) as error:
         read_checkpoint(path)
     assert len(str(error.value).splitlines()) <= 2
+
+
+def test_altered_weights_are_damage(model, tmp_path):
+    """torch itself loads such a file."""
+    path = tmp_path / "altered.pth"
+    torch.save(model.state_dict(), path)
+    content = bytearray(path.read_bytes())
+    position = content.find(model.stem.proj.weight.detach().numpy().tobytes())
+    content[position] ^= 1
+    path.write_bytes(content)
+    torch.load(path, weights_only=True)
+    with pytest.raises(CheckpointError, match="is damaged or no checkpoint"):
+        read_checkpoint(path)
 
 
 def write_model_folder(folder: Path, model: torch.nn.Module) -> None:
@@ -246,6 +259,23 @@ def test_checkpoint_of_a_run(model, tmp_path):
     assert torch.equal(load_model(folder, slot="raw").model.norm.bias, model.norm.bias)
 
 
+def test_slot_of_a_run_folder(model, tmp_path):
+    """A model folder has the weights of one slot; the other one's are in the checkpoints, of which the best is read."""
+    run = tmp_path / "run"
+    write_model_folder(run / "model", model)  # slot: ema
+    with pytest.raises(CheckpointError, match="holds the ema weights alone, not the raw ones"):
+        load_model(run, slot="raw")
+    (run / "checkpoints").mkdir()
+    checkpoint = run_checkpoint(model)
+    torch.save(checkpoint, run / "checkpoints" / "last.ckpt")
+    checkpoint["state_dict"] = {name: tensor + 2 for name, tensor in checkpoint["state_dict"].items()}
+    torch.save(checkpoint, run / "checkpoints" / "best.ckpt")
+    loaded = load_model(run, slot="raw")
+    assert loaded.slot == "raw"
+    assert torch.equal(loaded.model.norm.bias, model.norm.bias + 2)
+    assert torch.equal(load_model(run, slot="ema").model.norm.bias, model.norm.bias)
+
+
 def test_weights_with_an_architecture(tmp_path):
     model = randomised(create_model("sequencer2d_t_8", num_classes=4))
     save_file(model.state_dict(), tmp_path / "w.safetensors")
@@ -258,7 +288,7 @@ def test_weights_with_an_architecture(tmp_path):
         load_model(tmp_path / "w.safetensors", arch="sequencer2d_t_64")
 
 
-def test_what_is_no_model(tmp_path):
+def test_sources_that_are_not_models_raise(tmp_path):
     with pytest.raises(CheckpointError, match="neither a run nor a model folder"):
         load_model(tmp_path)
     with pytest.raises(CheckpointError, match="neither a file or folder nor a timm model name"):
@@ -272,11 +302,11 @@ def test_what_is_no_model(tmp_path):
         load_model(tmp_path)
 
 
-def test_published_weights_take_timms_own_path(tmp_path):
-    """The file that timm would download, given by path: made by timm's own model, loaded into ours."""
-    from timm.models.sequencer import sequencer2d_s as timms
+def test_published_weights_load_by_timms_own_function(tmp_path):
+    """A file of weights of timm's own model, which stands for the download, loads into this package's model."""
+    from timm.models.sequencer import sequencer2d_s as timm_sequencer2d_s
 
-    theirs = randomised(timms())
+    theirs = randomised(timm_sequencer2d_s())
     save_file(theirs.state_dict(), tmp_path / "published.safetensors")
     overlay = {"file": str(tmp_path / "published.safetensors")}
     ours = timm.create_model("sequencer2d_s", pretrained=True, pretrained_cfg_overlay=overlay)

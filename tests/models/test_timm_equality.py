@@ -1,4 +1,4 @@
-"""sequencer2d_s, _m and _l compute what timm's own models of these names compute."""
+"""sequencer2d_s, _m and _l are equivalent to timm's own models of these names."""
 
 import subprocess
 import sys
@@ -41,20 +41,20 @@ def test_logits_and_gradients(name, randomise):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_same_initial_distribution(name):
-    """Every tensor of the same spread, the constant ones of the same value."""
+    """Each tensor has the same mean and standard deviation, up to sampling error; constants are equal."""
     torch.manual_seed(0)
     ours, peer = timm.create_model(name).state_dict(), getattr(theirs, name)().state_dict()
     for key, tensor in peer.items():
-        error = tensor.std() / tensor.numel() ** 0.5  # of the mean, by chance; near that of the deviation
+        error = tensor.std() / tensor.numel() ** 0.5  # standard error of the mean, close to that of the deviation
         assert (ours[key].mean() - tensor.mean()).abs() <= 8 * error, key
         assert (ours[key].std() - tensor.std()).abs() <= 8 * error, key
 
 
-def test_import_gives_no_warning():
+def test_registration_gives_no_warning():
     subprocess.run([sys.executable, "-W", "error", "-c", "import timm.models.sequencer; import sequencer"], check=True)
 
 
-def test_the_three_names_are_ours():
+def test_timms_three_names_are_replaced():
     for name in NAMES:
         assert timm.model_entrypoint(name).__module__ == "sequencer.variants"
         cfg = timm.get_pretrained_cfg(name)
@@ -73,7 +73,7 @@ def test_the_three_names_are_ours():
 @pytest.mark.parametrize("suffix", ["safetensors", "pth"])
 @pytest.mark.parametrize("num_classes", [1000, 7])
 def test_pretrained(tmp_path, randomise, suffix, num_classes):
-    """A file of timm's weights, found as the published one would be; the head goes where the classes differ."""
+    """Weights of timm's own model load with `pretrained=True`, without the head where the classes differ."""
     peer = randomise(theirs.sequencer2d_s())
     file = tmp_path / f"model.{suffix}"
     save_file(peer.state_dict(), file) if suffix == "safetensors" else torch.save(peer.state_dict(), file)

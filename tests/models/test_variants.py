@@ -1,4 +1,4 @@
-"""Every registered name: its size, and what timm expects of a model."""
+"""The size of every registered model, and timm's interface."""
 
 from copy import deepcopy
 
@@ -6,12 +6,11 @@ import pytest
 import timm
 import torch
 from timm.models import group_parameters
-from timm.models._manipulate import group_with_matcher
 
 from sequencer.variants import VARIANTS
 
 S = 27_651_688
-PARAMETERS = {  # at 1,000 classes and three channels; the paper's repository, built and counted
+PARAMETERS = {  # at 1,000 classes and three channels; counted on models built by the code of the paper
     "sequencer2d_s": S,
     "sequencer2d_m": 38_307_688,
     "sequencer2d_l": 54_298_216,
@@ -30,10 +29,11 @@ PARAMETERS = {  # at 1,000 classes and three channels; the paper's repository, b
     "v_sequencer_s": 33_016_552,
     "v_sequencer_s_h": 27_645_544,
     "v_sequencer_s_pe": 33_114_856,
-    # ours, from S: four directions in each of 4 blocks with D = 48 and of 14 with D = 96
-    "indylstm_sequencer2d_s": S - 4 * (4 * 4 * 48**2 + 14 * 4 * 96**2),  # D x D weights become vectors, one bias goes
+    # models that the paper does not have, from S: four directions in 4 blocks with D = 48 and in 14 blocks with D = 96
+    "indylstm_sequencer2d_s": S
+    - 4 * (4 * 4 * 48**2 + 14 * 4 * 96**2),  # D x D weights become vectors, one bias is dropped
     "peephole_sequencer2d_s": S + 4 * (4 * 3 * 48 + 14 * 3 * 96),
-    "lstm1997_sequencer2d_s": S  # the forget gate's rows go, and the second bias of the others
+    "lstm1997_sequencer2d_s": S  # rows of the forget gate are dropped, and the second bias
     - 4 * (4 * (48 * (192 + 48 + 2) + 3 * 48) + 14 * (96 * (384 + 96 + 2) + 3 * 96)),
 }
 SMALL = {"sequencer2d_t_8": 8, "sequencer2d_t_32": 32, "sequencer2d_t_64": 64}
@@ -47,7 +47,7 @@ def strides(name: str) -> tuple[int, ...]:
 
 
 def build(name: str, **kwargs) -> torch.nn.Module:
-    """One block a stage, ten classes; in eval mode."""
+    """Builds a model with one block in each stage and ten classes, in eval mode."""
     torch.manual_seed(0)
     model = timm.create_model(name, num_classes=10, layers=(1,) * len(strides(name)), **kwargs).eval()
     torch.nn.init.normal_(model.head.fc.weight)
@@ -55,11 +55,11 @@ def build(name: str, **kwargs) -> torch.nn.Module:
 
 
 def image(name: str, in_chans: int | None = None, batch: int = 2) -> torch.Tensor:
-    """The smallest that gives every recurrence two steps at least, wider than high."""
+    """Draws images of the smallest size at which every recurrence has at least two steps, wider than high."""
     return torch.randn(batch, in_chans or VARIANTS[name].in_chans, 2 * strides(name)[-1], 3 * strides(name)[-1])
 
 
-def test_every_name_is_here():
+def test_every_variant_is_tested():
     assert VARIANTS.keys() == PARAMETERS.keys() | SMALL.keys()
 
 
@@ -82,7 +82,7 @@ def test_small_models(name):
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_smallest_size_forward_and_backward(name):
-    """At full depth, on a single token at the end, after a first stage of few."""
+    """At full depth, with an image of one total stride, so that the last stage has a single token."""
     torch.manual_seed(0)
     model = timm.create_model(name, num_classes=10)
     torch.nn.init.normal_(model.head.fc.weight)
@@ -149,7 +149,7 @@ def test_reset_classifier(name):
     features = model.forward_features(x)
     model.reset_classifier(7)
     assert model.num_classes == 7
-    assert torch.equal(model(x), torch.zeros(2, 7))  # starts at zero, as the first head did
+    assert torch.equal(model(x), torch.zeros(2, 7))  # a new head is initialised to zero
     assert model.get_classifier() is model.head.fc
     assert model.get_classifier().out_features == 7
     model.reset_classifier(0)
@@ -171,7 +171,7 @@ def test_groups_and_weight_decay(name):
     for coarse in (False, True):
         groups = group_parameters(model, model.group_matcher(coarse))
         assert sorted(name for group in groups.values() for name in group) == sorted(names)
-        layer = group_with_matcher(model.named_parameters(), model.group_matcher(coarse), reverse=True)
+        layer = group_parameters(model, model.group_matcher(coarse), reverse=True)
         stages = len(model.stages)
         assert layer["stem.proj.weight"] == 0
         per_stage = [{layer[n] for n in names if n.startswith(f"stages.{i}.blocks")} for i in range(stages)]

@@ -1,8 +1,6 @@
-"""The choice of backend, torch's kernels against the reference, and the sweeps over a token map."""
+"""The choice of backend, torch's kernels against the reference, and the scans over a token map."""
 
-import os
-import subprocess
-import sys
+import logging
 
 import pytest
 import timm
@@ -10,8 +8,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from sequencer.layers import RNN
-from sequencer.ops import CELLS, configure, cpu, explain, rnn1d, rnn2d, triton_kernels
+from sequencer.layers import RNN, RNN2d
+from sequencer.ops import CELLS, backends, configure, cpu, explain, rnn1d, rnn2d, triton_kernels
 from sequencer.ops.torch_rnn import FUNCTIONS
 
 TOLERANCE = {torch.float64: {"rtol": 1e-9, "atol": 1e-11}, torch.float32: {"rtol": 1e-4, "atol": 1e-5}}
@@ -19,8 +17,20 @@ TOLERANCE = {torch.float64: {"rtol": 1e-9, "atol": 1e-11}, torch.float32: {"rtol
 
 @pytest.fixture
 def settings():
+    """Restores the default settings after a test that calls `configure`."""
     yield
     configure()
+
+
+@pytest.fixture
+def forget_kernel():
+    """Discards what the process knows about the CPU kernel, before and after a test."""
+    caches = [cpu._library, cpu.unavailable, backends._warn_once, backends._choose]
+    for cached in caches:
+        cached.cache_clear()
+    yield
+    for cached in caches:
+        cached.cache_clear()
 
 
 def test_choice_of_backend():
@@ -47,16 +57,16 @@ def test_choice_of_backend():
 
 
 @pytest.mark.skipif(triton_kernels.unavailable() is not None, reason=f"{triton_kernels.unavailable()}")
-def test_triton_serves_its_range_and_hands_over_outside(settings):
+def test_triton_supports_its_range_of_hidden_sizes(settings):
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    for size, served in ((7, False), (8, True), (256, True), (257, False)):
-        assert (explain("lstm", size, device=device).backend == "triton") == (served and device == "cuda")
+    for size, supported in ((7, False), (8, True), (256, True), (257, False)):
+        assert (explain("lstm", size, device=device).backend == "triton") == (supported and device == "cuda")
         configure(backend="triton")
-        assert (explain("lstm", size, device=device).backend == "triton") == served
+        assert (explain("lstm", size, device=device).backend == "triton") == supported
         configure()
     configure(backend="triton")
     layer, x = RNN(3, 300).to(device), torch.randn(1, 2, 3, device=device)
-    assert layer(x).shape == (1, 2, 600)
+    assert layer(x).shape == (1, 2, 600)  # computed by another backend
 
 
 def test_preferred_backend(settings):
@@ -70,39 +80,42 @@ def test_preferred_backend(settings):
     assert explain("gru").backend == "reference"
 
 
-def test_environment_sets_the_default():
-    program = "from sequencer.ops import explain; print(explain('lstm').backend)"
-    environment = {**os.environ, "SEQUENCER_BACKEND": "torch"}
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout == "torch\n"
-    environment["SEQUENCER_BACKEND"] = "trition"
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
-    assert "unknown backend 'trition'" in done.stderr
+def test_environment_sets_the_default(settings, monkeypatch):
+    monkeypatch.setenv("SEQUENCER_BACKEND", "torch")
+    assert explain("lstm").backend == "torch"
+    configure(backend="reference")
+    assert explain("lstm").backend == "reference"
+    configure()
+    monkeypatch.setenv("SEQUENCER_BACKEND", "trition")
+    with pytest.raises(ValueError, match="unknown backend 'trition'"):
+        explain("lstm")
+    with pytest.raises(ValueError, match="unknown backend 'trition'"):
+        RNN(3, 2)(torch.zeros(1, 2, 3))
 
 
-def test_without_a_compiler_torchs_kernels_serve(tmp_path):
-    """And the user is told once."""
-    program = """
-import torch
-from sequencer.layers import RNN2d
-from sequencer.ops import explain
-for _ in range(3):
-    assert RNN2d(8, 4)(torch.randn(1, 2, 3, 8)).isfinite().all()
-print(explain())
-"""
-    environment = {**os.environ, "CXX": "no-such-compiler", "XDG_CACHE_HOME": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
-    assert "backend='torch'" in done.stdout
-    assert done.stderr == "recurrences run on torch's slower kernels: no C++ compiler on the PATH\n"
-    environment["CXX"] = "false"
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
-    assert done.stderr.startswith("recurrences run on torch's slower kernels: the C++ compiler failed")
-    assert len(done.stderr.splitlines()) == 1
+@pytest.mark.parametrize(
+    ("compiler", "reason"),
+    [("no-such-compiler", "no C++ compiler on the PATH"), ("false", "the C++ compiler failed: Command ")],
+)
+def test_torchs_kernels_are_used_without_a_compiler(forget_kernel, compiler, reason, monkeypatch, tmp_path, caplog):
+    monkeypatch.setenv("CXX", compiler)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for size in (4, 4, 5):
+        assert RNN2d(8, size)(torch.randn(1, 2, 3, 8)).isfinite().all()
+    assert explain().backend == "torch"
+    assert f"fused: {reason}" in explain().reason
+    (record,) = [record for record in caplog.records if record.name == "sequencer"]  # the user is warned once
+    assert record.levelno == logging.WARNING
+    assert record.getMessage().startswith(f"recurrences run on torch's slower kernels: {reason}")
+    assert "\n" not in record.getMessage()
 
 
 @pytest.mark.parametrize("backend", ["auto", "torch", "reference"])
 def test_multiplications_are_all_counted(backend, settings):
-    """8.33 billion in sequencer2d_s at 224 px; twice as many again in the backward pass, the image's gradient apart."""
+    """A forward pass of sequencer2d_s at 224 px has 8.33 billion multiplications.
+
+    The backward pass has twice as many, less those of the gradient of the image, which is not computed.
+    """
     configure(backend=backend)
     model = timm.create_model("sequencer2d_s")
     image = torch.randn(1, 3, 224, 224)
@@ -110,7 +123,7 @@ def test_multiplications_are_all_counted(backend, settings):
         loss = model(image).sum()
     assert forward.get_total_flops() / 2e9 == pytest.approx(8.334, abs=1e-3)
     if backend == "reference":
-        return  # spares the product with the zero state
+        return  # its backward pass skips products with the initial state, which is zero
     with FlopCounterMode(display=False) as backward:
         loss.backward()
     stem = 192 * 32 * 32 * 3 * 7 * 7
@@ -118,7 +131,7 @@ def test_multiplications_are_all_counted(backend, settings):
 
 
 def outputs_and_gradients(function, inputs, upstream):
-    """The output, then the gradient of `<output, upstream>` for each of the inputs."""
+    """Returns the output, then the gradient of `<output, upstream>` with respect to each input."""
     outputs = function()
     return [outputs, *torch.autograd.grad(outputs, inputs, upstream)]
 
@@ -143,7 +156,7 @@ def test_torch_equals_reference(cell, num_layers, bidirectional, dtype, n, t):
 
 
 @pytest.mark.parametrize(
-    ("cell", "theirs"),
+    ("cell", "torch_module"),
     [
         ("lstm", nn.LSTM),
         ("gru", nn.GRU),
@@ -152,9 +165,9 @@ def test_torch_equals_reference(cell, num_layers, bidirectional, dtype, n, t):
     ],
 )
 @pytest.mark.parametrize("bidirectional", [False, True])
-def test_state_dict_is_that_of_torchs_modules(cell, theirs, bidirectional):
+def test_state_dicts_of_torchs_modules_load(cell, torch_module, bidirectional):
     torch.manual_seed(0)
-    module = theirs(5, 4, num_layers=2, bidirectional=bidirectional, batch_first=True)
+    module = torch_module(5, 4, num_layers=2, bidirectional=bidirectional, batch_first=True)
     layer = RNN(5, 4, cell, num_layers=2, bidirectional=bidirectional)
     assert list(layer.state_dict()) == list(module.state_dict())
     layer.load_state_dict(module.state_dict())
@@ -164,7 +177,7 @@ def test_state_dict_is_that_of_torchs_modules(cell, theirs, bidirectional):
 
 @pytest.mark.parametrize("cell", CELLS)
 def test_autocast(cell):
-    """Outputs come in bfloat16, near those of float32; parameters get float32 gradients."""
+    """Outputs are bfloat16 and close to those of float32; gradients of the parameters are float32."""
     torch.manual_seed(0)
     layer, x = RNN(8, 6, cell, num_layers=2), torch.randn(3, 7, 8)
     exact = layer(x)
@@ -194,7 +207,7 @@ def test_gradients_in_eval_mode(cell):
 
 
 def by_rows_and_columns(x, vertical, horizontal, cell, union):
-    """One column and one row at a time."""
+    """Computes `rnn2d` one column and one row at a time, by `rnn1d`."""
     B, H, W, _ = x.shape
     size = next(layers[-1][0].bias_ih.numel() for layers in (vertical, horizontal) if layers) // CELLS[cell].gates
     size *= len((vertical or horizontal)[0])
@@ -214,7 +227,7 @@ def by_rows_and_columns(x, vertical, horizontal, cell, union):
 @pytest.mark.parametrize("bidirectional", [False, True])
 @pytest.mark.parametrize("union", ["cat", "add", "vertical", "horizontal"])
 @pytest.mark.parametrize("cell", CELLS)
-def test_sweeps(cell, union, bidirectional):
+def test_rnn2d_scans_columns_and_rows(cell, union, bidirectional):
     torch.manual_seed(0)
     vertical, horizontal = (RNN(3, 2, cell, bidirectional=bidirectional).double().weights() for _ in range(2))
     if union == "vertical":

@@ -1,4 +1,4 @@
-"""The scan against each cell's published equations, unit by unit, in float64."""
+"""The reference against the published equations of each cell, computed unit by unit in float64."""
 
 import math
 
@@ -22,18 +22,18 @@ def sigmoid(x: float) -> float:
 
 
 def input_sum(w: dict[str, list], row: int, x: list[float]) -> float:
-    """W x + b, one row."""
+    """Computes one row of W x + b."""
     return sum(weight * value for weight, value in zip(w["weight_ih"][row], x, strict=True)) + w["bias_ih"][row]
 
 
 def recurrent_sum(w: dict[str, list], row: int, h: list[float]) -> float:
-    """U h + b', one row."""
+    """Computes one row of U h + b'."""
     total = sum(weight * value for weight, value in zip(w["weight_hh"][row], h, strict=True))
     return total + (w["bias_hh"][row] if w["bias_hh"] else 0)
 
 
-# Each function: unit k's new (h, c) from the step's input x and the previous h and c of all units; gate g of unit k is
-# row g * D + k of a weight.
+# Each of these functions returns the new (h, c) of unit k, given the input x of the step and the previous h and c of
+# all units. Row g * D + k of a weight belongs to gate g of unit k.
 
 
 def lstm(w, k, x, h, c):
@@ -101,7 +101,7 @@ def unit_by_unit(cell: str, x: torch.Tensor, weights: Weights, reverse: bool) ->
     return outputs
 
 
-def test_every_cell_has_its_equations_here():
+def test_every_cell_has_equations():
     assert EQUATIONS.keys() == CELLS.keys()
 
 
@@ -115,7 +115,7 @@ def test_published_equations(cell, reverse):
 
 @pytest.mark.parametrize("cell", CELLS)
 def test_layers_and_directions(cell):
-    """A layer reads both directions of the one below, forward first."""
+    """A layer reads the outputs of both directions of the layer below, the forward direction first."""
     torch.manual_seed(0)
     x = torch.randn(N, T, C, dtype=torch.float64)
     first = random_weights(cell), random_weights(cell)
@@ -145,7 +145,7 @@ def test_first_and_second_derivatives(cell, reverse):
 
 @pytest.mark.parametrize("cell", CELLS)
 def test_half_precision_keeps_its_state_in_float32(cell):
-    """Over many steps the error stays that of rounding the inputs and the outputs once."""
+    """The error does not grow over many steps: it is that of rounding inputs and outputs once."""
     torch.manual_seed(0)
     x = torch.randn(N, 64, C).bfloat16()
     w = Weights(*(t if t is None else (0.3 * t).bfloat16() for t in random_weights(cell, dtype=torch.float32)))

@@ -1,4 +1,4 @@
-"""Classes of image files, one after another, however many there are."""
+"""Predictions for image files, as a stream: memory does not grow with the number of images."""
 
 import glob
 import os
@@ -21,16 +21,23 @@ from sequencer.data import UnreadableImage, read_image
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the model says of an image, or why it says nothing."""
+    """The most probable classes of an image, or the reason why there are none."""
 
     path: str
-    classes: list[tuple[str, float]]  # name and probability, the most probable first
+    classes: list[tuple[str, float]]  # name and probability, the most probable first; empty if there is an error
     error: str | None = None
 
 
 def find_images(sources: Iterable[str]) -> Iterator[str | UnreadableImage]:
-    """Files, the images in folders and below them, and what matches glob patterns, in the order of `sources`, each
-    found when it is asked for; what is none of these, or holds none, as it stands."""
+    """Yields the paths of images, in the order of `sources`, without listing them all first.
+
+    Args:
+        sources: Files, folders (searched recursively for the suffixes of image files) and glob patterns.
+
+    Yields:
+        A path; or an `UnreadableImage` for a folder without images and for a pattern that matches nothing. A source
+        that does not exist is yielded as it is, and fails when it is read.
+    """
     for source in sources:
         if os.path.isdir(source):
             images = _walk(source)
@@ -62,15 +69,17 @@ def predict(
     num_workers: int,
     device: torch.device | str,
 ) -> Iterator[Prediction]:
-    """One prediction an image, in order; no more than three batches of images are held at a time.
+    """Yields one prediction for every image, in order; at most three batches of images are in memory at a time.
 
     Args:
-        model: gives logits `B K`; in eval mode, on `device`.
-        transform: from an image to what the model takes, `C H W`.
-        images: of `find_images`.
-        class_names: of the K classes.
-        top: how many classes a prediction names.
-        num_workers: threads that read images.
+        model: Returns logits `B K`; in eval mode, on `device`.
+        transform: Turns an image into the model's input, `C H W`.
+        images: As `find_images` yields them.
+        class_names: Names of the K classes.
+        top: Number of classes in a prediction.
+        batch_size: Images per forward pass.
+        num_workers: Threads that read images.
+        device: Where the model is.
     """
     loaded = _load(images, transform, num_workers, 2 * batch_size)
     while batch := list(islice(loaded, batch_size)):
@@ -87,7 +96,7 @@ def predict(
 def _load(
     images: Iterable[str | UnreadableImage], transform: Callable[[Image.Image], Tensor], num_workers: int, ahead: int
 ) -> Iterator[tuple[str, Tensor | UnreadableImage]]:
-    """Reads up to `ahead` images before they are asked for."""
+    """Yields path and image, or the error, in order; threads read up to `ahead` images in advance."""
 
     def read(image: str | UnreadableImage) -> tuple[str, Tensor | UnreadableImage]:
         try:
@@ -111,9 +120,9 @@ def _load(
 def _classify(
     model: nn.Module, x: Float[Tensor, "B C H W"], class_names: Sequence[str], top: int
 ) -> list[list[tuple[str, float]]]:
-    """An image's best classes; none where its logits are not finite."""
+    """Names and probabilities of the `top` classes of every image; empty if its probabilities are not finite."""
     probabilities = model(x).double().softmax(dim=1).cpu()
-    values, classes = (part[:, :top].tolist() for part in probabilities.sort(dim=1, descending=True, stable=True))
+    values, classes = (tensor[:, :top].tolist() for tensor in probabilities.sort(dim=1, descending=True, stable=True))
     return [
         [(class_names[k], p) for k, p in zip(*pair, strict=True)] if isfinite else []
         for *pair, isfinite in zip(classes, values, probabilities.isfinite().all(dim=1).tolist(), strict=True)
@@ -121,7 +130,12 @@ def _classify(
 
 
 def readable_names(class_names: Sequence[str] | None, num_classes: int) -> list[str]:
-    """Names of classes for people: ImageNet's in words; without any, timm's guess from their number, or numbers."""
+    """Class names that can be read: those of ImageNet's synsets in words, other names as they are.
+
+    Args:
+        class_names: If None, timm's guess from the number of classes is taken, otherwise the indices.
+        num_classes: Number of classes.
+    """
     if class_names is not None:
         words = ImageNetInfo()
         known = set(words.label_names())

@@ -1,8 +1,7 @@
-"""What stands between a model and its full speed: Lightning's loop beside a bare one, and the loader."""
+"""Throughput of a run: the Trainer's loop compared with a bare one, and the loader compared with the model."""
 
 import copy
 import itertools
-import time
 from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -17,23 +16,30 @@ from torch import nn
 
 from sequencer.config.schema import Config
 from sequencer.data import DataModule, MemorySplit
-from sequencer.measure.forecast import Clock, without_end
+from sequencer.measure.machine import now
+from sequencer.measure.short_run import Clock, without_end
 from sequencer.training.launch import training_device
 from sequencer.training.optim import build_optimizer, build_schedule
 from sequencer.training.setup import build_parts
 
 
 def measure_loops(config: Config, batches: int, rounds: int) -> dict[str, list[float]]:
-    """Seconds of `batches` training steps in a bare loop and in a run of ours, by turns, `rounds` times each after a
-    warm-up. The run logs, guards, schedules and saves as any other.
+    """Times a bare training loop and a run of ours in turns, epoch by epoch.
+
+    The run logs, checks for divergence, schedules and saves as any other run.
 
     Args:
-        config: of a run on CIFAR-10; its data need not be there.
+        config: A run on CIFAR-10. Its images are replaced by noise.
+        batches: Training batches per epoch.
+        rounds: Epochs of each, after an epoch of warm-up.
+
+    Returns:
+        Seconds of every epoch, under `bare loop` and `Lightning`.
     """
     with TemporaryDirectory() as folder:
         limits = {"max_epochs": rounds + 1, "limit_train_batches": batches, "limit_val_batches": 1}
         config = without_end(config, Path(folder, "run"), **limits)
-        data = _made(config, batches)
+        data = _noise_data(config, batches)
         bare, clock = _BareLoop(config, data, batches), Clock()
         parts = build_parts(config, bare, clock, data=data)
         bare.copy(parts.model)
@@ -42,11 +48,17 @@ def measure_loops(config: Config, batches: int, rounds: int) -> dict[str, list[f
 
 
 def measure_loader(config: Config, seconds: float) -> tuple[float, float]:
-    """Images a second of the training loader alone, and of the model alone in training on one batch again and again,
-    for so many seconds each after a warm-up.
+    """Measures the training loader alone, and the model alone while it trains on one batch.
+
+    Args:
+        config: The run.
+        seconds: How long each is measured, after a warm-up.
+
+    Returns:
+        Images per second of the loader and of the model.
 
     Raises:
-        RequestError: as for a run.
+        RequestError: As for a run.
     """
     with TemporaryDirectory() as folder:
         parts = build_parts(without_end(config, Path(folder, "run")))
@@ -54,7 +66,7 @@ def measure_loader(config: Config, seconds: float) -> tuple[float, float]:
         batches = _endless(parts.data.train_dataloader())
         images, labels = (tensor.to(device) for tensor in next(batches))
         loads = _rate(lambda: next(batches), device, max(2, 2 * config.data.num_workers), seconds)
-        batches.close()  # and with it the workers
+        batches.close()  # ends the workers
         model = parts.model.to(device)
         optimizer = build_optimizer(model, config.optim)
 
@@ -69,30 +81,25 @@ def measure_loader(config: Config, seconds: float) -> tuple[float, float]:
 
 
 def _endless(loader: Any) -> Generator[Any, None, None]:
+    """Yields the batches of epoch after epoch."""
     for epoch in itertools.count():
         loader.sampler.set_epoch(epoch)
         yield from loader
 
 
 def _rate(work: Callable[[], object], device: torch.device, warmup: int, seconds: float) -> float:
-    """Calls a second."""
+    """Calls of `work` per second, measured for `seconds` after `warmup` calls."""
     for _ in range(warmup):
         work()
-    start, calls = _now(device), 0
-    while (elapsed := _now(device) - start) < seconds:
+    start, calls = now(device), 0
+    while (elapsed := now(device) - start) < seconds:
         work()
         calls += 1
     return calls / elapsed
 
 
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-def _made(config: Config, batches: int) -> DataModule:
-    """Serves as many images of noise as `batches` need, of CIFAR-10's shape."""
+def _noise_data(config: Config, batches: int) -> DataModule:
+    """Noise in the shape of CIFAR-10's images for `batches` batches; training and validation split are the same."""
     number, classes = batches * config.data.batch_size, [str(label) for label in range(10)]
     images = np.random.RandomState(0).randint(256, size=(number, 32, 32, 3), dtype=np.uint8)
     split = MemorySplit(images, np.arange(number) % len(classes), classes, "noise")
@@ -101,13 +108,18 @@ def _made(config: Config, batches: int) -> DataModule:
 
 
 class _BareLoop(Callback):
-    """Takes its turn before every epoch of the Trainer."""
+    """A training loop without the Trainer, which runs an epoch before every epoch of the Trainer.
+
+    Attributes:
+        seconds: Seconds of every epoch.
+    """
 
     def __init__(self, config: Config, data: DataModule, batches: int) -> None:
         self.config, self.data, self.batches = config, data, batches
         self.seconds: list[float] = []
 
     def copy(self, model: nn.Module) -> None:
+        """Trains a copy of `model`."""
         self.model = copy.deepcopy(model)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -120,7 +132,7 @@ class _BareLoop(Callback):
         self.seconds.append(self._epoch(pl_module.device, trainer.precision_plugin.forward_context))
 
     def _epoch(self, device: torch.device, autocast: Callable[[], AbstractContextManager[None]]) -> float:
-        start, total = _now(device), torch.zeros((), device=device)
+        start, total = now(device), torch.zeros((), device=device)
         for number, (images, labels) in enumerate(self.loader):
             images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
             with autocast():
@@ -132,4 +144,4 @@ class _BareLoop(Callback):
             self.optimizer.zero_grad()
             self.schedule.step_update(len(self.seconds) * self.batches + number + 1)
             total += loss.detach()
-        return _now(device) - start
+        return now(device) - start

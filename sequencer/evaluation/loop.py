@@ -1,4 +1,4 @@
-"""The one loop that measures a model on a fixed set."""
+"""The loop that evaluates a network on batches of labelled images."""
 
 import math
 import sys
@@ -24,19 +24,18 @@ def evaluate(
     device: torch.device | str,
     found: list[Outcome] | None = None,
 ) -> ClassificationMetrics:
-    """Measures `model`, in eval mode from here on, on every batch of this process's `loader`.
+    """Evaluates `model` on every batch of `loader`; in a distributed job every rank must call it.
 
-    Draws a progress bar on standard error where that is a terminal.
+    Leaves the model in eval mode. Draws a progress bar on standard error if that is a terminal.
 
     Args:
-        model: gives logits `B K`; on `device`.
-        loader: batches of images `B C H W`, int64 labels `B` and indices `B`.
+        model: Returns logits `B K`; on `device`.
+        loader: Batches of images `B C H W`, int64 labels `B` and indices `B`: this rank's share of the split.
         num_classes: K.
-        found: takes every image's outcome, in the order of the indices.
+        found: If given, the outcome of every image of all ranks is appended to it, ordered by index.
 
     Returns:
-        The metrics, on `device`, of the images of `loader`; in a distributed job, which every process must take part
-        in, of those of all processes' loaders.
+        The metrics over the images of all ranks, on `device`.
     """
     model.eval()
     metrics = ClassificationMetrics(num_classes, sync_on_compute=False).to(device)
@@ -44,7 +43,7 @@ def evaluate(
     console = Console(stderr=True)
     quiet = not (sys.stderr.isatty() and distributed.is_first())
     for images, labels, indices in track(loader, "evaluating", console=console, transient=True, disable=quiet):
-        if not len(labels):  # none of the batch could be read
+        if not len(labels):  # no image of the batch could be read
             continue
         logits, labels = model(images.to(device, non_blocking=True)), labels.to(device, non_blocking=True)
         metrics.update(logits, labels)
@@ -52,18 +51,19 @@ def evaluate(
             own += outcomes(logits, labels, indices)
     metrics.merge_processes()
     if found is not None:
-        found += sorted(outcome for part in distributed.gather(own) for outcome in part)
+        found += sorted(outcome for of_rank in distributed.gather(own) for outcome in of_rank)
     return metrics
 
 
 class FlipAveraged(nn.Module):
-    """A model whose probabilities are the means of those of an image and of its mirror image."""
+    """A classifier that averages the probabilities of each image and its mirror image."""
 
     def __init__(self, model: nn.Module) -> None:
+        """Wraps `model`, which returns logits `B K`."""
         super().__init__()
         self.model = model
 
     def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B K"]:
-        """Logarithms of the probabilities."""
+        """Returns the logarithms of the averaged probabilities."""
         both = torch.stack([self.model(x), self.model(x.flip(-1))]).log_softmax(dim=-1)
         return both.logsumexp(dim=0) - math.log(2)

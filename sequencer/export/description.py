@@ -1,4 +1,4 @@
-"""What an exported file says about itself, and the card of a model that goes to a hub."""
+"""The description stored in an exported file, and the model card of a hub repository."""
 
 from typing import Any
 
@@ -27,8 +27,17 @@ with torch.inference_mode():
 """
 
 
-def describe(loaded: LoadedModel, img_size: int, preprocessing: bool) -> dict[str, Any]:
-    """The description that `sequencer.models.exported` reads, for square images of `img_size`."""
+def describe_export(loaded: LoadedModel, img_size: int, preprocessing: bool) -> dict[str, Any]:
+    """Builds the description of an exported file, which `sequencer.models.load_exported` reads.
+
+    Args:
+        loaded: The model.
+        img_size: Height and width of the images that it is exported for, in pixels.
+        preprocessing: Whether normalisation and softmax are part of the exported file.
+
+    Returns:
+        A dictionary of JSON types.
+    """
     channels = loaded.pretrained_cfg["input_size"][0]
     cfg = {key: loaded.pretrained_cfg[key] for key in PREPROCESSING}
     about = dict(loaded.about)
@@ -47,7 +56,12 @@ def describe(loaded: LoadedModel, img_size: int, preprocessing: bool) -> dict[st
 
 
 def model_card(loaded: LoadedModel, name: str) -> dict[str, Any]:
-    """What timm makes a model card of; `name` is what `timm.create_model` loads the model by."""
+    """Builds the contents of a model card, in the form that timm's `generate_readme` takes.
+
+    Args:
+        loaded: The model.
+        name: The name by which `timm.create_model` loads the model, e.g. `hf-hub:ORG/NAME`.
+    """
     metrics = loaded.about.get("metrics", {})
     parameters = sum(parameter.numel() for parameter in loaded.model.parameters())
     details = {
@@ -55,13 +69,13 @@ def model_card(loaded: LoadedModel, name: str) -> dict[str, Any]:
         "Parameters": f"{parameters:,}",
         "Image size": " x ".join(str(extent) for extent in loaded.pretrained_cfg["input_size"]),
         "Classes": loaded.model.num_classes,
-        "Weights": "exponential moving average" if loaded.slot == "ema" else "as trained, no moving average",
+        "Weights": "exponential moving average" if loaded.slot == "ema" else "without moving average",
         "Dataset": loaded.data and loaded.data["name"],
         "Results": {
-            f"{part} {metric}": f"{metrics[f'{part}/{key}']:.2%}"
-            for part in ("test", "val_ema", "val")
+            f"{split} {metric}": f"{metrics[f'{split}/{key}']:.2%}"
+            for split in ("test", "val_ema", "val")
             for key, metric in (("top1", "top-1"), ("top5", "top-5"))
-            if f"{part}/{key}" in metrics
+            if f"{split}/{key}" in metrics
         },
         "Commit": loaded.about.get("commit"),
         "Made with": loaded.about.get("versions"),

@@ -1,4 +1,4 @@
-"""The evaluation loop."""
+"""The evaluation loop on batches of labelled images."""
 
 import pytest
 import torch
@@ -31,12 +31,12 @@ def test_equals_one_large_batch():
         assert one.rank == 1 + sum(p > row[label] for p in row)
 
 
-def test_draws_no_bar_where_there_is_no_terminal(capsys):
+def test_no_bar_without_a_terminal(capsys):
     evaluate(nn.Flatten(), BATCHES, 3, "cpu")
     assert capsys.readouterr() == ("", "")
 
 
-def test_gives_the_terminal_a_bar_on_standard_error(capsys, monkeypatch):
+def test_bar_on_standard_error_of_a_terminal(capsys, monkeypatch):
     monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
     evaluate(nn.Flatten(), iter(BATCHES), 3, "cpu")
     printed = capsys.readouterr()
@@ -44,7 +44,7 @@ def test_gives_the_terminal_a_bar_on_standard_error(capsys, monkeypatch):
     assert "evaluating" in printed.err
 
 
-def test_an_output_that_is_no_number_is_no_prediction():
+def test_a_nan_output_is_no_prediction():
     logits = torch.tensor([[0.0, 1.0], [torch.nan, 1.0]])
     evaluate(nn.Identity(), [(logits, torch.tensor([1, 1]), torch.tensor([8, 9]))], 2, "cpu", found := [])
     assert found[0][:3] == (8, 1, 1)

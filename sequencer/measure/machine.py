@@ -1,0 +1,84 @@
+"""Time, memory and peak rates of the machine."""
+
+import ctypes
+import os
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+
+
+def now(device: torch.device) -> float:
+    """Seconds of a monotonic clock, read after the work queued on a GPU is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def timed(work: Callable[[], object], device: torch.device) -> float:
+    """Seconds that `work` takes."""
+    start = now(device)
+    work()
+    return now(device) - start
+
+
+def peak_memory(work: Callable[[], object], device: torch.device) -> int | None:
+    """Bytes that `work` holds at its peak in addition to what is held before; None if the system does not report it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        work()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    if platform.system() != "Linux":
+        return None
+    ctypes.CDLL(None).malloc_trim(0)  # memory that malloc keeps for reuse would hide new allocations
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    except OSError:
+        return None
+    before = _status("VmRSS")
+    work()
+    return _status("VmHWM") - before
+
+
+def _status(key: str) -> int:
+    """A size from /proc/self/status, in bytes."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key + ":"))
+    return int(line.split()[1]) * 1024
+
+
+def peak_rates(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
+    """FLOP/s of a large matrix product, and bytes/s of a large copy (read and written)."""
+    n, length = (8192, 2**28) if device.type == "cuda" else (2048, 2**25)
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    source = torch.zeros(length, device=device)
+    target = torch.zeros_like(source)
+    products = [timed(lambda: torch.mm(a, b), device) for _ in range(8)]
+    copies = [timed(lambda: target.copy_(source), device) for _ in range(8)]
+    return 2 * n**3 / min(products), 2 * 4 * length / min(copies)
+
+
+def describe_machine(device: torch.device) -> dict[str, Any]:
+    """The device, the CPU's instruction set, cores and threads, and the versions of torch, timm and Python."""
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        names = [
+            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
+        ]
+        cpu = names[0] if names else cpu
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+        "python": platform.python_version(),
+    }

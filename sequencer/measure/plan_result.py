@@ -1,0 +1,111 @@
+"""The plan of a run, and its text."""
+
+from dataclasses import dataclass
+
+from omegaconf import OmegaConf
+from rich import get_console
+
+from sequencer.config.schema import Config, leaves
+from sequencer.config.sources import SCHEMA, Sources
+
+BARS = "▁▂▃▄▅▆▇█"
+RATES = 60  # samples of the learning rate's schedule
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Measurements of a short run, times in seconds and sizes in bytes."""
+
+    step_s: float  # a training batch
+    val_s: float  # a validation batch
+    rest_s: float  # an epoch without its training and validation batches
+    start_s: float  # what the first epoch takes longer than a later one
+    memory: int  # peak: of the GPU, otherwise of the process
+    disk: int  # the run folder at its largest
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Size and forecast of a run.
+
+    Attributes:
+        batches: Training batches per epoch.
+        updates: Updates of the weights in all.
+        epochs: Epochs in all; a fraction if `trainer.max_steps` ends the run.
+        images: Training images per epoch.
+        parameters: Parameters of the model.
+        rates: Learning rate at `RATES` evenly spaced updates, from before the first to after the last.
+        measured: Measurements of the short run.
+        train_s: Forecast of the run's `time/train_s`.
+        test_s: Forecast of the seconds of the test.
+        flops: Operations of training per image.
+        problems: What is wrong with the data or the disk, a line each.
+    """
+
+    batches: int
+    updates: int
+    epochs: float
+    images: int
+    parameters: int
+    rates: list[float]
+    measured: Measured
+    train_s: float
+    test_s: float
+    flops: int
+    problems: list[str]
+
+
+def print_values(config: Config, sources: Sources) -> None:
+    """Prints every key with its value and source; defaults of the schema are dimmed."""
+    values = leaves(OmegaConf.to_container(OmegaConf.structured(config)))
+    for key, value in values.items():
+        line = f"{key:<34} {value!s:<28} {sources[key]}"
+        get_console().print(line, style=None if sources[key] != SCHEMA else "dim", soft_wrap=True, highlight=False)
+
+
+def print_plan(plan: Plan, config: Config, description: list[str], trials: int) -> None:
+    """Prints the size of a run, its learning rate, the forecast and the problems.
+
+    Args:
+        plan: What to print.
+        config: The run.
+        description: Lines about the parts of the run; the first one names the model, which is printed anyway.
+        trials: Trials of the sweep that the run is the first trial of.
+    """
+    say, measured, passes = get_console().print, plan.measured, config.trainer.accumulate_grad_batches
+    say(f"\n{config.model.name}, {plan.parameters:,} parameters", highlight=False)
+    for line in description[1:]:
+        say(line, highlight=False, soft_wrap=True)
+    say(
+        f"{plan.updates:,} updates in {plan.epochs:g} epochs of {plan.batches:,} batches"
+        f"{f', {passes} batches per update' if passes > 1 else ''}; {plan.images:,} images per epoch"
+    )
+    say(f"learning rate {_sparkline(plan.rates)}", highlight=False)
+    say(f"  first {plan.rates[0]:.3g}, highest {max(plan.rates):.3g}, last {plan.rates[-1]:.3g}", highlight=False)
+    say(
+        f"{plan.flops / 1e9:.3g} GFLOP per image, forward and backward;"
+        f" {plan.flops * plan.images / 1e12:.3g} TFLOP per epoch"
+    )
+    say(
+        f"measured: {1e3 * measured.step_s:.1f} ms per training batch,"
+        f" {config.data.batch_size / measured.step_s:.0f} images/s; peak memory {measured.memory / 2**20:.0f} MiB",
+        soft_wrap=True,
+    )
+    at_most = "at most " if config.trainer.early_stopping_patience else ""
+    whole = f"; {trials} trials {_duration(trials * (plan.train_s + plan.test_s))}" if trials > 1 else ""
+    say(f"forecast: {at_most}{_duration(plan.train_s)} of training, {_duration(plan.test_s)} of testing{whole}")
+    say(f"disk: {trials * measured.disk / 2**20:.0f} MiB in {config.run_dir}", soft_wrap=True)
+    for problem in plan.problems or ["none found"]:
+        say(f"problems: {problem}", soft_wrap=True, highlight=False)
+
+
+def _sparkline(values: list[float]) -> str:
+    """A bar for each value, relative to the highest."""
+    highest = max(values) or 1.0
+    return "".join(BARS[round(value / highest * (len(BARS) - 1))] for value in values)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,42 @@
+"""Problems of a run that can be found before it starts."""
+
+import shutil
+from pathlib import Path
+
+from sequencer.config.schema import Config
+from sequencer.data import DataModule, Split, TooManyBadImages
+
+MOST_IMAGES = 500  # per split that are read
+
+
+def find_data_problems(data: DataModule, config: Config) -> list[str]:
+    """Describes classes without images, images that cannot be read, and a batch larger than the training split.
+
+    Reads at most `MOST_IMAGES` images of each split, and none that are in memory or in shards.
+    """
+    found = []
+    for name, split in data.splits.items():
+        if split.labels is not None and (missing := set(range(data.num_classes)) - set(split.labels.tolist())):
+            named = ", ".join(data.class_names[label] for label in sorted(missing)[:5])
+            found.append(f"{name}: no image of {len(missing)} classes: {named}{', ...' if len(missing) > 5 else ''}")
+        found += [f"{name}: {problem}" for problem in _find_bad_images(split)]
+    if config.data.batch_size > len(data.train_set):
+        found.append(f"train: data.batch_size={config.data.batch_size} is more than its {len(data.train_set)} images")
+    return found
+
+
+def _find_bad_images(split: Split) -> list[str]:
+    try:
+        decoded, bad = split.probe(MOST_IMAGES)
+    except TooManyBadImages as error:
+        return [str(error)]
+    return [f"{len(bad)} of {decoded} images examined cannot be read, e.g. {bad[0]}"] if bad else []
+
+
+def find_disk_problems(run_dir: Path, needed: int) -> list[str]:
+    """Says so if fewer than `needed` bytes are free where `run_dir` is to be."""
+    folder = run_dir.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    return [f"disk: {free / 2**20:.0f} MiB are free in {folder}"] if free < needed else []

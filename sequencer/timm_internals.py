@@ -1,0 +1,9 @@
+"""Private functions of timm that this package uses, as read in timm 1.0.31.
+
+They may change without notice. Everything else that the package imports from timm is public.
+"""
+
+from timm.models._features import feature_take_indices
+from timm.models._hub import generate_readme
+
+__all__ = ["feature_take_indices", "generate_readme"]
