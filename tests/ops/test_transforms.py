@@ -84,5 +84,5 @@ def test_gradients_of_each_sample(layer, x):
 
 def test_a_backend_that_must_be_used_is_refused(x):
     weights = RNN2d(3, 4).rnn_v.weights()
-    with pytest.raises(ValueError, match="the torch backend does not support torch.func and forward-mode"):
+    with pytest.raises(ValueError, match=r"the torch backend does not support torch\.func and forward-mode"):
         jvp(lambda x: rnn2d(x, weights, None, backend="torch"), (x,), (torch.ones_like(x),))
