@@ -24,6 +24,7 @@ from typing import no_type_check
 import numpy as np
 import torch
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
 try:
     import triton
@@ -51,7 +52,7 @@ def unavailable() -> str | None:
         return "triton is not installed"
     if interpreted():
         # Triton 3.6, that of torch 2.11, converts arrays of one element to scalars, which NumPy 2.4 refuses
-        refused = triton.__version__ < "3.8" and np.lib.NumpyVersion(np.__version__) >= "2.4.0"
+        refused = TorchVersion(triton.__version__) < "3.8" and TorchVersion(np.__version__) >= "2.4"
         return f"the interpreter of Triton {triton.__version__} needs NumPy below 2.4" if refused else None
     if not torch.cuda.is_available():
         return "there is no GPU"
