@@ -10,7 +10,7 @@ from sequencer.layers import RNN2d
 from sequencer.ops import rnn2d
 
 # torch scripts its own decompositions for forward mode
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:FutureWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
 
 
