@@ -1,6 +1,8 @@
 """Classifier and DataModule in a plain Trainer, without this package's callbacks."""
 
+import re
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import pytorch_lightning as pl
@@ -252,3 +254,14 @@ def test_without_a_callback_the_result_is_the_same_and_nothing_accumulates(confi
     row = read_rows(folder)[-1]
     metrics = {name: float(parts.trainer.callback_metrics[name]) for name in ("train/loss", *VALIDATION)}
     assert metrics == pytest.approx({name: float(row[name]) for name in metrics}, rel=1e-6)  # float32 in Lightning
+
+
+def test_the_example_of_the_documents(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    document = Path(__file__).parents[2] / "docs" / "reliability.md"
+    (example,) = re.findall(r"```python\n(.*?)```", document.read_text(), flags=re.DOTALL)
+    quick = "fast_dev_run=True, accelerator='cpu', enable_progress_bar=False"
+    assert "max_epochs=3" in example
+    names: dict = {}
+    exec(example.replace("max_epochs=3", quick).replace("experiment=digits", "data.num_workers=0"), names)
+    assert names["model"].head.fc.weight.abs().sum() > 0  # zero at first

@@ -19,6 +19,7 @@ from sequencer.training import Classifier, run
 from sequencer.training.divergence import DivergenceGuard
 from sequencer.training.ema import WeightEma
 from sequencer.training.random_state import get_random_state, set_random_state
+from sequencer.training.result import limited
 from tests.helpers import (
     EMA,
     STATEFUL,
@@ -68,7 +69,14 @@ def test_metrics_rows(finished):
     table = read_rows(finished[0])
     assert [row["epoch"] for row in table] == ["0", "1"]
     assert [row["step"] for row in table] == ["4", "8"]
-    assert all(float(row["train/loss"]) > 0 and float(row["time/epoch_s"]) > 0 for row in table)
+    assert all(float(row["train/loss"]) > 0 for row in table)
+    for row in table:  # 128 images, and validation on top of their time
+        assert 128 / float(row["time/images_per_s"]) < float(row["time/epoch_s"]) + 0.001
+
+
+@pytest.mark.parametrize(("limit", "batches"), [(None, 9), (4, 4), (20, 9), (0, 0), (0.5, 4), (1.0, 9), (0.0, 0)])
+def test_limits_of_batches_are_lightnings(limit, batches):
+    assert limited(9, limit) == batches
 
 
 def test_training_loss_is_the_mean_over_images(config, tmp_path, monkeypatch):
