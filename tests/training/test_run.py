@@ -155,6 +155,14 @@ def test_a_resumed_run_is_the_same_run(config, tmp_path, whole, workers, action,
     assert_same_run(whole, tmp_path / "run")
 
 
+def test_a_run_stopped_twice_in_a_validation_is_the_same_run(config, tmp_path, whole):
+    """The second checkpoint holds the random states of the first: no batch has been trained on in between."""
+    for resume in (False, True):
+        run_interrupted(config(*STATEFUL), terminate, SystemExit, "validation", resume=resume)
+    run(config(*STATEFUL), resume=True)
+    assert_same_run(whole, tmp_path / "run")
+
+
 def test_ctrl_c_leaves_a_run_that_can_be_resumed(config, tmp_path):
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
     try:
