@@ -78,6 +78,10 @@ def parse_command(arguments: list[str]) -> CommandLine:
         raise RequestError(f"plan={plan}: it is true or false")
     if plan and resume:
         raise RequestError("plan=true and resume=RUN exclude each other: a plan is made of a new run")
+    if resume and flags.cfg:
+        raise RequestError(
+            f"--cfg shows what a new run would be; that of the run is in {Path(str(resume), 'config.yaml')}"
+        )
     others = tuple(override for override in overrides if override.key_or_group not in ("plan", "resume"))
     return CommandLine(flags, others, files, bool(plan), None if resume is None else Path(str(resume)))
 

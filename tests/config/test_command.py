@@ -68,6 +68,7 @@ def test_plan_and_resume_are_no_overrides():
         (["--resolve"], "--resolve needs --cfg or --help"),
         (["--experimental-rerun", "job.pickle"], "--experimental-rerun is not supported"),
         (["plan=yess"], "it is true or false"),
+        (["resume=runs/a", "--cfg", "job"], "is in runs/a/config.yaml"),
         (["plan=true", "resume=runs/a"], "exclude each other: a plan"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
