@@ -1,4 +1,4 @@
-"""Train an image classifier: `python train.py experiment=NAME group=choice key=value`; `--help` shows what there is."""
+"""Train an image classifier: `python train.py experiment=NAME group=choice key=value`; `--help` lists the groups."""
 
 import os
 import sys
@@ -17,7 +17,7 @@ from sequencer.config.sweep import Sweep, check_trials, prepare_sweep, run_trial
 
 
 def main(command: CommandLine) -> None:
-    """Does what a command line asks for: parsed once, composed once, checked before torch is imported."""
+    """Runs a parsed command: a question to Hydra, a plan, a sweep or a run, checked before torch is imported."""
     if command.is_question:
         return ask_hydra(trial, command.flags, command.flags.overrides, command.files)
     check_restarts(command)
@@ -79,7 +79,7 @@ if __name__ == "__main__":
     try:
         main(parse_command(sys.argv[1:]))
     except KeyboardInterrupt:
-        print("interrupted; python train.py resume=RUN_DIR goes on", file=sys.stderr)
+        print("interrupted; resume with: python train.py resume=RUN_DIR", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
         sys.exit(exit_code(error))

@@ -79,7 +79,7 @@ def load(source: str, arch: str | None = None, slot: str | None = None) -> "Load
     """Loads MODEL, as `sequencer.models.load_model` does.
 
     Raises:
-        RequestError: It cannot be loaded.
+        RequestError: MODEL cannot be loaded.
     """
     from sequencer.models import CheckpointError, load_model
 
@@ -93,7 +93,7 @@ def pick_device(name: str) -> "torch.device":
     """Returns the device for `auto`, `cpu` or `cuda`.
 
     Raises:
-        RequestError: `cuda`, and there is no GPU.
+        RequestError: `cuda` is requested, and there is no GPU.
     """
     import torch
 
@@ -106,7 +106,7 @@ def need_onnx() -> None:
     """Checks that the packages for ONNX files are installed.
 
     Raises:
-        RequestError: One is not.
+        RequestError: A package is not installed.
     """
     if missing := [name for name in ("onnx", "onnxruntime", "onnxscript") if find_spec(name) is None]:
         raise RequestError(f"ONNX needs {', '.join(missing)}: python -m pip install {' '.join(missing)}")
@@ -116,7 +116,7 @@ def make_folder(output: Path) -> None:
     """Creates a folder and checks that files can be written in it, before the work starts.
 
     Raises:
-        RequestError: They cannot.
+        RequestError: The folder cannot be created or written.
     """
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -129,7 +129,7 @@ def make_folder(output: Path) -> None:
 
 @contextmanager
 def created(output: Path) -> Iterator[None]:
-    """As `make_folder`; removes a new folder again if an error leaves it empty."""
+    """Creates an output folder as `make_folder` does; removes a new folder again if an error leaves it empty."""
     existed = output.is_dir()
     make_folder(output)
     try:

@@ -1,4 +1,4 @@
-"""Measures speed and memory beside a peer, in one run; refuses to report a speed if the outputs differ.
+"""Measures speed and memory in comparison with peers; reports no speed if the outputs differ.
 
     python scripts/benchmark.py ops                      # the BiLSTM2D layer and timm's
     python scripts/benchmark.py model --batch 1 8        # sequencer2d_s, timm's, and other networks
@@ -74,10 +74,10 @@ def measurements() -> list[tuple[Callable[[Namespace], None], str, list[Parser]]
         option("--model", default="sequencer2d_s", metavar="NAME", help="default: sequencer2d_s"),
         option("--img-size", **number, default=224, help="height and width of the images; default: 224"),
     ]
-    backends = option("--backend", **names, help="of our recurrences; default: the automatic choice, and torch")
-    backend = option("--backend", nargs=1, metavar="NAME", help="of our layer; default: the automatic choice")
-    batches = option("--batch", **number | {"nargs": "+"}, default=[8], help="images; default: 8")
-    batch = option("--batch", **number, default=8, help="images; default: 8")
+    backends = option("--backend", **names, help="backends of our model; default: the automatic choice, and torch")
+    backend = option("--backend", nargs=1, metavar="NAME", help="backend of our layer; default: the automatic choice")
+    batches = option("--batch", **number | {"nargs": "+"}, default=[8], help="batch sizes; default: 8")
+    batch = option("--batch", **number, default=8, help="batch size; default: 8")
     compiled = option("--compile", action="store_true", help="add compiled contenders")
     device = option(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto, a GPU if there is one"
@@ -86,7 +86,9 @@ def measurements() -> list[tuple[Callable[[Namespace], None], str, list[Parser]]
     dtypes = ("float32", "bfloat16", "float16")
     setting = [
         device,
-        option("--dtype", choices=dtypes, default="float32", help="float32, or that of autocast; default: float32"),
+        option(
+            "--dtype", choices=dtypes, default="float32", help="float32, or the dtype of autocast; default: float32"
+        ),
         option("--mode", nargs="+", choices=modes, default=list(modes), help="default: both"),
     ]
     debug = option("--debug", action="store_true", help="show the traceback of an error")
@@ -94,7 +96,7 @@ def measurements() -> list[tuple[Callable[[Namespace], None], str, list[Parser]]
     contest = [passes, option("--output", type=Path, metavar="DIR", help="default: outputs/benchmark/WHAT_TIME"), debug]
     epochs = option("--rounds", type=integer(2), metavar="N", default=10, help="epochs of each; default: 10")
     seconds = option("--seconds", **number, default=10, help="duration of each measurement; default: 10")
-    overrides = option("overrides", nargs="*", metavar="KEY=VALUE", help="the run, as train.py takes it")
+    overrides = option("overrides", nargs="*", metavar="KEY=VALUE", help="overrides of train.py that describe the run")
     model_peers = option("--peer", **names, default=MODEL_PEERS, help=peers)
     return [
         (ops, "the BiLSTM2D layer and timm's", [layer_peers, backends, batches, compiled, *setting, *contest]),

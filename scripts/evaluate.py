@@ -1,13 +1,13 @@
-"""Top-1, top-5, loss and a table by class of a model on the validation or test split of a data set.
+"""Evaluates a model on the validation or test split of a data set: top-1, top-5, loss and a table of classes.
 
     python scripts/evaluate.py outputs/digits/2026-01-31_12-00-00
     python scripts/evaluate.py sequencer2d_s --data imagenet --data-root /data/imagenet --split val
-    torchrun --nproc-per-node 8 scripts/evaluate.py MODEL        # the same figures from eight devices
+    torchrun --nproc-per-node 8 scripts/evaluate.py MODEL        # the same figures, on eight devices
 
-MODEL is a run folder, a model folder, a checkpoint, an export (.onnx, .pt2) or a timm name. A run, its model folder,
-its checkpoints and its exports know their data set and preprocessing; anything else needs --data, and is used with the
-preprocessing in timm's configuration of the model. Writes evaluation.json, per_class.csv and predictions.csv, which has
-for every image the predicted class, its probability, and the rank of the image's own class.
+MODEL is a run folder, a model folder, a checkpoint, an export (.onnx, .pt2) or a timm name. The data set and the
+preprocessing of a run are stored with its model folder, checkpoints and exports. Any other model needs --data and is
+evaluated with the preprocessing in timm's configuration of it. The command writes evaluation.json, per_class.csv and
+predictions.csv, which has for every image the predicted class, its probability, and the rank of the true class.
 """
 
 import math
@@ -45,7 +45,7 @@ def parse(argv: list[str] | None) -> Namespace:
     add("--arch", metavar="NAME", help="architecture of a .pth or .safetensors file")
     add("--slot", choices=("raw", "ema"), help="weights of a run; default: trainer.slot of the run")
     add("--img-size", metavar="N", type=integer(1), help="height and width of the images; default: the model's")
-    add("--crop-pct", metavar="FRACTION", type=fraction, help="of the shorter side that the centre crop keeps")
+    add("--crop-pct", metavar="FRACTION", type=fraction, help="fraction of the shorter side that the centre crop keeps")
     add("--flip", action="store_true", help="average the probabilities of each image and its mirror image")
     add("--batch-size", metavar="N", type=integer(1), help="images per forward pass")
     add("--num-workers", metavar="N", type=integer(0), help="loader processes; 0 loads in the main process")
@@ -102,7 +102,7 @@ def show(evaluation: "Evaluation", output: Path) -> None:
         console.print(f"{result['unreadable']:,} more could not be read: {output / 'bad_samples.csv'}", soft_wrap=True)
     console.print("top-1 {top1:.2%}   top-5 {top5:.2%}   loss {loss:.4f}".format(**result), style="bold")
     console.print("95% confidence: top-1 {top1_low:.2%} to {top1_high:.2%}".format(**result))
-    console.print("{time/images_per_s:,.0f} images a second, loading included".format(**result))
+    console.print("{time/images_per_s:,.0f} images/s, loading included".format(**result))
     shown = evaluation.per_class
     if len(shown) > MOST_CLASSES_PRINTED:
         by_recall = sorted((row.recall, index) for index, row in enumerate(shown) if row.recall is not None)

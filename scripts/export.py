@@ -17,12 +17,10 @@ from typing import TYPE_CHECKING, Any
 from _cli import Parser, integer, load, need_onnx, prepared, run
 
 from sequencer.config.errors import RequestError
+from sequencer.names import EXPORTED_GRAPHS, EXPORTED_WEIGHTS
 
 if TYPE_CHECKING:
     from sequencer.models import LoadedModel
-
-GRAPHS = ("onnx", "torch_export")
-WEIGHTS = ("hub", "timm", "paper")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -33,14 +31,14 @@ def parse(argv: list[str] | None) -> Namespace:
     parser = Parser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("model", metavar="MODEL", help="run folder, model folder, checkpoint file or timm name")
-    add("--format", choices=(*GRAPHS, *WEIGHTS), required=True)
+    add("--format", choices=(*EXPORTED_GRAPHS, *EXPORTED_WEIGHTS), required=True)
     add("--output", metavar="DIR", type=Path, required=True, help="folder for the export and its certificate")
     add("--img-size", metavar="N", type=integer(1), help="height and width of a graph's images; default: the model's")
     add(
         "--dtype",
         choices=("fp32", "fp16"),
         default="fp32",
-        help="of a graph's weights; its inputs and outputs are float32",
+        help="dtype of a graph's weights; its inputs and outputs are float32",
     )
     add("--with-preprocessing", action="store_true", help="graph: uint8 B H W C images in, probabilities out")
     add("--arch", metavar="NAME", help="architecture of a .pth or .safetensors file")
@@ -52,7 +50,7 @@ def parse(argv: list[str] | None) -> Namespace:
     )
     add("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args(argv)
-    if args.format not in GRAPHS and (args.img_size or args.dtype != "fp32" or args.with_preprocessing):
+    if args.format not in EXPORTED_GRAPHS and (args.img_size or args.dtype != "fp32" or args.with_preprocessing):
         parser.error("--img-size, --dtype and --with-preprocessing are for --format onnx and torch_export")
     if args.push_to and args.format != "hub":
         parser.error("--push-to is for --format hub")
@@ -68,7 +66,7 @@ def work(args: Namespace) -> None:
     img_size = args.img_size or loaded.pretrained_cfg["input_size"][-1]
     check(loaded, img_size, args)
     with prepared(args.output) as folder:
-        if args.format in GRAPHS:
+        if args.format in EXPORTED_GRAPHS:
             result = export_graph(loaded, folder, args.format, img_size, args.dtype, args.with_preprocessing)
         else:
             name = f"hf-hub:{args.push_to}" if args.push_to else f"local-dir:{args.output}"
@@ -108,7 +106,7 @@ def check_hub(repo_id: str) -> None:
 def show(certificate: dict[str, Any], output: Path) -> None:
     print(f"{output / certificate['file']}: {certificate['bytes'] / 2**20:.1f} MiB")
     print(
-        "{outputs} differ by at most {max_error:.1e}, the largest being {largest_output:.3g}; top-1 classes agree for"
+        "{outputs} differ by at most {max_error:.1e}, the largest is {largest_output:.3g}; top-1 classes agree for"
         " {top1_agreement:.0%} of the images ({images})".format(**certificate)
     )
 

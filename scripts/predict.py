@@ -4,8 +4,8 @@
     find archive -name '*.jpg' | python scripts/predict.py sequencer2d_s - --top 3 --output classes.csv
 
 MODEL is a run folder, a model folder, a checkpoint, an export (.onnx, .pt2) or a timm name. PATHS are files, folders
-(searched recursively), glob patterns, or - for a list on standard input, one path a line. For an image that cannot be
-read the line holds the reason, and the exit code is 1; the other images are predicted all the same.
+(searched recursively), glob patterns, or - for a list on standard input, one path per line. The line of an image that
+cannot be read gives the reason; the other images are predicted, and the exit code is 1.
 """
 
 import csv

@@ -2,7 +2,7 @@
 
     python scripts/replay.py RUN
 
-compares what happens with RUN/divergence.json. Exit code 0: it diverged in the same way again; 1: it did not.
+The result is compared with RUN/divergence.json. Exit code 0: the run diverged in the same way; 1: it did not.
 """
 
 import dataclasses
@@ -37,7 +37,7 @@ def work(args: Namespace) -> None:
 
     Raises:
         RequestError: the run has not diverged.
-        RuntimeError: the replay did not diverge, or in another way.
+        RuntimeError: the replay did not diverge, or diverged in another way.
     """
     path, copy = args.run / "divergence.json", args.run / "replay"
     if not path.is_file():
@@ -56,7 +56,8 @@ def work(args: Namespace) -> None:
     except Diverged as error:
         differing = [key for key in EQUAL if comparable(record[key]) != comparable(error.record[key])]
         if not differing:
-            print(f"the same again: {record['reason']} at epoch {record['epoch'] + 1}, update {record['update']}")
+            place = f"epoch {record['epoch'] + 1}, update {record['update']}"
+            print(f"diverged in the same way: {record['reason']} at {place}")
             return
         raise RuntimeError(
             f"it diverged in another way: {', '.join(differing)} differ; see {copy / path.name}"

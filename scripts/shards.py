@@ -1,4 +1,4 @@
-"""Shards in WebDataset's layout, with the index that `data=webdataset` reads.
+"""Writes shards in WebDataset's layout, and the index that `data=webdataset` reads.
 
     python scripts/shards.py write PHOTOS --output SHARDS        # from an image folder's train/, val/ and test/
     python scripts/shards.py index 'SHARDS/train-*.tar'          # SHARDS/train.json for existing shards
@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def write_shards(args: Namespace) -> None:
-    """Write every split of an image folder as shards with their index."""
+    """Writes every split of an image folder as shards with their index."""
     import random
 
     from torchvision.datasets import ImageFolder
@@ -61,7 +61,7 @@ def write_shards(args: Namespace) -> None:
 
 
 def index_shards(args: Namespace) -> None:
-    """Write the index of existing shards."""
+    """Writes the index of existing shards."""
     from sequencer.data.shard_files import read_samples
 
     paths = sorted(Path(path) for path in glob.glob(args.shards))
@@ -86,7 +86,7 @@ def index_shards(args: Namespace) -> None:
 
 
 def write_index(path: Path, counts: dict[Path, int], classes: list[str]) -> None:
-    """Write WebDataset's index of shards with their numbers of samples, and the names of the classes."""
+    """Writes WebDataset's index of shards with their numbers of samples, and the names of the classes."""
     from sequencer.files import write_atomically
 
     shards = [{"url": shard.name, "nsamples": count} for shard, count in counts.items()]

@@ -1,7 +1,7 @@
 #!/bin/bash
 # Trains on several machines of a SLURM cluster: sbatch scripts/slurm.sh RUN_DIR [overrides of train.py]
-# One torchrun a machine starts one process a GPU. Two minutes before the time limit SLURM sends SIGTERM, upon which the
-# run saves and ends; the job is then put back into the queue under the same RUN_DIR and goes on where it was.
+# One torchrun per machine starts one process per GPU. Two minutes before the time limit SLURM sends SIGTERM, on which the
+# run saves a checkpoint and ends. The job is then requeued with the same RUN_DIR and resumes the run.
 #SBATCH --job-name=sequencer
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1

@@ -2,10 +2,10 @@
 
     python scripts/verify_resume.py --kills 20 experiment=digits trainer.max_epochs=3
 
-trains once without interruption and once with SIGKILL at random moments, every other one while a checkpoint is being
-written, and compares weights, averages, optimizer states and the rows of metrics.csv bit for bit. Overrides are
-those of train.py; checkpoints are written after every update unless trainer.checkpoint_interval says otherwise.
-Exit code 0: the same; 1: not.
+The command trains once without interruption and once with SIGKILL at random moments, every other one while a checkpoint
+is being written, and compares weights, averages, optimizer states and the rows of metrics.csv bit for bit. Overrides
+are those of train.py; checkpoints are written after every update unless trainer.checkpoint_interval is given.
+Exit code 0: the results are the same; 1: they differ.
 """
 
 import csv
@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
 def parse(argv: list[str] | None) -> Namespace:
     parser = Parser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("overrides", nargs="*", metavar="KEY=VALUE", help="as for train.py")
+    add("overrides", nargs="*", metavar="KEY=VALUE", help="overrides of train.py")
     add("--kills", type=integer(1), default=10, metavar="N", help="default: 10")
     add("--seed", type=int, default=0, metavar="N", help="seed of the random moments; default: 0")
     add("--output", type=Path, default=Path("outputs/verify_resume"), metavar="DIR", help="default: %(default)s")
@@ -57,7 +57,7 @@ def work(args: Namespace) -> None:
     overrides = ["trainer.checkpoint_interval=0", *args.overrides]
     request(compose([*overrides, f"run_dir={whole}"]))
     seconds = train(overrides, whole)
-    print(f"without a break: {seconds:.1f} s of training", flush=True)
+    print(f"without interruption: {seconds:.1f} s of training", flush=True)
     draw, inside, kills = random.Random(args.seed), 0, 0
     while kills < args.kills:
         within_save = kills % 2 == 1
@@ -79,7 +79,7 @@ def check(whole: Path, broken: Path) -> None:
     """Compares two run folders.
 
     Raises:
-        RuntimeError: something differs.
+        RuntimeError: the results differ.
     """
     differing = [name for name, same in compare(whole, broken) if not same]
     if differing:

@@ -25,8 +25,8 @@ import numpy as np
 import pytest
 from torchvision import datasets
 
-# beartype draws the item of a sequence that it looks at; from the generator that training draws from, a run that is
-# checked would not be the run that users have
+# beartype (private interface of 0.23) draws the item of a sequence that it checks from Python's global generator, which
+# training uses as well; with a generator of its own, a run under test is the run of a user
 beartype_code.getrandbits = random.Random(0).getrandbits
 
 pytest.register_assert_rewrite("tests.helpers", "tests.processes")

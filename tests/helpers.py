@@ -137,7 +137,7 @@ class Interrupt(pl.Callback):
 
 
 def run_interrupted(
-    config: Config, action: Callable[[], None], expected: type[BaseException], hook: str = "training"
+    config: Config, action: Callable[[], None], expected: type[BaseException], hook: str = "training", *, resume=False
 ) -> BaseException:
     """Runs until `action` interrupts the second epoch; returns the exception, which has to be of the expected type."""
     module = importlib.import_module("sequencer.training.setup")
@@ -145,7 +145,7 @@ def run_interrupted(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "_build_trainer", lambda c, callbacks: build(c, [Interrupt(action, hook), *callbacks]))
         with pytest.raises(expected) as error:
-            run(config)
+            run(config, resume=resume)
     return error.value
 
 

@@ -77,6 +77,12 @@ def test_every_link_leads_somewhere(document):
             assert anchor in slugs, target
 
 
+@pytest.mark.parametrize("document", [*DOCUMENTS, ROOT / "CHANGELOG.md"], ids=lambda path: path.name)
+def test_every_file_named_exists(document):
+    names = re.findall(r"`((?:tests|scripts|conf|docs|sequencer)/[\w./-]+)`", document.read_text())
+    assert [name for name in names if not (ROOT / name).exists()] == []
+
+
 def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 120
 

@@ -183,6 +183,9 @@ def test_too_many_unreadable_images_end_the_work(script, run_of_30_classes, fold
     assert script.main([str(run_of_30_classes)]) == 1
     assert "1 of 60 val images cannot be read, more than data.max_bad_share=0.01 allows" in check_error(capsys)
     assert [path.name for path in (run_of_30_classes / "evaluation").iterdir()] == ["bad_samples.csv"]
+    Image.new("RGB", (12, 10)).save(folder_of_30_classes / "val" / "[class] 00" / "0.png")
+    assert script.main([str(run_of_30_classes)]) == 0
+    assert not (run_of_30_classes / "evaluation" / "bad_samples.csv").exists()  # that of the other evaluation
 
 
 def check_error(capsys) -> str:

@@ -13,7 +13,7 @@ import timm
 import torch
 from safetensors.torch import load_file
 
-from sequencer.export import GRAPHS, WEIGHTS, recurrence
+from sequencer.export import recurrence
 from sequencer.models import create_model, load_model, load_weights, read_checkpoint, read_weights
 from tests.helpers import ARGS, DIGITS, SCRIPTS, exit_code, save_run
 
@@ -32,10 +32,6 @@ def run_folder(tmp_path):
 
 def certificate(folder: str | Path) -> dict:
     return json.loads((Path(folder) / "certificate.json").read_text())
-
-
-def test_formats(script):
-    assert (tuple(GRAPHS), tuple(WEIGHTS)) == (script.GRAPHS, script.WEIGHTS)
 
 
 @pytest.mark.parametrize(("form", "name"), [("onnx", "model.onnx"), ("torch_export", "model.pt2")])

@@ -1,4 +1,4 @@
-"""What may be asked for: the schema of a run, the checks of a request, and sweeps. Imports neither torch nor timm."""
+"""The configuration: the schema of a run, the checks of a request, and sweeps. Imports neither torch nor timm."""
 
 from sequencer.config.composition import compose
 from sequencer.config.conf_files import conf_dir

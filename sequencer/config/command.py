@@ -17,7 +17,7 @@ from sequencer.names import BACKENDS
 
 @dataclass(frozen=True)
 class CommandLine:
-    """What a command line asks for."""
+    """A parsed command line of `train.py`."""
 
     flags: Namespace  # Hydra's own flags
     overrides: tuple[Override, ...]  # all but `plan` and `resume`
@@ -33,7 +33,7 @@ class CommandLine:
 
     @property
     def lines(self) -> list[str]:
-        """The overrides as Hydra is to compose them.
+        """The overrides that Hydra composes, as text.
 
         Raises:
             RequestError: An unknown key or choice.
@@ -42,7 +42,7 @@ class CommandLine:
 
     @property
     def first_lines(self) -> list[str]:
-        """The same with the first value of each key that is swept over: the first trial of a sweep.
+        """The overrides of the first trial of a sweep, in which each swept key has its first value.
 
         Raises:
             RequestError: An unknown key or choice.
@@ -50,7 +50,7 @@ class CommandLine:
         return complete(self.overrides, self.files.groups, first=True)
 
     def compose(self) -> Composed:
-        """Composes `first_lines`.
+        """Composes the configuration, of a sweep that of its first trial.
 
         Raises:
             RequestError: An unknown key or choice, or a value of the wrong type.
@@ -77,7 +77,11 @@ def parse_command(arguments: list[str]) -> CommandLine:
     if not isinstance(plan, bool | None):
         raise RequestError(f"plan={plan}: it is true or false")
     if plan and resume:
-        raise RequestError("plan=true is for a run that is to start, not for one that is resumed")
+        raise RequestError("plan=true and resume=RUN exclude each other: a plan is made of a new run")
+    if resume and flags.cfg:
+        raise RequestError(
+            f"--cfg shows what a new run would be; that of the run is in {Path(str(resume), 'config.yaml')}"
+        )
     others = tuple(override for override in overrides if override.key_or_group not in ("plan", "resume"))
     return CommandLine(flags, others, files, bool(plan), None if resume is None else Path(str(resume)))
 
@@ -97,7 +101,7 @@ def check_restarts(command: CommandLine) -> None:
     """Checks that a run which torchrun may restart has a folder that the restart finds.
 
     Raises:
-        RequestError: It has none.
+        RequestError: The command does not name its `run_dir`.
     """
     named = any(override.key_or_group == "run_dir" for override in command.overrides)
     if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0 and not named:
@@ -106,7 +110,7 @@ def check_restarts(command: CommandLine) -> None:
 
 def _check_flags(flags: Namespace) -> None:
     if flags.experimental_rerun:
-        raise RequestError("--experimental-rerun is not supported: resume=RUN goes on with a run")
+        raise RequestError("--experimental-rerun is not supported: resume=RUN resumes a run")
     modes = [name for name in ("run", "multirun", "cfg", "shell_completion", "info") if getattr(flags, name)]
     if len(modes) > 1:
         raise RequestError(f"--{modes[0]} and --{modes[1]} exclude each other".replace("_", "-"))

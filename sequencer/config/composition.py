@@ -1,4 +1,4 @@
-"""From overrides to a typed configuration, by Hydra's composition."""
+"""Composition of overrides into a typed configuration, by Hydra."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -39,7 +39,7 @@ def compose(overrides: Sequence[str] = (), config_dir: str | Path | None = None)
 
 @dataclass(frozen=True)
 class Composed:
-    """A composed configuration, and what Hydra's own node says of sweeps."""
+    """A composed configuration, and Hydra's own settings of a sweep."""
 
     config: DictConfig
     multirun: bool  # a recipe asks for a sweep

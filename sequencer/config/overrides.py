@@ -32,7 +32,7 @@ def parse_overrides(lines: Sequence[str]) -> list[Override]:
 
 
 def complete(overrides: Sequence[Override], groups: dict[str, list[str]], first: bool = False) -> list[str]:
-    """Checks the key and the choice of each override and returns them as Hydra is to compose them.
+    """Checks the key and the choice of each override and returns the overrides that Hydra composes, as text.
 
     `data=NAME` without an experiment selects the recipe of that name, or none, so that no values of another recipe
     are inherited. `model.kwargs` may be given new keys.
@@ -61,8 +61,8 @@ def check_key(override: Override, groups: dict[str, list[str]]) -> None:
     """Checks that an override names a key of the schema, or a group and one of its choices.
 
     Raises:
-        RequestError: It does not, and the message names the nearest key or choice; or it names a plugin of Hydra that
-            is not installed.
+        RequestError: There is no such key or choice, and the message names the nearest one; or the override needs a
+            plugin of Hydra that is not installed.
     """
     key = override.key_or_group
     if key in groups:

@@ -26,7 +26,7 @@ def request(config: Config) -> Request:
     """Decides whether a configuration starts a run or resumes the one in its `run_dir`.
 
     Raises:
-        RequestError: `run_dir` holds another run, or files that are none.
+        RequestError: `run_dir` holds another run, or files but no run.
     """
     run_dir = Path(config.run_dir)
     if os.environ.get("RANK", "0") != "0":  # rank 0 decides and tells the other ranks
@@ -50,7 +50,7 @@ def resume_request(command: CommandLine) -> Request:
     """Returns the resumption of the run that `resume=RUN` names, with the changes that the other overrides ask for.
 
     Raises:
-        RequestError: RUN is no run folder, or a value is to change that would make it another run.
+        RequestError: RUN is not a run folder, or an override changes a key that may not change.
     """
     assert command.resume is not None
     refuse_sweep(command)
@@ -75,7 +75,7 @@ def refuse_sweep(command: CommandLine) -> None:
         RequestError: A key is given several values, or a resumed run is to be a sweep.
     """
     if command.resume and command.flags.multirun:
-        raise RequestError("resume=RUN resumes one run: leave out -m, or give the sweep's own command to go on with it")
+        raise RequestError("resume=RUN resumes one run: leave out -m, or repeat the command of a sweep to resume it")
     for override in command.overrides:
         if override.is_sweep_override():
             key, values = override.get_key_element(), ",".join(map(str, swept_values(override)))
@@ -86,7 +86,7 @@ def load_run(run_dir: Path) -> DictConfig:
     """Loads the configuration of a run, with the defaults of keys that are newer than it.
 
     Raises:
-        RequestError: There is none, or it cannot be read.
+        RequestError: The folder has no configuration, or it cannot be read.
     """
     path = run_dir / "config.yaml"
     if not path.is_file():
@@ -100,7 +100,7 @@ def load_run(run_dir: Path) -> DictConfig:
 
 
 def _changeable(node: type, prefix: str = "") -> list[str]:
-    """Returns the keys that may change when a run is resumed; a section of which all may change by its own name."""
+    """Returns the keys that may change when a run is resumed; one entry for a section whose keys may all change."""
     found, complete = [], True
     for field in fields(node):
         key = f"{prefix}{field.name}"

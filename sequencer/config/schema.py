@@ -251,7 +251,7 @@ class LoggerConfig:
 
 @dataclass
 class Config:
-    """A run."""
+    """Keys of the run as a whole."""
 
     name: str = knob("${data.name}", "name of the run: its folder and its title in loggers")
     seed: int = knob(0, "seed of all random numbers", low=0, high=2**32 - 1)
@@ -268,7 +268,7 @@ class Config:
 
 
 def lower_is_better(metric: str) -> bool:
-    """Whether `trainer.best_metric` improves by falling."""
+    """Whether a lower value of `trainer.best_metric` is better."""
     return metric.endswith("loss")
 
 

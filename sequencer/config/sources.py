@@ -23,7 +23,7 @@ class Sources:
     """The place that gives each key its final value: the schema, a YAML file or the command line.
 
     Args:
-        command: a valid command; of values that are swept over, the first counts.
+        command: a valid command; a swept key has its first value.
     """
 
     def __init__(self, command: CommandLine) -> None:
@@ -45,7 +45,7 @@ class Sources:
                     self._places[leaf] = (COMMAND_LINE, value)
 
     def __getitem__(self, key: str) -> str:
-        """Returns the source of a key; of a key that interpolates another one, the source of that."""
+        """Returns the source of a key; an interpolated key reports the source of its target."""
         place, value = self._places.get(key, (SCHEMA, DEFAULTS.get(key)))
         if isinstance(value, str) and (found := re.fullmatch(r"\$\{([\w.]+)\}", value)):
             return self[found[1]]
@@ -53,5 +53,5 @@ class Sources:
 
 
 def _shown(path: Path, main: Path) -> str:
-    """Returns the path of one of the project's own files from `conf/` on, and of a user's file as given."""
+    """Returns the path that is shown: `conf/...` for the project's files, the given path for a user's file."""
     return str(Path("conf", path.relative_to(main))) if path.is_relative_to(main) else str(path)

@@ -34,9 +34,9 @@ INTERRUPTED = (130, 143, -signal.SIGINT, -signal.SIGTERM)
 
 @dataclass(frozen=True)
 class Sweep:
-    """A sweep that can start."""
+    """A sweep whose values have been checked."""
 
-    command: CommandLine  # with what the recipe varies
+    command: CommandLine  # including the values that the recipe sweeps over
     config: Config  # of the first trial
     trials: int
     lines: list[str]  # the overrides for Hydra
@@ -78,7 +78,7 @@ def _with_value(command: CommandLine, override: Override, value: Any) -> Compose
 
 
 def _count(command: CommandLine, composed: Composed) -> int:
-    """Returns the number of trials; that of a search is its own setting."""
+    """Returns the number of trials; for a search it is `hydra.sweeper.n_trials`."""
     last = {override.key_or_group: override for override in command.overrides if override.is_sweep_override()}
     if any(isinstance(override.value(), IntervalSweep) for override in last.values()):
         return int(composed.sweeper.get("n_trials", 1))
@@ -86,7 +86,7 @@ def _count(command: CommandLine, composed: Composed) -> int:
 
 
 def _hydra_lines(command: CommandLine, run_dir: str) -> list[str]:
-    """Returns the overrides for Hydra, with the sweep's folder and the keys that name no trial."""
+    """Returns the overrides for Hydra, with the sweep's folder and the keys left out of the names of trials."""
     lines = command.lines
     constant = {override.key_or_group for override in parse_overrides(lines) if not override.is_sweep_override()}
     excluded = ",".join(sorted({*constant, "run_dir"}))
@@ -111,7 +111,7 @@ def check_trials(folder: Path) -> None:
     """Checks that no trial of a finished sweep has failed.
 
     Raises:
-        RuntimeError: Some have; the message names the first three.
+        RuntimeError: Trials have failed; the message names the first three.
     """
     if failed := sorted(path.stem for path in folder.glob("*.failed")):
         listed = f"{'; '.join(failed[:3])}{'; ...' if len(failed) > 3 else ''}"
@@ -119,7 +119,7 @@ def check_trials(folder: Path) -> None:
 
 
 def run_trial(script: str, composed: DictConfig) -> float | None:
-    """Runs the trial that Hydra has composed, as a command of its own.
+    """Runs the trial that Hydra has composed, in a process of its own.
 
     Args:
         script: path of `train.py`.
@@ -155,7 +155,7 @@ def _flags(hydra: Any) -> list[str]:
 
 
 def _value(summary: dict[str, Any], trainer: DictConfig) -> float:
-    """Returns the metric that a search optimises; where the last epoch is taken as the best, the top-1 of its slot."""
+    """Returns the metric that a search optimises: `trainer.best_metric`, or for `epoch` the top-1 of `trainer.slot`."""
     last = "val_ema/top1" if trainer.slot == "ema" else "val/top1"
     return float(summary[last if trainer.best_metric == "epoch" else trainer.best_metric])
 

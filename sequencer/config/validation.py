@@ -25,7 +25,7 @@ def validate(config: Config) -> None:
 
 
 def _check_bounds(node: Any, prefix: str = "") -> None:
-    """Checks the choices and bounds of every knob of a section and its sub-sections."""
+    """Checks the choices and bounds of every key of a section and its sub-sections."""
     for field in dataclasses.fields(node):
         key, value = prefix + field.name, getattr(node, field.name)
         if dataclasses.is_dataclass(value):
@@ -53,7 +53,7 @@ def _check_optim(config: Config) -> None:
             if "ema" in getattr(trainer, key):
                 raise RequestError(f"trainer.{key}={getattr(trainer, key)} needs an average: set optim.ema_decay")
     if trainer.best_metric == "epoch" and trainer.early_stopping_patience is not None:
-        raise RequestError("trainer.early_stopping_patience needs a trainer.best_metric that can fail to get better")
+        raise RequestError("trainer.early_stopping_patience needs a trainer.best_metric other than epoch")
     if optim.warmup_epochs + optim.cooldown_epochs > trainer.max_epochs:
         raise RequestError(
             f"optim.warmup_epochs={optim.warmup_epochs} and cooldown_epochs={optim.cooldown_epochs} are part of "

@@ -30,7 +30,7 @@ class IndexedSplit(Split):
     def __init__(self, labels: Sequence[int] | np.ndarray, class_names: Sequence[str], location: str) -> None:
         super().__init__(class_names, location)
         self._stored_labels = np.asarray(labels, dtype=np.int64)
-        self.indices = np.arange(len(labels))  # of this split's images among the stored ones
+        self.indices = np.arange(len(labels))  # of the stored images that belong to this split
 
     @abstractmethod
     def load(self, index: int) -> Any:
@@ -44,8 +44,7 @@ class IndexedSplit(Split):
         return len(self.indices)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        """
-        The transformed image and its label.
+        """The transformed image and its label.
 
         Raises:
             UnreadableImage: the image cannot be read; the quarantine has recorded it.
@@ -115,7 +114,7 @@ class IndexedSplit(Split):
         return len(indices), bad
 
     def examples(self, number: int) -> list[tuple[Any, int]]:
-        """Up to `number` readable items, spread over the split; of every four images one is enough."""
+        """Up to `number` readable items, spread over the split; reads up to four times as many images."""
         order = np.linspace(0, len(self) - 1, min(len(self), 4 * number)).astype(int).tolist()
         found = [(image, label) for image, label, _ in ReadableSet(self).__getitems__(order)]
         return found[:: max(1, len(found) // number)][:number]

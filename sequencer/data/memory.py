@@ -152,7 +152,7 @@ class MemoryTrainSet(Dataset[Any]):
         return [self.stored.normalise(images), self.stored.labels[chosen]]
 
     def _draw(self, epoch: int) -> None:
-        """Draws crops and flips of all images for an epoch, on the CPU and then moved, once."""
+        """Draws the crops and flips of all images on the CPU and moves them to the device, once per epoch."""
         if epoch == self._epoch:
             return
         generator = seeded_generator(f"{self.seed} {epoch} crops and flips")  # unrelated to the order of the epoch

@@ -1,9 +1,8 @@
 """The table of data sets, and how a split of one is opened.
 
 A new data set is a row of `DATA_SETS`, a name in `sequencer.names` and a YAML file in `conf/data/`; `add_data_set` adds
-one from outside the package. Its row names a function that opens a split as a
-`FileSplit`, a `MemorySplit` or any other `Split`; errors, held-out validation images and the check of the classes are
-the same for all sets.
+one from outside the package. A row names a function that opens a split as a `FileSplit`, a `MemorySplit` or any other
+`Split`; errors, held-out validation images and the check of the classes are the same for all sets.
 """
 
 from collections.abc import Callable
@@ -43,8 +42,8 @@ class DataSet:
     """What a data set needs.
 
     Args:
-        open: opens a split of the configured set. Without a validation split of the set's own it is never asked for
-            `val`. What it raises of `ERRORS` is reported with `layout` and `remedy`.
+        open: opens a split of the configured set; called with `val` only if `has_val`. If it raises one of `ERRORS`,
+            the message for the user names `layout` and `remedy`.
         has_val: whether the set has a validation split; otherwise `data.val_fraction` of its training images is held
             out, for which they must be readable one by one.
         has_test: whether the configured set has a test split.
@@ -64,7 +63,7 @@ class DataSet:
 def open_split(config: DataConfig, name: SplitName, transform: Transform) -> Split:
     """Opens one split of a data set; `transform` is applied to its images.
 
-    Of a set without a validation split a fixed, stratified share (`data.val_fraction`) of the training images is held
+    For a set without a validation split, a fixed, stratified share (`data.val_fraction`) of the training images is held
     out, independent of the seed.
 
     Raises:

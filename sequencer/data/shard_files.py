@@ -46,7 +46,7 @@ class ShardReader:
         self._stream: Iterator[Sample] = iter(())
 
     def read(self, numbers: np.ndarray) -> dict[int, Sample | UnreadableImage]:
-        """Samples by their numbers, which ascend within a shard; an error takes the place of one that is lost."""
+        """Samples by their numbers, which ascend within a shard; a lost sample is replaced by its error."""
         shards = np.searchsorted(self.starts, numbers, side="right") - 1
         found: dict[int, Sample | UnreadableImage] = {}
         for shard in dict.fromkeys(shards.tolist()):
@@ -119,7 +119,7 @@ def resolve(root: str, name: str) -> str:
     """The address of a file that an index names, relative to the index unless it is absolute.
 
     Raises:
-        RequestError: the address is of a kind that would run a command.
+        RequestError: the address has another scheme, such as one that runs a command.
     """
     url = name if urlparse(name).scheme or name.startswith("/") else f"{root.rstrip('/')}/{name}"
     if urlparse(url).scheme not in SCHEMES or "'" in url:

@@ -26,11 +26,11 @@ from sequencer.data.split import CHECKED_AT_ONCE, CPU, Split, SplitName, make_lo
 
 
 class ShardSplit(Split):
-    """A split in shards, whose samples are numbered through all of them.
+    """A split in shards, whose samples are numbered across all shards.
 
     Raises:
         OSError: there is no index.
-        RequestError: the index names no classes, or addresses that would run a command.
+        RequestError: the index names no classes, or an address that is not allowed.
     """
 
     def __init__(self, config: DataConfig, split: SplitName) -> None:
@@ -105,7 +105,7 @@ class ShardSplit(Split):
         return 0, []
 
     def examples(self, number: int) -> list[tuple[Any, int]]:
-        """The first readable ones among the first `4 * number` samples."""
+        """Up to `number` readable items among the first `4 * number` samples."""
         samples = self.reader().read(np.arange(min(len(self), 4 * number)))
         found = []
         for sample in samples.values():
@@ -136,7 +136,7 @@ class ShardSampler(EpochSampler):
         return ((epoch, index) for index in range(self._skipped(epoch) * size, self.batches_per_epoch * size))
 
     def order(self, rank: int) -> ShardOrder:
-        """What a rank reads."""
+        """The order in which a rank reads samples."""
         return ShardOrder(
             self.starts,
             self.batches_per_epoch * self.batch_size,

@@ -1,4 +1,4 @@
-"""The interface of a split of a data set, behind which image files, sets in memory and shards stand."""
+"""The interface of a split of a data set, which image files, sets in memory and shards implement."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,7 +18,7 @@ from sequencer.data.seeding import START, EpochSampler, Position
 SplitName = Literal["train", "val", "test"]
 Transform = Callable[[Any], Any]
 CPU = torch.device("cpu")
-CHECKED_AT_ONCE = 64  # images, where all of a split are decoded
+CHECKED_AT_ONCE = 64  # images, when every image of a split is decoded
 
 
 class Split(ABC):
@@ -56,7 +56,7 @@ class Split(ABC):
     def sampler(
         self, config: DataConfig, seed: int, rank: int = 0, world_size: int = 1, position: Position = START
     ) -> EpochSampler:
-        """The order of the training images on one rank; `position` is where a resumed run goes on."""
+        """The order of the training images on one rank; a resumed run starts at `position`."""
 
     @abstractmethod
     def training_loader(

@@ -134,11 +134,11 @@ def channel_statistics(config: DataConfig) -> tuple[tuple[float, ...], tuple[flo
     for name, values in (("mean", config.mean), ("std", config.std)):
         if len(values) not in (1, chans):
             raise RequestError(
-                f"data.{name} has {len(values)} values, data.in_chans={chans}: give one value, or one a channel"
+                f"data.{name} has {len(values)} values, data.in_chans={chans}: give one value, or one per channel"
             )
     return tuple(config.mean * (chans // len(config.mean))), tuple(config.std * (chans // len(config.std)))
 
 
 def _fixed_interpolation(config: DataConfig) -> str:
-    """The interpolation of all resizing but RandomResizedCrop, which alone can draw one at random."""
+    """The interpolation of resizing other than RandomResizedCrop, which alone supports `random`."""
     return "bicubic" if config.interpolation == "random" else config.interpolation

@@ -47,7 +47,7 @@ def check_img_size(loaded: LoadedModel, img_size: int) -> None:
     """Checks by a forward pass on the CPU that the model takes square images of `img_size` pixels.
 
     Raises:
-        RequestError: It does not.
+        RequestError: The model does not take this size.
     """
     try:
         loaded.model(torch.zeros(1, loaded.pretrained_cfg["input_size"][0], img_size, img_size))

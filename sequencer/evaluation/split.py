@@ -25,7 +25,7 @@ log = logging.getLogger("sequencer")
 
 @dataclass(frozen=True)
 class Evaluation:
-    """How a model does on a split; the same on every rank, but for the times."""
+    """The results of a model on a split; the same on every rank except for the times."""
 
     arch: str
     slot: str  # raw or ema

@@ -19,7 +19,7 @@ def write_evaluation(evaluation: Evaluation, folder: Path, model: str) -> None:
 
     Args:
         evaluation: What to write.
-        folder: Where to.
+        folder: Folder that the files are written to.
         model: What the model was loaded from; noted in `evaluation.json`.
     """
     names, rows = evaluation.class_names, []

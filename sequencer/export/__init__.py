@@ -1,15 +1,13 @@
 """Export of models: model folders, ONNX graphs, torch.export programs and weight files."""
 
 from sequencer.export.description import describe_export
-from sequencer.export.export import GRAPHS, WEIGHTS, export_graph, export_weights
+from sequencer.export.export import export_graph, export_weights
 from sequencer.export.folder import push, save_model_folder, write_model_folder
 from sequencer.export.formats import to_onnx
 from sequencer.export.provenance import commit, versions
 from sequencer.export.verify import Mismatch
 
 __all__ = [
-    "GRAPHS",
-    "WEIGHTS",
     "Mismatch",
     "commit",
     "describe_export",

@@ -23,10 +23,8 @@ from sequencer.models import (
     read_weights,
     to_paper_layout,
 )
+from sequencer.names import EXPORTED_GRAPHS, EXPORTED_WEIGHTS
 from sequencer.timm_internals import generate_readme
-
-GRAPHS = {"onnx": "model.onnx", "torch_export": "model.pt2"}
-WEIGHTS = {"hub": "model.safetensors", "timm": "model.safetensors", "paper": "model.pth"}
 
 
 def export_graph(
@@ -36,8 +34,8 @@ def export_graph(
 
     Args:
         loaded: The model.
-        folder: An existing folder, into which the file named in `GRAPHS` is written.
-        form: A key of `GRAPHS`: `onnx` or `torch_export`.
+        folder: An existing folder, into which the file named in `EXPORTED_GRAPHS` is written.
+        form: A key of `EXPORTED_GRAPHS`: `onnx` or `torch_export`.
         img_size: Height and width of the images that the graph accepts, in pixels. The batch size is free.
         dtype: Data type of weights and computations, `fp32` or `fp16`; inputs and outputs are float32 in both cases.
         with_preprocessing: If True, the graph takes uint8 images `B H W C` and returns probabilities. Otherwise it
@@ -50,7 +48,7 @@ def export_graph(
         Mismatch: The outputs of the graph differ from those of the model.
         RequestError: ONNX has no operator for the model's cell.
     """
-    path = folder / GRAPHS[form]
+    path = folder / EXPORTED_GRAPHS[form]
     description = describe_export(loaded, img_size, with_preprocessing)
     (to_onnx if form == "onnx" else to_program)(loaded.model, path, description, DTYPES[dtype])
     return certify(load_exported(path), loaded, path, img_size, dtype)
@@ -61,9 +59,9 @@ def export_weights(loaded: LoadedModel, folder: Path, form: str, name: str) -> d
 
     Args:
         loaded: The model.
-        folder: An existing folder, into which the file named in `WEIGHTS` is written, for `hub` also `config.json` and
-            the model card `README.md`.
-        form: A key of `WEIGHTS`: `hub`, `timm` or `paper`.
+        folder: An existing folder, into which the file named in `EXPORTED_WEIGHTS` is written, for `hub` also
+            `config.json` and the model card `README.md`.
+        form: A key of `EXPORTED_WEIGHTS`: `hub`, `timm` or `paper`.
         name: The name by which `timm.create_model` loads the folder, which the model card of `hub` shows.
 
     Returns:
@@ -72,7 +70,7 @@ def export_weights(loaded: LoadedModel, folder: Path, form: str, name: str) -> d
     Raises:
         Mismatch: The outputs with the exported weights differ from those of the model.
     """
-    path = folder / WEIGHTS[form]
+    path = folder / EXPORTED_WEIGHTS[form]
     channels, img_size, _ = loaded.pretrained_cfg["input_size"]
     if form == "hub":
         write_model_folder(loaded, folder)

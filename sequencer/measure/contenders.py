@@ -117,7 +117,7 @@ def check_peers(names: Sequence[str]) -> None:
     """Checks that every peer of a model is `timm` or the name of a timm model.
 
     Raises:
-        RequestError: One is not.
+        RequestError: A peer is neither.
     """
     for name in names:
         if name != "timm" and not timm.is_model(name):

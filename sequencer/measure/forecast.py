@@ -38,7 +38,7 @@ def plan(config: Config, sources: Sources, trials: int = 1) -> Plan:
     Args:
         config: The run.
         sources: Where its values come from.
-        trials: Trials of the sweep that the run is the first trial of.
+        trials: Number of trials, if the run is the first trial of a sweep.
 
     Raises:
         RequestError: As for the run itself.

@@ -69,8 +69,8 @@ def print_plan(plan: Plan, config: Config, description: list[str], trials: int) 
     Args:
         plan: What to print.
         config: The run.
-        description: Lines about the parts of the run; the first one names the model, which is printed anyway.
-        trials: Trials of the sweep that the run is the first trial of.
+        description: `Parts.description`, whose first line is left out, since the model is printed anyway.
+        trials: Number of trials, if the run is the first trial of a sweep.
     """
     say, measured, passes = get_console().print, plan.measured, config.trainer.accumulate_grad_batches
     say(f"\n{config.model.name}, {plan.parameters:,} parameters", highlight=False)

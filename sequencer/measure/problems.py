@@ -34,7 +34,7 @@ def _find_bad_images(split: Split) -> list[str]:
 
 
 def find_disk_problems(run_dir: Path, needed: int) -> list[str]:
-    """Says so if fewer than `needed` bytes are free where `run_dir` is to be."""
+    """Describes the problem if fewer than `needed` bytes are free on the disk of `run_dir`."""
     folder = run_dir.absolute()
     while not folder.exists():
         folder = folder.parent

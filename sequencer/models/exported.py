@@ -1,6 +1,7 @@
 """Loading of exported files, ONNX graphs and torch.export programs, as models."""
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,9 @@ class Program(Exported):
     def __init__(self, path: Path) -> None:
         entries = {ENTRY: ""}
         try:
-            program = torch.export.load(path, extra_files=entries)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "The given buffer is not writable")  # torch 2.11, of its own buffers
+                program = torch.export.load(path, extra_files=entries)
         except Exception as error:
             raise CheckpointError(f"{path} is damaged or no torch.export program") from error
         super().__init__(_parse(entries[ENTRY], path))

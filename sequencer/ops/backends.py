@@ -66,7 +66,7 @@ def _triton_refusal(inputs: Inputs) -> str | None:
         return f"it serves {' and '.join(fused.CELLS)}"
     interpreted = inputs.device == "cpu" and inputs.requested and triton_kernels.interpreted()
     if inputs.device != "cuda" and not interpreted:
-        return "it runs on a GPU"
+        return "it needs a GPU"
     low, high = triton_kernels.HIDDEN_SIZES
     if not low <= inputs.hidden_size <= high:
         return f"its hidden sizes are {low} to {high}"
@@ -165,7 +165,7 @@ def _choose(
         inputs = Inputs(cell, hidden_size, dtype, device, requested=candidate == first)
         refusal = BACKENDS[candidate].refusal(inputs)
         if refusal is None:
-            why = "the fastest that serves it" if first == "auto" else f"{first} was asked for"
+            why = "the fastest available" if first == "auto" else f"{first} was asked for"
             return Choice(candidate, "; ".join([why, *(f"{name}: {reason}" for name, reason in refusals.items())]))
         if candidate == demanded:
             raise ValueError(f"the {demanded} backend cannot serve {cell}: {refusal}")

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from sequencer.ops import fused, torch_rnn
 from sequencer.ops.backends import BACKENDS, Settings, explain
@@ -74,7 +75,8 @@ def rnn2d(
         forward direction first. `K` is the channels of one axis, or twice that where `cat` joins both.
 
     Raises:
-        ValueError: The cell or the backend is unknown, or `backend` does not support the inputs.
+        ValueError: The cell or the backend is unknown, or `backend` does not support the inputs, or torch.func and
+            forward-mode derivatives, which are left to the reference.
     """
     # an axis is identified by its forward direction: 0 down the columns, 2 along the rows; see `sequencer.ops.fused`
     axes = {axis: layers for axis, layers in ((0, vertical), (2, horizontal)) if layers is not None}
@@ -84,8 +86,14 @@ def rnn2d(
     name = _backend(cell, hidden_size, dtype, x.device.type, backend)
     if torch.compiler.is_exporting():
         name = "torch" if cell in torch_rnn.FUNCTIONS else "reference"  # these run without this package
-    elif torch.compiler.is_compiling() and name == "torch":
-        name = "reference"  # inductor fails on oneDNN's LSTM primitive
+    elif torch.compiler.is_compiling():
+        name = "reference" if name == "torch" else name  # inductor fails on oneDNN's LSTM primitive
+    elif _is_transforming():
+        if backend not in (None, "auto", "reference"):
+            raise ValueError(
+                f"the {backend} backend does not support torch.func and forward-mode derivatives: use the reference"
+            )
+        name = "reference"
     rnn = BACKENDS[name].rnn
     if rnn is None:
         joined = _run_fused(x, axes, name, packed)
@@ -95,6 +103,15 @@ def rnn2d(
     if len(outputs) == 1:
         return outputs[0]
     return outputs[0] + outputs[1] if union == "add" else torch.cat(outputs, dim=-1)
+
+
+def _is_transforming() -> bool:
+    """Whether a transform of torch.func or forward-mode differentiation is active.
+
+    The kernels of the other backends have no rules for them, and would silently drop a tangent. Both checks are private
+    interfaces of torch, as read in 2.14.
+    """
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
 def _run_axis(x: Tensor, axis: int, layers: Layers, cell: str, rnn: Callable[[Tensor, Layers, str], Tensor]) -> Tensor:

@@ -133,8 +133,10 @@ CELLS = {
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
     """Returns autocast's dtype, or None where it is disabled or does not support the device (e.g. meta)."""
-    known = torch.amp.is_autocast_available(device_type)
-    return torch.get_autocast_dtype(device_type) if known and torch.is_autocast_enabled(device_type) else None
+    # torch 2.11 cannot trace the check, which is for devices that are not compiled for, such as meta
+    if not torch.compiler.is_compiling() and not torch.amp.is_autocast_available(device_type):
+        return None
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
 
 
 def scan(x: Float[Tensor, "N T C"], w: Weights, cell: str, reverse: bool = False) -> Float[Tensor, "N T D"]:

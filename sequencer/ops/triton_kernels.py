@@ -21,8 +21,10 @@ import os
 from collections.abc import Sequence
 from typing import no_type_check
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
 try:
     import triton
@@ -49,7 +51,9 @@ def unavailable() -> str | None:
     if triton is None:
         return "triton is not installed"
     if interpreted():
-        return None
+        # Triton 3.6, that of torch 2.11, converts arrays of one element to scalars, which NumPy 2.4 refuses
+        refused = TorchVersion(triton.__version__) < "3.8" and TorchVersion(np.__version__) >= "2.4"
+        return f"the interpreter of Triton {triton.__version__} needs NumPy below 2.4" if refused else None
     if not torch.cuda.is_available():
         return "there is no GPU"
     if torch.cuda.get_device_capability() < (8, 0):

@@ -96,7 +96,7 @@ class WandbGuard(Logger):
 
     @property
     def _sync(self) -> str:
-        """Tells how to send the rows that W&B lacks."""
+        """The end of a log message that names the command which sends missing rows."""
         return f"; send what it lacks with: wandb sync {shlex.quote(str(self._folder))}"
 
     def _serve(self) -> None:

@@ -60,7 +60,9 @@ class SafeCheckpointIO(CheckpointIO):
 def _remedy(folder: Path) -> str:
     """Says which checkpoint is intact and how to resume from it, if there is one."""
     last = folder / "last.ckpt"
-    return f"{last} is the last good one; make room and go on with resume={folder.parent}" if last.exists() else ""
+    return (
+        f"{last} is the last good one; free disk space and resume with resume={folder.parent}" if last.exists() else ""
+    )
 
 
 def find_checkpoint(folder: Path) -> Path | None:
@@ -82,7 +84,7 @@ def find_checkpoint(folder: Path) -> Path | None:
             damaged.append(error)
             continue
         if damaged:
-            log.warning("%s; going on from %s", damaged[0], path)
+            log.warning("%s; resuming from %s", damaged[0], path)
         return path
     if damaged:
         raise damaged[0]
@@ -104,7 +106,7 @@ class RunCheckpoints(Checkpoint):
             folder: where the checkpoints are written.
             best_metric: decides `best.ckpt`, see `trainer.best_metric`.
             interval: seconds between two saves within an epoch; 0 saves after every update.
-            seed: of the run, from which the random states of several ranks are made.
+            seed: seed of the run, from which the random states of several ranks are derived.
         """
         self.folder, self.best_metric, self.interval, self.seed = folder, best_metric, interval, seed
         self.sign = -1.0 if lower_is_better(best_metric) else 1.0
@@ -188,7 +190,7 @@ class RunCheckpoints(Checkpoint):
 
     def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: Classifier, checkpoint: dict[str, Any]) -> None:
         ranks = checkpoint[RANKS_KEY]
-        if len(ranks) == trainer.world_size:  # otherwise the random states start anew
+        if len(ranks) == trainer.world_size:  # otherwise every rank is seeded again
             self._random_state = ranks[trainer.global_rank]["random"]
 
 

@@ -31,7 +31,7 @@ class Diverged(SharedError):
         self.record = record
         super().__init__(
             f"epoch {record['epoch'] + 1}, batch {record['batches'][-1]['batch'] + 1}: {record['reason']}; the update "
-            f"was not applied and {run_dir / RECORD} tells more\n"
+            f"was not applied and {run_dir / RECORD} has the details\n"
             f"repeat it with: python scripts/replay.py {run_dir}"
         )
 
@@ -46,7 +46,7 @@ class DivergenceGuard(Callback):
         """
         Args:
             run_dir: folder that divergence.json is written to.
-            max_loss: a larger training loss is divergence.
+            max_loss: a larger training loss counts as divergence.
             data: names the images of a batch.
         """
         self.run_dir, self.max_loss, self.data = run_dir, max_loss, data

@@ -1,4 +1,4 @@
-"""Starting the ranks of a run, one a device, by torchrun."""
+"""Starting the ranks of a run, one per device, by torchrun."""
 
 import os
 import sys

@@ -39,7 +39,7 @@ def run(config: Config, resume: bool = False) -> dict[str, Any]:
 
     Args:
         config: the run; `sequencer.config.compose` makes one from overrides.
-        resume: whether to go on from the last checkpoint in the folder, or from the start where there is none yet.
+        resume: whether to resume from the last checkpoint in the folder; without one the run starts from the beginning.
 
     Returns:
         The content of the run's `summary.json`.

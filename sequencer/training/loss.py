@@ -37,8 +37,8 @@ class _CrossEntropy(nn.Module):
 class Teacher:
     """A fixed model that the trained one, the student, learns from (Hinton et al. 2015, arXiv 1503.02531).
 
-    It is not an `nn.Module`, so that its weights are in no checkpoint and no optimizer. It is given the student's
-    images, mixed or augmented as they are, resized and normalised as its own preprocessing would.
+    It is not an `nn.Module`, so that its weights are in no checkpoint and no optimizer. It receives the
+    student's augmented and mixed images, resized and normalised as its own preprocessing requires.
     """
 
     def __init__(self, loaded: LoadedModel, student: DataConfig, temperature: float) -> None:
@@ -97,7 +97,7 @@ def build_teacher(config: OptimConfig, data: DataConfig, class_names: list[str])
         raise RequestError(f"{where}: it takes images of {channels} channels, data.in_chans={data.in_chans}")
     classes = getattr(loaded.model, "num_classes", len(class_names))
     if classes != len(class_names):
-        raise RequestError(f"{where}: it knows {classes} classes, data={data.name} has {len(class_names)}")
+        raise RequestError(f"{where}: it has {classes} classes, data={data.name} has {len(class_names)}")
     if loaded.about and loaded.class_names and list(loaded.class_names) != class_names:
         raise RequestError(f"{where}: its classes have other names or another order than those of data={data.name}")
     return Teacher(loaded, data, config.distill_temperature)

@@ -101,9 +101,9 @@ class Classifier(pl.LightningModule):
         return window / last if batch_idx >= batches - last else 1.0
 
     def take_window_losses(self) -> list[float]:
-        """Hands over this rank's losses, one a batch, since the last update and resets them.
+        """Returns the losses of this rank's batches since the last update, and resets them.
 
-        To be called in `on_before_optimizer_step`, after which they are reset in any case.
+        Call it in `on_before_optimizer_step`, after which they are reset in any case.
         """
         losses = torch.stack(self._window_losses).tolist()
         self._window_losses.clear()
@@ -113,9 +113,9 @@ class Classifier(pl.LightningModule):
         self._window_losses.clear()  # comes after the callbacks' hooks
 
     def take_train_loss(self) -> float:
-        """Hands over the mean training loss per image of the epoch, over all ranks, and resets its sums.
+        """Returns the mean training loss per image of the epoch, over all ranks, and resets its sums.
 
-        To be called on every rank, in `on_train_epoch_end`. Where no callback does, it is logged as `train/loss`.
+        Call it on every rank, in `on_train_epoch_end`. If no callback does, the loss is logged as `train/loss`.
         """
         total, images = (sum(part) for part in zip(*distributed.gather(self._train_totals.tolist()), strict=True))
         self._train_totals.zero_()
@@ -157,7 +157,7 @@ class Classifier(pl.LightningModule):
         return self(images).softmax(dim=1)
 
     def configure_optimizers(self) -> dict[str, Any]:
-        """Builds optimizer and schedule of `self.lr`.
+        """Builds the optimizer and the schedule with the peak learning rate `self.lr`.
 
         Raises:
             MisconfigurationException: the number of updates is not known.

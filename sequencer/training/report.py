@@ -1,4 +1,4 @@
-"""The metrics of a run: one row an epoch in metrics.csv, the loggers and the log."""
+"""The metrics of a run: one row per epoch in metrics.csv, the loggers and the log."""
 
 import csv
 import logging

@@ -132,7 +132,7 @@ def _describe_batch(config: Config) -> str:
     size, passes, devices = config.data.batch_size, config.trainer.accumulate_grad_batches, distributed.world_size()
     parts = f"{size // devices} on each of {devices} device{'s' * (devices > 1)}"
     return (
-        f"batch {size * passes}: {parts}{f', {passes} passes an update' if passes > 1 else ''}; "
+        f"batch {size * passes}: {parts}{f', {passes} passes per update' if passes > 1 else ''}; "
         f"learning rate {config.optim.lr:g}, not scaled"
     )
 

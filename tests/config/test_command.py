@@ -68,7 +68,8 @@ def test_plan_and_resume_are_no_overrides():
         (["--resolve"], "--resolve needs --cfg or --help"),
         (["--experimental-rerun", "job.pickle"], "--experimental-rerun is not supported"),
         (["plan=yess"], "it is true or false"),
-        (["plan=true", "resume=runs/a"], "not for one that is resumed"),
+        (["resume=runs/a", "--cfg", "job"], "is in runs/a/config.yaml"),
+        (["plan=true", "resume=runs/a"], "exclude each other: a plan"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

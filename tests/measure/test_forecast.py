@@ -15,6 +15,7 @@ from sequencer.config.command import parse_command
 from sequencer.config.composition import to_config
 from sequencer.config.sources import Sources
 from sequencer.measure import Plan, forecast, plan
+from sequencer.measure.plan_result import Measured
 from sequencer.training import run
 from tests.helpers import SMALL, SMALL_MODEL
 
@@ -91,7 +92,7 @@ def test_max_steps_ends_an_epoch_early(planned, capsys):
 
 def test_forecast_is_the_sum_of_its_steps(planned, monkeypatch):
     """20 updates in 2.5 epochs of 8 training and 3 validation batches; 2 test batches."""
-    measured = forecast.Measured(step_s=2.0, val_s=0.5, rest_s=3.0, start_s=7.0, memory=1, disk=1 << 60)
+    measured = Measured(step_s=2.0, val_s=0.5, rest_s=3.0, start_s=7.0, memory=1, disk=1 << 60)
     monkeypatch.setattr(forecast, "_measure", lambda *args: measured)
     limits = [f"trainer.limit_{name}_batches={number}" for name, number in (("train", 8), ("val", 3), ("test", 2))]
     found, _ = planned(*limits, "trainer.max_epochs=9", "trainer.max_steps=20", "data.eval_batch_size=32")
@@ -164,9 +165,14 @@ def test_command(command, tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
-def test_plan_of_a_sweep(command, tmp_path, capsys):
+def test_plan_of_a_sweep(command, tmp_path, capsys, monkeypatch):
+    """Two epochs of four batches, 600 s each."""
+    measured = Measured(step_s=600.0, val_s=0.0, rest_s=0.0, start_s=0.0, memory=1, disk=1 << 20)
+    monkeypatch.setattr(forecast, "_measure", lambda *args: measured)
     command("-m", "seed=1,2,3", "plan=true")
-    assert "; 3 trials " in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "forecast: 80.0 min of training, 0 s of testing; 3 trials 4.0 h\n" in printed
+    assert "disk: 3 MiB in " in printed
     assert not list(tmp_path.iterdir())
 
 

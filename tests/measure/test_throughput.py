@@ -34,7 +34,7 @@ def test_loader_and_model(monkeypatch, delay):
     config = compose(["data=digits", "data.batch_size=4", *SMALL, SMALL_MODEL])
     loader, model = measure_loader(config, seconds=0.5)
     if delay:
-        assert 0 < loader <= 4 / delay
+        assert 1 / delay < loader <= 4 / delay  # images, not batches
         assert model > loader
     else:
         assert loader > 4 / 0.1
@@ -50,7 +50,7 @@ def test_both_loops_take_the_same_steps(monkeypatch):
         return parts
 
     monkeypatch.setattr(throughput, "build_parts", build_parts)
-    config = compose(["experiment=cifar10_cpu", "data.batch_size=2", *SMALL, SMALL_MODEL])
+    config = compose(["experiment=cifar10_cpu", "data.batch_size=2", "optim.min_lr=1e-4", *SMALL, SMALL_MODEL])
     seconds = measure_loops(config, batches=3, rounds=2)
     assert list(seconds) == ["bare loop", "Lightning"]
     assert all(len(values) == 2 and min(values) > 0 for values in seconds.values())
@@ -58,5 +58,8 @@ def test_both_loops_take_the_same_steps(monkeypatch):
     steps = {float(state["step"]) for state in bare.optimizer.state.values()}
     assert parts.trainer.global_step == 3 * 3  # with the epoch of warm-up
     assert steps == {9.0}
+    rates = [optimizer.param_groups[0]["lr"] for optimizer in (bare.optimizer, parts.trainer.optimizers[0])]
+    assert rates[0] == pytest.approx(rates[1])
+    assert rates[0] < config.optim.lr / 2  # the end of the schedule
     for model in (parts.model, bare.model):
         assert not torch.equal(model.state_dict()["head.fc.weight"], start["head.fc.weight"])

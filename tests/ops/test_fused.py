@@ -14,6 +14,8 @@ from torch import nn
 from sequencer.layers import RNN, RNN1d, RNN2d
 from sequencer.ops import Weights, cpu, fused, rnn2d, triton_kernels
 
+# of the interpreter of Triton 3.6, with NumPy 2.3
+pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0 to a scalar:DeprecationWarning")
 HAVE_TRITON = triton_kernels.unavailable() is None
 BACKENDS = [
     pytest.param("fused", marks=pytest.mark.skipif(bool(cpu.unavailable()), reason=f"no kernel: {cpu.unavailable()}")),

@@ -55,7 +55,7 @@ def empty(path: Path) -> None:
 def test_a_damaged_checkpoint_is_detected_and_the_one_before_is_used(config, tmp_path, whole, folder, damage):
     damage(folder / "last.ckpt")
     run(config(*STATEFUL, SAVE_ALWAYS), resume=True)
-    expected = f"{folder / 'last.ckpt'} is damaged or no checkpoint; going on from {folder / 'previous.ckpt'}"
+    expected = f"{folder / 'last.ckpt'} is damaged or no checkpoint; resuming from {folder / 'previous.ckpt'}"
     assert f"WARNING {expected}" in (tmp_path / "run" / "train.log").read_text()
     assert_same_run(whole, tmp_path / "run")
 

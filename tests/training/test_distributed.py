@@ -84,8 +84,10 @@ def test_several_ranks_make_the_run_of_one(of_one, tmp_path, ranks):
     one, many = summary(of_one), summary(tmp_path / "many")
     assert many["test/top1"] == one["test/top1"]
     assert many["test/loss"] == pytest.approx(one["test/loss"], rel=1e-5)
-    assert f"batch 72: {36 // ranks} on each of {ranks} devices, 2 passes an update" in output
+    assert f"batch 72: {36 // ranks} on each of {ranks} devices, 2 passes per update" in output
     assert output.count("epoch 1/4") == 1  # only rank 0 prints
+    for row in read_rows(tmp_path / "many"):  # the images of all ranks, in a part of the epoch's time
+        assert 15 * 36 / float(row["time/images_per_s"]) < float(row["time/epoch_s"]) + 0.001
 
 
 def test_gradients_are_those_of_one_rank(config, tmp_path):

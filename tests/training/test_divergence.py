@@ -1,8 +1,10 @@
 """Losses and gradients that are not finite, and losses that are too large."""
 
+import importlib
 import json
 import re
 from itertools import combinations
+from pathlib import Path
 
 import pytest
 import torch
@@ -100,12 +102,30 @@ def test_does_not_roll_back_for_ever(config, tmp_path):
     assert len(set(attempts)) == len(attempts)  # counted for each checkpoint
 
 
+def test_rollbacks_are_counted_for_each_checkpoint(config, monkeypatch):
+    lifecycle = importlib.import_module("sequencer.training.lifecycle")
+    saved, reshuffles = iter([0, 0, 5, 5, 5, 5]), []
+    record = {"epoch": 0, "batches": [{"batch": 0}], "reason": "the training loss is nan"}
+
+    def train(config, resume, times):
+        assert resume == bool(reshuffles)
+        reshuffles.append(times)
+        raise Diverged(record, Path(config.run_dir))
+
+    monkeypatch.setattr(lifecycle, "_train", train)
+    monkeypatch.setattr(lifecycle, "find_checkpoint", lambda folder: folder / "last.ckpt")
+    monkeypatch.setattr(lifecycle, "read_checkpoint", lambda path: {"global_step": next(saved)})
+    with pytest.raises(Diverged):
+        run(config("trainer.on_divergence=rollback"))
+    assert reshuffles == [0, 1, 2, 1, 2, 3]
+
+
 def test_replay(config, tmp_path, load_script, capsys):
     with pytest.raises(Diverged):
         run(config(*EXPLODING, *EMA, "data.augment.mixup=0.4"))
     script = load_script("replay")
     assert script.main([str(tmp_path / "run")]) == 0
-    assert "the same again: " in capsys.readouterr().out
+    assert "diverged in the same way: " in capsys.readouterr().out
     record = tmp_path / "run" / "divergence.json"
     changed = json.loads(record.read_text()) | {"weight_norm": 1.0}
     record.write_text(json.dumps(changed))

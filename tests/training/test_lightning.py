@@ -1,6 +1,8 @@
 """Classifier and DataModule in a plain Trainer, without this package's callbacks."""
 
+import re
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import pytorch_lightning as pl
@@ -106,12 +108,13 @@ def test_early_stopping_and_model_checkpoint_monitor_top1(module, data, trainer,
 
 
 def test_a_run_resumes_from_a_stock_checkpoint(config, data, trainer, tmp_path):
-    """From within an epoch, with the sums of that epoch."""
+    """Within an epoch, with the sums of that epoch; stock checkpoints hold no random states."""
+    settings = config("optim.lr=0.01", "data.augment.mixup=0", "model.drop_path_rate=0")
     results = []
     for name in ("whole", "broken"):
         checkpoint = ModelCheckpoint(tmp_path, every_n_train_steps=6, save_top_k=-1, filename="at_{step}")
         plain = trainer(callbacks=[checkpoint], enable_checkpointing=True)
-        module, served = build(config("optim.lr=0.01"), data.class_names), DataModule(config().data, seed=0)
+        module, served = build(settings, data.class_names), DataModule(settings.data, seed=0)
         path = tmp_path / "at_step=6.ckpt" if name == "broken" else None
         plain.fit(module, datamodule=served, ckpt_path=path, weights_only=True)
         results.append((module.state_dict(), dict(plain.callback_metrics)))
@@ -251,3 +254,14 @@ def test_without_a_callback_the_result_is_the_same_and_nothing_accumulates(confi
     row = read_rows(folder)[-1]
     metrics = {name: float(parts.trainer.callback_metrics[name]) for name in ("train/loss", *VALIDATION)}
     assert metrics == pytest.approx({name: float(row[name]) for name in metrics}, rel=1e-6)  # float32 in Lightning
+
+
+def test_the_example_of_the_documents(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    document = Path(__file__).parents[2] / "docs" / "reliability.md"
+    (example,) = re.findall(r"```python\n(.*?)```", document.read_text(), flags=re.DOTALL)
+    quick = "fast_dev_run=True, accelerator='cpu', enable_progress_bar=False"
+    assert "max_epochs=3" in example
+    names: dict = {}
+    exec(example.replace("max_epochs=3", quick).replace("experiment=digits", "data.num_workers=0"), names)
+    assert names["model"].head.fc.weight.abs().sum() > 0  # zero at first

@@ -19,6 +19,7 @@ from sequencer.training import Classifier, run
 from sequencer.training.divergence import DivergenceGuard
 from sequencer.training.ema import WeightEma
 from sequencer.training.random_state import get_random_state, set_random_state
+from sequencer.training.result import limited
 from tests.helpers import (
     EMA,
     STATEFUL,
@@ -68,7 +69,14 @@ def test_metrics_rows(finished):
     table = read_rows(finished[0])
     assert [row["epoch"] for row in table] == ["0", "1"]
     assert [row["step"] for row in table] == ["4", "8"]
-    assert all(float(row["train/loss"]) > 0 and float(row["time/epoch_s"]) > 0 for row in table)
+    assert all(float(row["train/loss"]) > 0 for row in table)
+    for row in table:  # 128 images, and validation on top of their time
+        assert 128 / float(row["time/images_per_s"]) < float(row["time/epoch_s"]) + 0.001
+
+
+@pytest.mark.parametrize(("limit", "batches"), [(None, 9), (4, 4), (20, 9), (0, 0), (0.5, 4), (1.0, 9), (0.0, 0)])
+def test_limits_of_batches_are_lightnings(limit, batches):
+    assert limited(9, limit) == batches
 
 
 def test_training_loss_is_the_mean_over_images(config, tmp_path, monkeypatch):
@@ -114,7 +122,7 @@ def test_a_short_last_window_of_accumulation_weighs_as_much_as_the_others(config
 def test_the_log_describes_batch_and_learning_rates(config, tmp_path):
     run(config("trainer.accumulate_grad_batches=2", "optim.lr=0.01", "optim.layer_decay=0.5", "trainer.max_epochs=1"))
     log = (tmp_path / "run" / "train.log").read_text()
-    assert "batch 64: 32 on each of 1 device, 2 passes an update; learning rate 0.01, not scaled" in log
+    assert "batch 64: 32 on each of 1 device, 2 passes per update; learning rate 0.01, not scaled" in log
     rates = {float(rate) for rate in re.findall(r"parameter group \d+: .*, lr ([0-9.e-]+),", log)}
     assert rates == {0.01, 0.005, 0.0025}  # head, block, stem: decay is in each group's own rate
 
@@ -144,6 +152,14 @@ def test_a_resumed_run_is_the_same_run(config, tmp_path, whole, workers, action,
     assert read_last(tmp_path / "run")["global_step"] == updates
     run(config(*options), resume=True)
     assert len(read_rows(whole)) == 3
+    assert_same_run(whole, tmp_path / "run")
+
+
+def test_a_run_stopped_twice_in_a_validation_is_the_same_run(config, tmp_path, whole):
+    """The second checkpoint holds the random states of the first: no batch has been trained on in between."""
+    for resume in (False, True):
+        run_interrupted(config(*STATEFUL), terminate, SystemExit, "validation", resume=resume)
+    run(config(*STATEFUL), resume=True)
     assert_same_run(whole, tmp_path / "run")
 
 
@@ -284,7 +300,7 @@ def test_backend_and_recompute(config, tmp_path, finished):
     weights = {name: read_last(folder)["state_dict"] for name, folder in folders.items()}
     losses = {name: float(read_rows(folder)[-1]["val/loss"]) for name, folder in folders.items()}
     assert "lstm: reference kernels (reference was asked for)" in (tmp_path / "reference" / "train.log").read_text()
-    assert (finished[0] / "train.log").read_text().count(" kernels (the fastest that serves it") == 1
+    assert (finished[0] / "train.log").read_text().count(" kernels (the fastest available") == 1
     assert losses["kept"] == losses["recomputed"]
     assert equal_tensors(weights["kept"], weights["recomputed"])
     assert losses["kept"] == pytest.approx(losses["reference"], rel=1e-3)

@@ -1,0 +1,50 @@
+"""Signals that ask a run to stop."""
+
+import os
+import signal
+
+import pytest
+
+from sequencer.training import interruption
+from sequencer.training.interruption import Interruption
+
+
+@pytest.fixture(autouse=True)
+def handlers():
+    """Restores the handlers of the process, which heeds Ctrl-C meanwhile."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def send(number: int) -> None:
+    os.kill(os.getpid(), number)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_signal_is_recorded(number):
+    heard = Interruption()
+    heard.listen()
+    send(number)
+    assert heard.signal == number
+
+
+def test_a_second_ctrl_c_interrupts_at_once(monkeypatch):
+    heard = Interruption()
+    heard.listen()
+    send(signal.SIGTERM)
+    send(signal.SIGINT)  # within `PATIENCE`: torchrun passes on what the terminal has sent
+    assert heard.signal == signal.SIGTERM
+    monkeypatch.setattr(interruption, "PATIENCE", 0.0)
+    with pytest.raises(KeyboardInterrupt):
+        send(signal.SIGINT)
+
+
+def test_ignored_signals_stay_ignored():
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    heard = Interruption()
+    heard.listen()
+    send(signal.SIGINT)
+    assert heard.signal is None
