@@ -69,9 +69,10 @@ def test_an_image_of_too_many_pixels_is_not_decoded(tmp_path, monkeypatch):
 
 
 def test_the_error_keeps_its_path_and_reason_between_processes():
-    error = pickle.loads(pickle.dumps(UnreadableImage(Path("a.jpg"), "no image")))
-    assert (error.path, error.reason) == ("a.jpg", "no image")
-    assert str(error) == "('a.jpg', 'no image')"
+    error = UnreadableImage(Path("a.jpg"), "no image")
+    received = pickle.loads(pickle.dumps(error))
+    assert (received.path, received.reason) == ("a.jpg", "no image")
+    assert str(received) == str(error) == "('a.jpg', 'no image')"
 
 
 def test_a_file_that_is_gone(tmp_path):

@@ -1,6 +1,8 @@
 """What the DataModule serves, and that it is a function of (seed, epoch) for any workers, ranks and earlier epochs."""
 
 import dataclasses
+import functools
+import io
 import random
 import warnings
 from itertools import combinations
@@ -9,6 +11,8 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
+from rich.console import Console
+from rich.progress import track
 
 from sequencer.config.errors import RequestError
 from sequencer.config.schema import AugmentConfig, DataConfig
@@ -148,14 +152,15 @@ def test_global_random_states_are_left_alone(augmented):
     assert draw() == expected
 
 
-def test_the_progress_of_the_check_is_shown_only_where_it_is_asked_for(digits, capsys, monkeypatch):
-    monkeypatch.setenv("FORCE_COLOR", "1")  # Rich then writes as to a terminal
+def test_the_progress_of_the_check_is_shown_only_on_request(digits, monkeypatch):
     monkeypatch.setenv("TERM", "xterm")
+    terminal = Console(file=io.StringIO(), force_terminal=True, force_interactive=True, width=80)
+    monkeypatch.setattr("sequencer.data.module.track", functools.partial(track, console=terminal))
     module = ready(digits)
     module.count_readable()
-    assert capsys.readouterr() == ("", "")
+    assert terminal.file.getvalue() == ""
     module.count_readable(show_progress=True)
-    printed = capsys.readouterr().out
+    printed = terminal.file.getvalue()
     assert all(f"checking {name} images" in printed for name in ("train", "val", "test"))
 
 
