@@ -126,10 +126,14 @@ def as_key(key: Key | int) -> Key:
     return (0, key) if isinstance(key, int) else key
 
 
+MOST_UNREADABLE = 1000  # images drawn in place of one another
+
+
 class SeededSet(Dataset[Any]):
     """Items of a split by keys (epoch, index), whose random transforms are seeded from (seed, epoch, index).
 
-    An image that cannot be read is replaced by another one, drawn from the same seed, so that batches keep their size.
+    An image that cannot be read is replaced by another one, drawn from the same seed, so that batches keep their size;
+    a RuntimeError is raised if a thousand in a row cannot be read.
     Items are fetched in batches: restoring the random states takes some 0.1 ms, seeding an item a tenth of that.
     """
 
@@ -147,8 +151,9 @@ class SeededSet(Dataset[Any]):
 
     def _item(self, epoch: int, index: int) -> Any:
         seed_transforms(self.seed, epoch, index)
-        while True:
+        for _ in range(MOST_UNREADABLE):
             try:
                 return self.items[index]
             except UnreadableImage:
                 index = random.randrange(len(self.items))
+        raise RuntimeError(f"none of {MOST_UNREADABLE} training images drawn one after another can be read")

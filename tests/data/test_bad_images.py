@@ -242,6 +242,18 @@ def test_the_share_that_is_allowed_may_be_reached(tmp_path):
         quarantine.report(UnreadableImage("b.jpg", "two"))
 
 
+def test_a_split_without_a_readable_image_is_an_error():
+    class Unreadable:
+        def __len__(self) -> int:
+            return 4
+
+        def __getitem__(self, index: int) -> None:
+            raise UnreadableImage(f"{index}.jpg", "no image")
+
+    with pytest.raises(RuntimeError, match="none of 1000 training images drawn one after another can be read"):
+        SeededSet(Unreadable(), seed=0).__getitems__([(0, 0)])
+
+
 def test_replacements_are_drawn(root):
     """The neighbour of a bad image would be trained on twice as often."""
     split = open_split(config(root), "train", np.asarray)
