@@ -107,7 +107,8 @@ def test_the_readme_as_a_new_user_runs_it(tmp_path):
         (words,) = split(line)
         if words[0] == "train.py" and "resume=RUN" not in words:
             words += short if any(word.startswith("init_from") or "PHOTOS" in word for word in words) else short[1:2]
-            words += ["run_dir=RUN"] if done == 0 else []
+            words += ["run_dir=RUN"] if done == 0 else ["run_dir=PHOTOS_RUN"] if done == 1 else []
+            words = [word.replace("init_from=RUN", "init_from=PHOTOS_RUN") for word in words]  # a run of the same model
         script = str(ROOT / words[0])
         result = subprocess.run([sys.executable, script, *words[1:]], cwd=tmp_path, capture_output=True, text=True)
         assert result.returncode == 0, f"{line}\n{result.stdout}\n{result.stderr}"
