@@ -58,7 +58,7 @@ def resume_request(command: CommandLine) -> Request:
     for override in command.overrides:
         check_key(override, command.files.groups)
         if not _may_change(override.key_or_group):
-            changeable = ", ".join(_changeable(Config))
+            changeable = ", ".join(CHANGEABLE)
             raise RequestError(f"{override.key_or_group} cannot change when a run is resumed; {changeable} can")
     if command.overrides:
         asked = command.compose().config
@@ -115,8 +115,11 @@ def _changeable(node: type, prefix: str = "") -> list[str]:
     return [prefix[:-1]] if complete and prefix else found
 
 
+CHANGEABLE = _changeable(Config)
+
+
 def _may_change(key: str) -> bool:
-    return any(key == allowed or key.startswith(f"{allowed}.") for allowed in _changeable(Config))
+    return any(key == allowed or key.startswith(f"{allowed}.") for allowed in CHANGEABLE)
 
 
 def _values(config: DictConfig) -> dict[str, Any]:
