@@ -8,10 +8,13 @@ same names with equivalent models: the same state dict, the same logits, the sam
 """
 
 import importlib
+import math
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, Literal, NamedTuple
 
+import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import nn
@@ -90,10 +93,11 @@ PUBLISHED = {  # name -> weights that timm publishes, by tag
 
 def _pretrained_cfg(name: str, variant: Variant) -> dict[str, Any]:
     source = {"hf_hub_id": "timm/"} if name in PUBLISHED else {}
+    total_stride = math.prod(variant.args["patch_sizes"])
     return source | {
         "num_classes": 1000,
         "input_size": (variant.in_chans, variant.img_size, variant.img_size),
-        "pool_size": None,
+        "pool_size": (variant.img_size // total_stride,) * 2,
         "crop_pct": 0.875 if variant.img_size == 224 else 1.0,
         "interpolation": "bicubic",
         "mean": IMAGENET_DEFAULT_MEAN if variant.in_chans == 3 else (0.5,),
@@ -124,21 +128,46 @@ def register(name: str, variant: Variant) -> None:
 
 
 def _entrypoint(name: str, variant: Variant) -> Callable[..., nn.Module]:
-    def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    def create(
+        pretrained: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **kwargs: Any,
+    ) -> nn.Module:
         models = importlib.import_module("sequencer.models")
         arguments = {"img_size": variant.img_size} | variant.args | kwargs
+        _check_feature_cls(arguments)
         stages = range(len(arguments["layers"]))
-        return build_model_with_cfg(
-            getattr(models, variant.model),
-            name,
-            pretrained,
-            pretrained_filter_fn=models.to_timm_layout,
-            feature_cfg={"feature_cls": "getter", "output_fmt": "NHWC", "out_indices": tuple(stages)},
-            **arguments,
-        )
+        with nullcontext() if device is None else torch.device(device):
+            model = build_model_with_cfg(
+                getattr(models, variant.model),
+                name,
+                pretrained,
+                pretrained_filter_fn=models.to_timm_layout,
+                feature_cfg={
+                    "feature_cls": "getter",
+                    "output_fmt": "NHWC",
+                    "out_indices": tuple(stages),
+                    "flatten_sequential": True,
+                },
+                **arguments,
+            )
+        return model.to(dtype=dtype)
 
     create.__name__, create.__qualname__, create.__module__ = name, name, __name__
     return create
+
+
+def _check_feature_cls(arguments: dict[str, Any]) -> None:
+    """Checks that the features of a model with a position embedding or shuffled tokens are taken from its own forward.
+
+    Raises:
+        ValueError: timm would rebuild the model from its child modules, without either of them.
+    """
+    feature_cls = arguments.get("feature_cls", "getter")
+    rebuilt = getattr(feature_cls, "__name__", feature_cls) not in ("getter", "fx", "FeatureGetterNet", "FeatureGraphNet")
+    if rebuilt and (arguments.get("ape") or arguments.get("shuffle")):
+        raise ValueError(f"feature_cls={feature_cls!r} leaves out ape and shuffle of this model: use 'getter' or 'fx'")
 
 
 with warnings.catch_warnings():

@@ -9,6 +9,7 @@ import math
 import torch
 import torch.nn as nn
 from jaxtyping import Float
+from timm.layers import register_notrace_module
 from torch import Tensor
 
 from sequencer.ops import CELLS, Layers, PackedWeights, Weights, rnn1d, rnn2d
@@ -91,6 +92,7 @@ class RNN(nn.Module):
         return f"cell={self.cell}, hidden_size={self.hidden_size}, output_size={self.output_size}"
 
 
+@register_notrace_module  # torch.fx keeps it as a leaf: its backend is chosen when it runs
 class RNN1d(nn.Module):
     """Recurrent layers over all tokens of a map, read in raster order as one sequence.
 
@@ -123,6 +125,7 @@ class RNN1d(nn.Module):
         return self.rnn(x.flatten(1, 2)).reshape(x.shape)
 
 
+@register_notrace_module  # torch.fx keeps it as a leaf: its backend is chosen when it runs
 class RNN2d(nn.Module):
     """Recurrent layers that scan every column and every row of a token map, followed by a linear layer.
 

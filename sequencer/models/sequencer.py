@@ -17,13 +17,14 @@ from timm.layers import (
     ClassifierHead,
     PatchEmbed,
     lecun_normal_,
+    register_notrace_function,
     resample_abs_pos_embed_nhwc,
     to_2tuple,
 )
 from timm.models import named_apply
 from torch import Tensor
 
-from sequencer.layers import LAYER_NORM_EPS, Downsample2d, RNN1d, RNN2d, SequencerBlock, Stage
+from sequencer.layers import LAYER_NORM_EPS, RNN, Downsample2d, RNN1d, RNN2d, SequencerBlock, Stage
 from sequencer.timm_internals import feature_take_indices
 
 
@@ -35,8 +36,9 @@ class Sequencer(nn.Module):
     Args:
         token_mixer: Function `(channels, hidden_size) -> module`. The module must keep the shape of a `B H W C` map.
         num_classes: Number of outputs of the head; 0 leaves the head out.
-        img_size: Height and width that the model is made for, in pixels. It accepts images of any other size whose
-            height and width are multiples of the total stride.
+        img_size: Height and width that the model is made for, in pixels. It accepts images of any size of at least the
+            total stride. Where a stride does not divide the size, the pixels or tokens that are left over at the bottom
+            and right edges are ignored, as in timm.
         in_chans: Channels of the images.
         global_pool: One of timm's pooling types; `''` keeps the token map.
         layers: Number of blocks of each stage.
@@ -50,8 +52,8 @@ class Sequencer(nn.Module):
             linearly from 0.
 
     Raises:
-        ValueError: The lists that describe the stages have different lengths, or `img_size` is not a multiple of the
-            total stride.
+        ValueError: The lists that describe the stages have different lengths, or `img_size` is smaller than the total
+            stride.
     """
 
     norm: nn.Module
@@ -81,7 +83,7 @@ class Sequencer(nn.Module):
         self.output_fmt, self.feature_dim = "NHWC", -1
         strides = list(accumulate(patch_sizes, lambda a, b: a * b))
         self.total_stride = strides[-1]
-        self.check_input_size(*to_2tuple(img_size))
+        check_input_size(*to_2tuple(img_size), self.total_stride)
 
         self.stem = PatchEmbed(None, patch_sizes[0], in_chans, embed_dims[0], flatten=False, output_fmt=self.output_fmt)
         self.stages, self.feature_info = nn.Sequential(), []
@@ -99,25 +101,16 @@ class Sequencer(nn.Module):
         self.head = ClassifierHead(
             self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate, input_fmt=self.output_fmt
         )
-        self.init_weights()
-
-    def init_weights(self) -> None:
         named_apply(_init_weights, self)
 
-    def check_input_size(self, height: int, width: int) -> None:
-        """Checks that an image's height and width are multiples of the total stride.
-
-        Raises:
-            ValueError: They are not; the message names the nearest valid sizes.
-        """
-        stride = self.total_stride
-        for name, size in (("height", height), ("width", width)):
-            if size % stride or size == 0:
-                below, above = size // stride * stride, (size // stride + 1) * stride
-                nearest = f"{below} and {above}" if below else f"{above}"
-                raise ValueError(
-                    f"input {name} {size} is not a multiple of the total stride {stride}; nearest: {nearest}"
-                )
+    def init_weights(self) -> None:
+        """Draws all parameters anew, as the constructor does; needed after `to_empty`."""
+        for module in self.modules():
+            if isinstance(module, RNN):
+                module.init_weights()
+            elif isinstance(module, nn.LayerNorm):
+                module.reset_parameters()
+        named_apply(_init_weights, self)
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Returns timm's grouping of parameters by depth, for layer-wise learning-rate decay."""
@@ -140,8 +133,11 @@ class Sequencer(nn.Module):
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replaces the head by one for `num_classes` classes, initialised like the first; 0 removes the head."""
+        weight = next(self.parameters())
         self.num_classes = num_classes
+        self.head.in_features = self.num_features
         self.head.reset(num_classes, global_pool)
+        self.head.to(weight.device, weight.dtype).train(self.training)  # timm 1.0.22 resets to the defaults
         self.head_hidden_size = self.head.num_features
         if global_pool is not None:
             self.global_pool = global_pool
@@ -149,7 +145,7 @@ class Sequencer(nn.Module):
 
     def forward_embed(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B H2 W2 C2"]:
         """Converts images to tokens."""
-        self.check_input_size(*x.shape[-2:])
+        check_input_size(x.shape[-2], x.shape[-1], self.total_stride)
         return self.stem(x)
 
     def forward_features(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B H2 W2 C2"]:
@@ -290,14 +286,35 @@ class VSequencer(Sequencer):
             )
             nn.init.trunc_normal_(self.absolute_pos_embed, std=0.02)
 
+    def init_weights(self) -> None:
+        super().init_weights()
+        if self.absolute_pos_embed is not None:
+            nn.init.trunc_normal_(self.absolute_pos_embed, std=0.02)
+
     def forward_embed(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B H2 W2 C2"]:
         x = super().forward_embed(x)
         if self.absolute_pos_embed is not None:
-            x = x + resample_abs_pos_embed_nhwc(self.absolute_pos_embed, list(x.shape[1:3]))
-        if self.shuffle and self.training:
-            tokens = x.flatten(1, 2)
-            x = tokens[:, torch.randperm(tokens.shape[1], device=x.device)].reshape(x.shape)
-        return x
+            x = x + resample_abs_pos_embed_nhwc(self.absolute_pos_embed, [x.shape[1], x.shape[2]])
+        return shuffle_tokens(x) if self.shuffle and self.training else x
+
+
+@register_notrace_function  # a leaf for torch.fx, which ignores names with an underscore
+def check_input_size(height: int, width: int, total_stride: int) -> None:
+    """Checks that an image gives at least one token in the last stage.
+
+    Raises:
+        ValueError: Its height or width is smaller than the total stride.
+    """
+    for name, size in (("height", height), ("width", width)):
+        if size < total_stride:
+            raise ValueError(f"input {name} {size} is smaller than the total stride {total_stride}")
+
+
+@register_notrace_function  # a leaf for torch.fx, which ignores names with an underscore
+def shuffle_tokens(x: Tensor) -> Tensor:
+    """Permutes the tokens of maps `B H W C`, by one random permutation for all of them."""
+    tokens = x.flatten(1, 2)
+    return tokens[:, torch.randperm(tokens.shape[1], device=x.device)].reshape(x.shape)
 
 
 def _init_weights(module: nn.Module, name: str) -> None:
