@@ -165,7 +165,12 @@ def _check_feature_cls(arguments: dict[str, Any]) -> None:
         ValueError: timm would rebuild the model from its child modules, without either of them.
     """
     feature_cls = arguments.get("feature_cls", "getter")
-    rebuilt = getattr(feature_cls, "__name__", feature_cls) not in ("getter", "fx", "FeatureGetterNet", "FeatureGraphNet")
+    rebuilt = getattr(feature_cls, "__name__", feature_cls) not in (
+        "getter",
+        "fx",
+        "FeatureGetterNet",
+        "FeatureGraphNet",
+    )
     if rebuilt and (arguments.get("ape") or arguments.get("shuffle")):
         raise ValueError(f"feature_cls={feature_cls!r} leaves out ape and shuffle of this model: use 'getter' or 'fx'")
 

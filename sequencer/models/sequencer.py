@@ -37,8 +37,8 @@ class Sequencer(nn.Module):
         token_mixer: Function `(channels, hidden_size) -> module`. The module must keep the shape of a `B H W C` map.
         num_classes: Number of outputs of the head; 0 leaves the head out.
         img_size: Height and width that the model is made for, in pixels. It accepts images of any size of at least the
-            total stride. Where a stride does not divide the size, the pixels or tokens that are left over at the bottom
-            and right edges are ignored, as in timm.
+            total stride. Each convolution drops the pixels or tokens at the bottom and right edges that do not fill
+            one of its patches, as in timm.
         in_chans: Channels of the images.
         global_pool: One of timm's pooling types; `''` keeps the token map.
         layers: Number of blocks of each stage.

@@ -144,10 +144,13 @@ def _pack_backward(weight_hh: Tensor) -> Tensor:
 
 
 def checksum(tensors: Sequence[Tensor]) -> int:
-    """Returns a checksum of the bits of contiguous float32 tensors, by which changes of their values are detected."""
+    """Returns a checksum of the bits of contiguous tensors, by which changes of their values are detected.
+
+    The size of each tensor must be a multiple of 4 bytes, as that of weights of four gates is in every dtype.
+    """
     pointers = (_POINTER * len(tensors))(*(tensor.data_ptr() for tensor in tensors))
-    sizes = (_SIZE * len(tensors))(*(tensor.numel() for tensor in tensors))
-    return _library().checksum(pointers, sizes, len(tensors), torch.get_num_threads())
+    words = (_SIZE * len(tensors))(*(tensor.nbytes // 4 for tensor in tensors))
+    return _library().checksum(pointers, words, len(tensors), torch.get_num_threads())
 
 
 def forward(

@@ -4,7 +4,6 @@ from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from sequencer.ops import cpu, fused
 from sequencer.ops.reference import Weights
@@ -40,15 +39,10 @@ class PackedWeights:
         tensors = [tensor for w in weights for tensor in w if tensor is not None]
         if any(tensor.is_inference() for tensor in tensors):  # these have no version counter
             return fused.pack(weights)
-        key = (backend, dtype, *((t.data_ptr(), t._version) for t in tensors), _checksum(tensors, backend))
+        bits = cpu.checksum([tensor.contiguous() for tensor in tensors]) if backend == "fused" else None
+        key = (backend, dtype, *((t.data_ptr(), t._version) for t in tensors), bits)
         kept = self._slots.get(slot)
         if kept is None or kept[0] != key:
             with torch.inference_mode(False):  # usable outside of inference mode too
                 kept = self._slots[slot] = (key, fused.pack_once(weights, backend, dtype))
         return kept[1]
-
-
-def _checksum(tensors: list[Tensor], backend: str) -> int | None:
-    if backend != "fused" or any(t.dtype != torch.float32 or not t.is_contiguous() for t in tensors):
-        return None
-    return cpu.checksum(tensors)

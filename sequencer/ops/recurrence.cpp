@@ -304,7 +304,7 @@ int lanes() { return LANES; }
 
 int max_tile() { return MAX_TILE; }
 
-// Checksum of the bits of several float arrays, by which changes of their values are detected.
+// Checksum of several arrays of 32-bit words, by which changes of their values are detected.
 unsigned checksum(const unsigned* const* arrays, const ptrdiff_t* sizes, ptrdiff_t count, ptrdiff_t threads) {
     unsigned total = 0;
 #pragma omp parallel for schedule(dynamic) num_threads(threads) reduction(+ : total)

@@ -15,8 +15,8 @@ from sequencer.models import Sequencer2d
 NAMES = ("sequencer2d_s", "sequencer2d_m", "sequencer2d_l")
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_logits_and_gradients(name, randomise):
+@pytest.mark.parametrize(("name", "size"), [*((name, (56, 28)) for name in NAMES), ("sequencer2d_s", (34, 96))])
+def test_logits_and_gradients(name, size, randomise):
     peer = randomise(getattr(theirs, name)(num_classes=10))
     ours = timm.create_model(name, num_classes=10)
     assert isinstance(peer, theirs.Sequencer2d)
@@ -24,7 +24,7 @@ def test_logits_and_gradients(name, randomise):
     assert list(ours.state_dict()) == list(peer.state_dict())
     ours.load_state_dict(peer.state_dict())
 
-    x, upstream = torch.randn(2, 3, 56, 28), torch.randn(2, 10)
+    x, upstream = torch.randn(2, 3, *size), torch.randn(2, 10)
     expected, actual = peer(x), ours(x)
     assert 0.3 < expected.std() < 3
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)

@@ -143,6 +143,46 @@ def test_features_only(name):
     assert [m.shape[-1] for m in first(x)] == first.feature_info.channels()
 
 
+@pytest.mark.parametrize("feature_cls", ["list", "dict", "hook"])
+@pytest.mark.parametrize("name", ["sequencer2d_s", "v_sequencer_s"])
+def test_features_of_a_model_that_timm_rebuilds(name, feature_cls):
+    reference = timm.create_model(name, features_only=True, layers=(1, 1, 1, 1)).eval()
+    model = timm.create_model(name, features_only=True, feature_cls=feature_cls, layers=(1, 1, 1, 1)).eval()
+    weights = {key.removeprefix("model.").replace("stages.", "stages_"): value
+               for key, value in reference.state_dict().items()}  # fmt: skip
+    assert not model.load_state_dict(weights, strict=False).missing_keys
+    x = image(name)
+    outputs = model(x)
+    outputs = list(outputs.values()) if isinstance(outputs, dict) else outputs
+    assert all(torch.equal(a, b) for a, b in zip(outputs, reference(x), strict=True))
+
+
+@pytest.mark.parametrize("feature_cls", ["list", "dict", "hook"])
+def test_a_position_embedding_is_not_left_out_of_features(feature_cls):
+    """timm rebuilds the model from its child modules, and the embedding is a parameter."""
+    with pytest.raises(ValueError, match=f"feature_cls='{feature_cls}' leaves out ape and shuffle"):
+        timm.create_model("v_sequencer_s_pe", features_only=True, feature_cls=feature_cls)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_configuration_states_the_token_map(name):
+    with torch.device("meta"):
+        model = timm.create_model(name)
+        tokens = model.forward_features(torch.zeros(1, *model.pretrained_cfg["input_size"]))
+    assert tokens.shape[1:3] == model.pretrained_cfg["pool_size"]
+
+
+@pytest.mark.parametrize("name", ["sequencer2d_t_8", "v_sequencer_s_pe"])
+def test_device_and_dtype(name):
+    """A model is built on a device and in a dtype, and a new head joins it there, in the model's mode."""
+    model = timm.create_model(name, device="meta", dtype=torch.float64)
+    assert {(tensor.device.type, tensor.dtype) for tensor in model.state_dict().values()} == {("meta", torch.float64)}
+    model = build(name).bfloat16()
+    model.reset_classifier(7, "max")
+    assert {tensor.dtype for tensor in model.state_dict().values()} == {torch.bfloat16}
+    assert not any(module.training for module in model.modules())
+
+
 @pytest.mark.parametrize("name", VARIANTS)
 def test_reset_classifier(name):
     model, x = build(name), image(name)

@@ -274,7 +274,7 @@ def change_parameters(layer, how):
     with torch.no_grad():
         if how == "optimizer":
             with torch.enable_grad():
-                layer(torch.randn(1, 2, 3, 8)).square().sum().backward()
+                layer(torch.randn(1, 2, 3, 8).to(layer.fc.weight.dtype)).square().sum().backward()
             torch.optim.SGD(layer.parameters(), lr=1.0).step()
         elif how == "load_state_dict":
             layer.load_state_dict({name: p + 0.1 for name, p in layer.state_dict().items()})
@@ -291,9 +291,10 @@ def change_parameters(layer, how):
 
 @pytest.mark.parametrize("how", ["optimizer", "load_state_dict", "data swap", "data copy", "one element", "permuted"])
 @pytest.mark.parametrize("grad_mode", [torch.no_grad, torch.inference_mode])
-def test_packed_weights_follow_the_parameters(how, grad_mode):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_packed_weights_follow_the_parameters(how, grad_mode, dtype):
     torch.manual_seed(0)
-    layer, x = RNN2d(8, 4, num_layers=2).eval(), torch.randn(2, 3, 4, 8)
+    layer, x = RNN2d(8, 4, num_layers=2).to(dtype).eval(), torch.randn(2, 3, 4, 8).to(dtype)
     with grad_mode():
         before = layer(x)
         assert torch.equal(layer(x), before)
