@@ -169,13 +169,21 @@ def contest(
     machine = print_machine(device)
     flop_rate, byte_rate = peak_rates(device, dtype)
     print(f"{flop_rate / 1e9:.0f} GFLOP/s in matrix products, {byte_rate / 1e9:.1f} GB/s in copies\n")
-    records = []
+    records: list[dict[str, Any]] = []
+    failures: dict[str, dict[str, str]] = {}
     for comparison in compare(Settings(device, dtype, args.mode, args.rounds, flop_rate, byte_rate), backends):
         Console(width=140).print(table(comparison))
+        for name, reason in comparison.failures.items():
+            print(f"{name} does not compile: {reason}")
         records += comparison.records
+        failures |= {comparison.title: comparison.failures} if comparison.failures else {}
     arguments = {name: value for name, value in vars(args).items() if name != "work"} | {"output": str(output)}
     about = {"machine": machine, "dtype": args.dtype, "arguments": arguments}
-    about |= {"ceilings": {"flops_per_s": flop_rate, "bytes_per_s": byte_rate}, "results": records}
+    about |= {
+        "ceilings": {"flops_per_s": flop_rate, "bytes_per_s": byte_rate},
+        "results": records,
+        "failures": failures,
+    }
     (output / "benchmark.json").write_text(json.dumps(about, indent=2) + "\n")
     print(f"written to {output}")
     return output, records
@@ -198,6 +206,8 @@ def table(comparison: "Comparison") -> Table:
             "" if memory is None else f"{memory / 2**20:.0f}",
             "" if error is None else f"{error:.1e}",
         )
+    for name in comparison.failures:
+        found.add_row(name, "does not compile")
     return found
 
 

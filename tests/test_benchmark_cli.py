@@ -99,7 +99,7 @@ def test_no_speed_without_equal_outputs(script, tmp_path, monkeypatch, capsys, w
     [
         (["model", "--peer", "resnet5000"], "--peer resnet5000: timm has no such model"),
         (["model", "--model", "resnet50"], "--model resnet50: there are sequencer2d_s, sequencer2d_m, sequencer2d_l"),
-        (["model", "--img-size", "220"], "--img-size 220"),
+        (["model", "--img-size", "13"], "--img-size 13"),
         (["ops", "--backend", "cudnn"], "--backend cudnn: unknown backend 'cudnn'; there are auto, triton, "),
         (["ops", "--backend", "triton", "--device", "cpu"], "--backend triton: the triton backend cannot serve lstm: "),
         (["ops", "--output", "a_file/below"], "a_file/below cannot be written"),

@@ -1,13 +1,13 @@
 """Comparisons with peers: the BiLSTM2D layer, its growth with the shapes, whole models, and their ONNX graphs."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from sequencer.measure.contenders import Contender, export_contenders, layer_contenders, model_contenders
-from sequencer.measure.contest import Case, Mode, check_outputs, measure
+from sequencer.measure.contest import Case, Mode, check_outputs, compile_failures, measure
 
 SHAPES = {"stage 1": (32, 192, 48), "stages 2-4": (16, 384, 96)}  # of sequencer2d_s at 224 px: H = W, C, D
 GROWTH = {"batch": (1, 2, 4, 8, 16, 32), "steps": (4, 8, 16, 32, 64), "hidden size": (8, 16, 32, 48, 64, 96, 128, 192)}
@@ -36,10 +36,11 @@ class Settings:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One table: its title, and a record for every contender and mode, as `compare` returns them."""
+    """One table: its title, a record for every contender and mode, and why some contenders do not compile, by name."""
 
     title: str
     records: list[dict[str, Any]]
+    failures: dict[str, str]
 
 
 def compare_layers(
@@ -106,7 +107,7 @@ def compare_exports(
     contenders, nodes = export_contenders(name, img_size, backends)
     for comparison in _compare_images(settings, name, img_size, batches, contenders):
         records = [record | {"nodes": nodes.get(record["contender"])} for record in comparison.records]
-        yield Comparison(comparison.title, records)
+        yield replace(comparison, records=records)
 
 
 def compare(
@@ -117,7 +118,7 @@ def compare(
     case: Case,
     least_bytes: dict[Mode, int],
 ) -> Comparison:
-    """Checks the contenders, then measures them in every mode.
+    """Checks the contenders, then measures those that run in every mode.
 
     A record holds `shape`, the measurements, `relative_error`, `speed_over_first` (the speed of the contender divided
     by that of the first) and `share_of_floor`: the least time that the operations or `least_bytes` need at the peak
@@ -126,6 +127,8 @@ def compare(
     Raises:
         RuntimeError: Outputs or gradients of a contender are wrong.
     """
+    failures = compile_failures(contenders, case)
+    contenders = [contender for contender in contenders if contender.name not in failures]
     try:
         errors = check_outputs(contenders, case)
     except RuntimeError as error:
@@ -143,7 +146,7 @@ def compare(
                 "share_of_floor": None if deviation is None else floor / result.median,
             }
             records.append(shape | result.record() | ratios)
-    return Comparison(title, records)
+    return Comparison(title, records, failures)
 
 
 def layer_bytes(B: int, H: int, W: int, C: int, D: int, mode: Mode, dtype: torch.dtype) -> int:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from sequencer.config.errors import first_line
 from sequencer.measure.contenders import Contender
 from sequencer.measure.machine import peak_memory, timed
 from sequencer.ops import configure
@@ -84,6 +85,26 @@ class Result:
             "peak_memory_bytes": self.memory,
             "flops": self.flops,
         }
+
+
+def compile_failures(contenders: Sequence[Contender], case: Case) -> dict[str, str]:
+    """Runs each compiled contender once in training and in inference.
+
+    Returns:
+        The first line of the error of each contender that failed, by name: torch.compile does not support every module
+        in every version.
+    """
+    failures = {}
+    for contender in contenders:
+        if not contender.compiled:
+            continue
+        try:
+            with contender.settings() as module:
+                case.train(module)
+                case.infer(module)
+        except Exception as error:  # the compiler, its backends and the C++ compiler raise errors of many types
+            failures[contender.name] = first_line(error)
+    return failures
 
 
 def check_outputs(contenders: Sequence[Contender], case: Case) -> dict[str, float | None]:

@@ -77,7 +77,12 @@ def rnn2d(
     Raises:
         ValueError: The cell or the backend is unknown, or `backend` does not support the inputs, or torch.func and
             forward-mode derivatives, which are left to the reference.
+        RuntimeError: torch.jit.trace calls this function.
     """
+    if torch.jit.is_tracing():
+        raise RuntimeError(
+            "torch.jit.trace, which PyTorch has deprecated, does not record recurrences: use torch.export"
+        )
     # an axis is identified by its forward direction: 0 down the columns, 2 along the rows; see `sequencer.ops.fused`
     axes = {axis: layers for axis, layers in ((0, vertical), (2, horizontal)) if layers is not None}
     first = next(iter(axes.values()))[0][0]

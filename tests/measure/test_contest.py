@@ -88,3 +88,19 @@ def test_bytes_of_a_layer():
     training = layer_bytes(B, H, W, C, D, "train", torch.bfloat16)
     gates_and_cells = 2 * (4 + 1) * hidden
     assert training == 2 * B * H * W * (5 * C + gates_and_cells + 4 * hidden)
+
+
+def test_a_peer_that_does_not_compile_is_left_out():
+    """Its failure is told, and the others are measured."""
+
+    class Uncompilable(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            raise NotImplementedError("no rule for this operator\nfrom user code")
+
+    contenders = layer_contenders(8, 2, ["torch"], ["timm"], False, torch.device("cpu"))
+    broken = Contender("timm, compiled", nn.Identity(), exact=contenders[0].exact)
+    broken.compiled, broken.module = True, Uncompilable()
+    settings = Settings(torch.device("cpu"), torch.float32, ["train"], 2, 1e9, 1e9)
+    found = benchmarks.compare(settings, "layers", {"batch": 1}, [*contenders, broken], case(), {})
+    assert found.failures == {"timm, compiled": "no rule for this operator"}
+    assert [record["contender"] for record in found.records] == [contender.name for contender in contenders]

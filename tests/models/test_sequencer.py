@@ -68,7 +68,7 @@ def test_images_without_a_token_raise(size, message):
 
 @pytest.mark.parametrize("model", [Sequencer2d, VSequencer])
 def test_sizes_that_the_strides_do_not_divide(model):
-    """Pixels that are left over beside the patches are ignored, tokens that are left over beside larger ones dropped."""
+    """Left-over pixels are ignored; left-over tokens are scanned in their stage, then dropped."""
     built = tiny(model)
     x = torch.randn(2, 3, 11, 13)
     torch.testing.assert_close(built(x), built(x[:, :, :10, :12]))
@@ -178,6 +178,13 @@ def test_pruning_removes_later_stages():
     assert len(model.stages) == 1
     assert model.num_features == model.feature_info[0]["num_chs"] == 8
     assert model(torch.randn(2, 3, 8, 8)).shape == (2, 4, 4, 8)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace")
+def test_tracing_by_torchscript_names_its_successor():
+    mixer = tiny(Sequencer2d).stages[0].blocks[0].rnn_tokens
+    with pytest.raises(RuntimeError, match="use torch[.]export"):
+        torch.jit.trace(mixer, torch.randn(1, 4, 4, 8))
 
 
 # These programs run in processes of their own, since the run-time type checks of the tests cannot be traced.
