@@ -183,7 +183,7 @@ def test_pruning_removes_later_stages():
 @pytest.mark.filterwarnings("ignore:`torch.jit.trace")
 def test_tracing_by_torchscript_names_its_successor():
     mixer = tiny(Sequencer2d).stages[0].blocks[0].rnn_tokens
-    with pytest.raises(RuntimeError, match="use torch[.]export"):
+    with pytest.raises(RuntimeError, match=r"use torch\.export"):
         torch.jit.trace(mixer, torch.randn(1, 4, 4, 8))
 
 
