@@ -129,7 +129,8 @@ def test_a_sweep_leaves_its_trials_and_a_table(tmp_path):
 def trial(folder: Path, top1: float, seed: int, cell: str, parameters: int) -> None:
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(f"seed: {seed}\nrun_dir: {folder}\nmodel:\n  kwargs:\n    cell: {cell}\n")
-    summary = {"parameters": parameters, "test/top1": top1, "val/top1": 0.5, "time/train_s": 60.0}
+    summary = {"name": "cells", "model": "m", "slot": "raw", "epochs": 1, "best_epoch": 0, "time/train_s": 60.0}
+    summary |= {"parameters": parameters, "test/top1": top1, "val/top1": 0.5}
     (folder / "summary.json").write_text(json.dumps(summary))
 
 
