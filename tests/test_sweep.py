@@ -134,6 +134,14 @@ def trial(folder: Path, top1: float, seed: int, cell: str, parameters: int) -> N
     (folder / "summary.json").write_text(json.dumps(summary))
 
 
+def test_a_damaged_summary_is_named(tmp_path):
+    trial(tmp_path / "seed=0", 0.5, 0, "lstm", 100)
+    path = tmp_path / "seed=0" / "summary.json"
+    path.write_text(path.read_text()[:20])
+    with pytest.raises(RequestError, match=r"seed=0/summary\.json: invalid JSON: .*\nwithout this file, "):
+        write_sweep(tmp_path, "cells")
+
+
 def test_the_table_has_means_over_seeds(tmp_path):
     for cell, values in (("lstm", (0.70, 0.72)), ("gru", (0.60, 0.66))):
         for seed, top1 in enumerate(values):
