@@ -17,6 +17,7 @@ from _cli import Parser, run
 from sequencer.config.command import parse_command
 from sequencer.config.errors import RequestError
 from sequencer.config.request import resume_request
+from sequencer.config.schema import Config
 
 EQUAL = ("reason", "epoch", "update", "batches", "gradient_norm", "weight_norm", "lr")
 
@@ -47,10 +48,10 @@ def work(args: Namespace) -> None:
     from sequencer.training import Diverged
     from sequencer.training import run as train
 
-    prepare(args.run, copy, record["reshuffles"])
     config = dataclasses.replace(wanted.config, run_dir=str(copy))
     config.trainer.on_divergence = "stop"
     config.logger.wandb = config.logger.tensorboard = False
+    prepare(args.run, config, record["reshuffles"])
     try:
         train(config, resume=True)
     except Diverged as error:
@@ -65,8 +66,13 @@ def work(args: Namespace) -> None:
     raise RuntimeError(f"the run did not diverge again; see {copy}")
 
 
-def prepare(run_dir: Path, copy: Path, reshuffles: list[int]) -> None:
-    """Writes the checkpoint that the run had when it diverged, with its order of images, to a new run folder.
+def prepare(run_dir: Path, config: Config, reshuffles: list[int]) -> None:
+    """Writes the checkpoint that the run had when it diverged to the folder of its replay.
+
+    Args:
+        run_dir: The run.
+        config: The replay, whose configuration the checkpoint gets.
+        reshuffles: The order of the images in the epoch, as `divergence.json` records it.
 
     Raises:
         RequestError: the run was reordered before its first checkpoint.
@@ -75,12 +81,14 @@ def prepare(run_dir: Path, copy: Path, reshuffles: list[int]) -> None:
 
     from sequencer.models import read_checkpoint
 
+    copy = Path(config.run_dir)
     shutil.rmtree(copy, ignore_errors=True)
     (copy / "checkpoints").mkdir(parents=True)
     before = run_dir / "checkpoints" / "before_divergence.ckpt"
     if before.exists():
-        checkpoint = read_checkpoint(before)
+        checkpoint = read_checkpoint(before) | {"config": dataclasses.asdict(config)}
         checkpoint["DataModule"]["reshuffles"] = reshuffles
+        checkpoint["callbacks"]["RunCheckpoints"] |= {"best_value": None, "best_epoch": None}  # there is no best.ckpt
         torch.save(checkpoint, copy / "checkpoints" / "last.ckpt")
     elif reshuffles:
         raise RequestError(f"{run_dir} was rolled back to its start, after which it cannot be replayed")

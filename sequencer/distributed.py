@@ -52,6 +52,20 @@ def from_first(value: T) -> T:
     return holder[0]
 
 
+def on_first(work: Callable[[], T]) -> T:
+    """Calls `work` on rank 0 and broadcasts what it returns, or raises its exception on every rank."""
+    result: tuple[Any, Exception | None] = (None, None)
+    if is_first():
+        try:
+            result = (work(), None)
+        except Exception as error:
+            result = (None, error)
+    value, raised = from_first(result)
+    if raised is not None:
+        raise raised
+    return value
+
+
 def gather(value: T) -> list[T]:
     """Gathers the values of all ranks on every rank, in the order of ranks."""
     if world_size() == 1:

@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 TRAIN = Path(__file__).parents[1] / "train.py"
@@ -61,10 +62,16 @@ class Command:
         return output, errors
 
 
-def run_function(function: Callable[..., object], *arguments: object) -> None:
-    """Calls a function of a module in a process without run-time type checks; it has to return without an error."""
+def start_function(function: Callable[..., object], *arguments: object) -> BaseProcess:
+    """Calls a function of a module in a process without run-time type checks."""
     process = _context.Process(target=function, args=arguments)
     process.start()
+    return process
+
+
+def run_function(function: Callable[..., object], *arguments: object) -> None:
+    """Calls a function as `start_function` does; it has to return without an error."""
+    process = start_function(function, *arguments)
     process.join(120)
     assert process.exitcode == 0
 

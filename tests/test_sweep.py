@@ -129,8 +129,17 @@ def test_a_sweep_leaves_its_trials_and_a_table(tmp_path):
 def trial(folder: Path, top1: float, seed: int, cell: str, parameters: int) -> None:
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(f"seed: {seed}\nrun_dir: {folder}\nmodel:\n  kwargs:\n    cell: {cell}\n")
-    summary = {"parameters": parameters, "test/top1": top1, "val/top1": 0.5, "time/train_s": 60.0}
+    summary = {"name": "cells", "model": "m", "slot": "raw", "epochs": 1, "best_epoch": 0, "time/train_s": 60.0}
+    summary |= {"parameters": parameters, "test/top1": top1, "val/top1": 0.5}
     (folder / "summary.json").write_text(json.dumps(summary))
+
+
+def test_a_damaged_summary_is_named(tmp_path):
+    trial(tmp_path / "seed=0", 0.5, 0, "lstm", 100)
+    path = tmp_path / "seed=0" / "summary.json"
+    path.write_text(path.read_text()[:20])
+    with pytest.raises(RequestError, match=r"seed=0/summary\.json: invalid JSON: .*\nwithout this file, "):
+        write_sweep(tmp_path, "cells")
 
 
 def test_the_table_has_means_over_seeds(tmp_path):

@@ -1,17 +1,21 @@
 """A run to start or to resume, checked before torch is imported and before anything is written."""
 
 import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
+from pydantic import BaseModel, ConfigDict, Field
 
 from sequencer.config.command import CommandLine
 from sequencer.config.composition import to_config
 from sequencer.config.errors import RequestError, first_line
 from sequencer.config.overrides import check_key, swept_values
 from sequencer.config.schema import Config, leaves
+from sequencer.declared import UndeclaredContent, parse_json
 
 
 @dataclass(frozen=True)
@@ -31,18 +35,12 @@ def request(config: Config) -> Request:
     run_dir = Path(config.run_dir)
     if os.environ.get("RANK", "0") != "0":  # rank 0 decides and tells the other ranks
         return Request(config)
-    if not run_dir.exists() or (run_dir.is_dir() and not any(run_dir.iterdir())):
-        return Request(config)
+    if not run_dir.exists() or (run_dir.is_dir() and all(path.name.startswith(".") for path in run_dir.iterdir())):
+        return Request(config)  # a run killed as it started leaves hidden files only
     if not (run_dir / "config.yaml").is_file():
         raise RequestError(f"run_dir={run_dir} is not empty and holds no run: choose another")
-    before, now = _values(load_run(run_dir)), _values(OmegaConf.structured(config))
-    differing = [
-        key for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and key != "run_dir" and not _may_change(key)
-    ]  # fmt: skip
-    if differing:
-        listed = ", ".join(f"{key} ({before.get(key)} there, {now.get(key)} here)" for key in differing[:3])
-        raise RequestError(f"run_dir={run_dir} holds another run: {listed}{' ...' if differing[3:] else ''}")
+    if differences := differing_settings(load_run(run_dir), config, run_dir / "config.yaml"):
+        raise RequestError(f"run_dir={run_dir} holds another run: {differences}")
     return Request(config, resume=True)
 
 
@@ -91,12 +89,80 @@ def load_run(run_dir: Path) -> DictConfig:
     path = run_dir / "config.yaml"
     if not path.is_file():
         raise RequestError(f"{run_dir} is not a run folder: there is no {path}")
-    try:
-        loaded = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(path))
-    except Exception as error:  # YAML's own errors have no common base class with OmegaConf's
-        raise RequestError(f"{path} is damaged or of another version: {first_line(error)}") from error
+    with _reading(path):
+        return _complete(OmegaConf.load(path))
+
+
+def _complete(saved: Any) -> DictConfig:
+    loaded = OmegaConf.merge(OmegaConf.structured(Config), saved)
     assert isinstance(loaded, DictConfig)
     return loaded
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Raises a `RequestError` that names the file in place of any error of its configuration."""
+    try:
+        yield
+    except Exception as error:  # YAML's own errors have no common base class with OmegaConf's
+        raise RequestError(f"{path} is damaged or of another version: {first_line(error)}") from error
+
+
+class _Summary(BaseModel):
+    """The content of a `summary.json`, as far as the package reads it."""
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, str | int | float | None] = Field(init=False)
+
+    name: str
+    model: str
+    parameters: int
+    slot: str
+    epochs: int
+    best_epoch: int
+    train_s: float = Field(alias="time/train_s")
+
+
+def load_summary(run_dir: Path) -> dict[str, Any] | None:
+    """Loads the result of a run; None if there is none.
+
+    Raises:
+        RequestError: `summary.json` cannot be read or is damaged.
+    """
+    path = run_dir / "summary.json"
+    if not path.exists():
+        return None
+    try:
+        return parse_json(_Summary, path.read_bytes(), str(path)).model_dump(by_alias=True)
+    except (OSError, UndeclaredContent) as error:
+        reason = f"{path} cannot be read: {error.strerror}" if isinstance(error, OSError) else str(error)
+        raise RequestError(f"{reason}\nwithout this file, python train.py resume={run_dir} writes it again") from error
+
+
+def differing_settings(saved: DictConfig | dict[str, Any], config: Config, path: Path) -> str:
+    """Describes how a run differs from a saved one in keys that may not change; empty if it does not.
+
+    Args:
+        saved: The configuration of the saved run; keys that are newer than it have their defaults.
+        config: The run.
+        path: The file that holds `saved`, for error messages.
+
+    Raises:
+        RequestError: `saved` does not follow the schema.
+    """
+    with _reading(path):
+        before = _fixed_values(_complete(saved))
+    return describe_differences(before, _fixed_values(OmegaConf.structured(config)))
+
+
+def describe_differences(before: Mapping[str, object], now: Mapping[str, object]) -> str:
+    """Lists the first three entries that differ, as `key (old there, new here)`; empty if none does.
+
+    Values are compared by their text: `limit_train_batches=1` is one batch, and `1.0` is all of them.
+    """
+    keys = [key for key in dict.fromkeys([*before, *now]) if repr(before.get(key)) != repr(now.get(key))]
+    listed = ", ".join(f"{key} ({before.get(key)} there, {now.get(key)} here)" for key in keys[:3])
+    return listed + (" ..." if keys[3:] else "")
 
 
 def _changeable(node: type, prefix: str = "") -> list[str]:
@@ -122,5 +188,7 @@ def _may_change(key: str) -> bool:
     return any(key == allowed or key.startswith(f"{allowed}.") for allowed in CHANGEABLE)
 
 
-def _values(config: DictConfig) -> dict[str, Any]:
-    return leaves(OmegaConf.to_container(config, resolve=True))
+def _fixed_values(config: DictConfig) -> dict[str, Any]:
+    """Returns the values of the keys that may not change when a run is resumed."""
+    values = leaves(OmegaConf.to_container(config, resolve=True))
+    return {key: values[key] for key in sorted(values) if key != "run_dir" and not _may_change(key)}

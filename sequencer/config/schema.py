@@ -76,6 +76,7 @@ class DataConfig:
         "data",
         "folder of the data set; an image folder has train/, val/ and optionally test/; shards may also be at an http, "
         "https or s3 address",
+        on_resume=True,  # the fingerprints of the splits show whether the data are the same
     )
     download: bool = knob(False, "let torchvision download the data set into data.root if it is missing")
     num_classes: int | None = knob(None, "number of classes; null takes what the data set has", low=1)

@@ -26,4 +26,8 @@ class FileSplit(IndexedSplit):
 
     @property
     def ids(self) -> list[str]:
-        return [os.path.relpath(self._paths[index], self.location) for index in self.indices]
+        prefix = os.path.join(self.location, "")  # `relpath` takes 10 s for the 1.3 million images of ImageNet
+        paths = (self._paths[index] for index in self.indices)
+        return [
+            path[len(prefix) :] if path.startswith(prefix) else os.path.relpath(path, self.location) for path in paths
+        ]

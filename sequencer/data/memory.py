@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from sequencer.config.schema import AugmentConfig, DataConfig
 from sequencer.data.indexed import IndexedSplit
 from sequencer.data.seeding import START, Key, Position, as_key, seeded_generator
-from sequencer.data.split import CPU, make_loader
+from sequencer.data.split import CPU, make_fingerprint, make_loader
 from sequencer.data.transforms import channel_statistics
 
 LARGEST_SHARE = 0.25  # of a GPU's free memory that the images of one split may take
@@ -40,6 +40,11 @@ class MemorySplit(IndexedSplit):
     def load(self, index: int) -> Image.Image | Tensor:
         image = self.data[index]
         return image if image.is_floating_point() else Image.fromarray(image.numpy())
+
+    def fingerprint(self) -> str:
+        """Identifies the split by its number of images, their pixels and their labels."""
+        pixels = (self.data[rows].numpy().tobytes() for rows in torch.from_numpy(self.indices).split(4096))
+        return make_fingerprint(len(self), self.labels.tobytes(), *pixels)
 
     def training_loader(
         self,

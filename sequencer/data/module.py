@@ -1,6 +1,7 @@
 """The LightningDataModule that opens the splits of a data set and serves them in batches."""
 
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -59,11 +60,20 @@ class DataModule(pl.LightningDataModule):
         self._reshuffles = 0
 
     def state_dict(self) -> dict[str, Any]:
-        """The epoch, how many of its batches have been trained on, and its reshuffles; part of every checkpoint."""
+        """State that is part of every checkpoint.
+
+        Returns:
+            The epoch, how many of its batches have been trained on, its reshuffles, and the fingerprints of the splits.
+        """
         assert self.trainer is not None
         epoch, batches = training_progress(self.trainer)
         same = epoch == self._position["epoch"]
-        return {"epoch": epoch, "batches": batches, "reshuffles": self._position["reshuffles"] if same else []}
+        return {
+            "epoch": epoch,
+            "batches": batches,
+            "reshuffles": self._position["reshuffles"] if same else [],
+            "fingerprints": self.fingerprints,
+        }
 
     def reshuffle(self, times: int) -> None:
         """Reorders the unseen rest of the resumed epoch `times` times; call before training."""
@@ -99,6 +109,11 @@ class DataModule(pl.LightningDataModule):
             for name, split in splits.items():
                 split.quarantine = Quarantine(self._bad_samples, name, len(split), self.config.max_bad_share)
         self.splits = splits
+
+    @cached_property
+    def fingerprints(self) -> dict[str, str]:
+        """Fingerprints of the splits by name; call `setup` first."""
+        return {name: split.fingerprint() for name, split in self.splits.items()}
 
     @property
     def train_set(self) -> Split:

@@ -7,9 +7,11 @@ classes. A sample is an image file and a `.cls` file with its label.
 
 import copy
 import io
+import posixpath
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
+from urllib.parse import urlparse
 
 import numpy as np
 import torch
@@ -22,7 +24,7 @@ from sequencer.data.indexed import collate_readable
 from sequencer.data.seeding import START, EpochSampler, Key, Position, as_key, own_random_states, seed_transforms
 from sequencer.data.shard_files import Sample, ShardReader, read_index, resolve
 from sequencer.data.shard_order import ShardOrder
-from sequencer.data.split import CHECKED_AT_ONCE, CPU, Split, SplitName, make_loader, unchanged
+from sequencer.data.split import CHECKED_AT_ONCE, CPU, Split, SplitName, make_fingerprint, make_loader, unchanged
 
 
 class ShardSplit(Split):
@@ -53,6 +55,11 @@ class ShardSplit(Split):
     @property
     def labels(self) -> None:
         return None
+
+    def fingerprint(self) -> str:
+        """Identifies the split by the shards of its index: their file names and numbers of samples, in order."""
+        names = "\0".join(posixpath.basename(urlparse(url).path) for url in self.urls)
+        return make_fingerprint(len(self), names.encode(errors="surrogateescape"), self.starts.tobytes())
 
     def reader(self) -> ShardReader:
         return ShardReader(self.urls, self.starts)

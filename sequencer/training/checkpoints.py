@@ -1,6 +1,5 @@
 """The checkpoints of a run, `last.ckpt`, `previous.ckpt` and `best.ckpt`: written atomically, exact to resume from."""
 
-import logging
 import math
 import os
 import signal
@@ -19,12 +18,10 @@ from sequencer import distributed
 from sequencer.config.schema import lower_is_better
 from sequencer.files import write_atomically
 from sequencer.lightning_internals import restart_validation
-from sequencer.models import CheckpointError, read_checkpoint
+from sequencer.models import read_checkpoint
 from sequencer.training.interruption import Interruption
 from sequencer.training.module import Classifier
 from sequencer.training.random_state import get_random_state, seed_rank, set_random_state
-
-log = logging.getLogger("sequencer")
 
 CHECKPOINTS = "checkpoints"  # folder of a run
 RANKS_KEY = "ranks"  # in a checkpoint: the random states of every rank
@@ -63,32 +60,6 @@ def _remedy(folder: Path) -> str:
     return (
         f"{last} is the last good one; free disk space and resume with resume={folder.parent}" if last.exists() else ""
     )
-
-
-def find_checkpoint(folder: Path) -> Path | None:
-    """Finds the newest readable checkpoint in a run's checkpoint folder.
-
-    Returns:
-        Its path, or None where the folder has no checkpoint.
-
-    Raises:
-        CheckpointError: there are checkpoints, and none can be read.
-    """
-    damaged: list[CheckpointError] = []
-    for path in (folder / "last.ckpt", folder / "previous.ckpt"):
-        if not path.exists():
-            continue
-        try:
-            read_checkpoint(path)
-        except CheckpointError as error:
-            damaged.append(error)
-            continue
-        if damaged:
-            log.warning("%s; resuming from %s", damaged[0], path)
-        return path
-    if damaged:
-        raise damaged[0]
-    return None
 
 
 class RunCheckpoints(Checkpoint):

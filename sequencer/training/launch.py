@@ -16,8 +16,10 @@ def launch(config: Config) -> None:
     """Starts this command again under torchrun where the run wants several devices and was started without it.
 
     Raises:
-        RequestError: `trainer.devices` is no number of devices, or does not divide `data.batch_size`.
+        RequestError: `trainer.devices` is no number of devices, or does not divide `data.batch_size`; or this command
+            does not run on `trainer.num_nodes` machines.
     """
+    _check_machines(config)
     if "RANK" not in os.environ:
         devices = _devices(config)
         if devices > 1:
@@ -47,6 +49,18 @@ def uses_gpu(config: Config) -> bool:
 def training_device(config: Config) -> torch.device:
     """The device that this rank trains on."""
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if uses_gpu(config) else torch.device("cpu")
+
+
+def _check_machines(config: Config) -> None:
+    """Checks that torchrun has started this command on `trainer.num_nodes` machines; 1 leaves it to torchrun."""
+    wanted = config.trainer.num_nodes
+    started = world_size() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if wanted not in (1, started):
+        raise RequestError(
+            f"trainer.num_nodes={wanted}, but this command runs on {started}: start torchrun on every machine\n"
+            f"torchrun --nnodes={wanted} --node-rank=N --nproc-per-node=DEVICES --master-addr=HOST --master-port=29500 "
+            "train.py ..., or sbatch scripts/slurm.sh RUN_DIR ..."
+        )
 
 
 def _check_batch(config: Config, devices: int) -> None:

@@ -1,6 +1,5 @@
 """The life of a run, from its configuration to its result."""
 
-import json
 import logging
 import sys
 from collections import Counter
@@ -8,23 +7,21 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-from omegaconf import OmegaConf
 from pytorch_lightning.trainer.states import TrainerStatus
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 from sequencer import distributed
-from sequencer.config.errors import RequestError
+from sequencer.config.request import load_run, load_summary
 from sequencer.config.schema import Config
 from sequencer.data import DataModule
-from sequencer.files import write_atomically
 from sequencer.lightning_internals import stop_loader_workers
-from sequencer.models import read_checkpoint
-from sequencer.tracking.loggers import build_loggers, close_log, close_loggers, start_log
-from sequencer.training.checkpoints import CHECKPOINTS, find_checkpoint
+from sequencer.tracking.loggers import build_loggers, close_loggers
 from sequencer.training.divergence import Diverged
+from sequencer.training.folder import RunFolder
 from sequencer.training.launch import launch, uses_gpu
 from sequencer.training.module import Classifier, compile_in_place
 from sequencer.training.result import finish, print_summary
+from sequencer.training.resumption import check_resumption, find_checkpoint
 from sequencer.training.setup import build_parts
 
 log = logging.getLogger("sequencer")
@@ -45,7 +42,8 @@ def run(config: Config, resume: bool = False) -> dict[str, Any]:
         The content of the run's `summary.json`.
 
     Raises:
-        RequestError: the configuration cannot be realised; nothing was written.
+        RequestError: the configuration cannot be realised, or the run in the folder is in use, another one, or one with
+            other data; nothing was written.
         Diverged: training has diverged, with `trainer.on_divergence=stop` or after the last rollback.
         KeyboardInterrupt: interrupted; the run can be resumed.
         SystemExit: with 143, on SIGTERM; the run can be resumed.
@@ -56,21 +54,23 @@ def run(config: Config, resume: bool = False) -> dict[str, Any]:
 
 
 def _run(config: Config, resume: bool) -> dict[str, Any]:
-    run_dir = Path(config.run_dir)
-    if resume and (summary := _finished(run_dir, config)):
+    folder = RunFolder(Path(config.run_dir))
+    if resume and (summary := distributed.on_first(lambda: _finished(config, folder.path))):
         if distributed.is_first():
-            print_summary(summary, run_dir)
+            print_summary(summary, folder.path)
         return summary
     rollbacks: Counter[int] = Counter()  # by the number of updates of the checkpoint
     reshuffles = 0
     try:
         while True:
             try:
-                return _train(config, resume, reshuffles)
+                return _train(config, folder, resume, reshuffles)
             except Diverged as error:
-                checkpoint = find_checkpoint(run_dir / CHECKPOINTS)
-                updates = read_checkpoint(checkpoint)["global_step"] if checkpoint else 0
-                if config.trainer.on_divergence == "stop" or rollbacks[updates] == MOST_ROLLBACKS:
+                if config.trainer.on_divergence == "stop":
+                    raise
+                saved = find_checkpoint(folder.path)
+                updates = saved.updates if saved else 0
+                if rollbacks[updates] == MOST_ROLLBACKS:
                     raise
                 rollbacks[updates] += 1
                 resume, reshuffles = True, rollbacks[updates]
@@ -82,65 +82,69 @@ def _run(config: Config, resume: bool) -> dict[str, Any]:
                     MOST_ROLLBACKS,
                 )
     finally:
-        close_log()
+        folder.close()
 
 
-def _train(config: Config, resume: bool, reshuffles: int) -> dict[str, Any]:
+def _train(config: Config, folder: RunFolder, resume: bool, reshuffles: int) -> dict[str, Any]:
     """Trains once, from the start or the last checkpoint, and writes the result.
 
     Args:
+        config: the run.
+        folder: its folder.
+        resume: whether to resume from the last checkpoint.
         reshuffles: number of times that the unseen rest of the resumed epoch is reordered.
 
     Returns:
         The content of the run's `summary.json`.
     """
-    run_dir = Path(config.run_dir)
     parts = build_parts(config)
-    data, model, trainer, checkpoints = parts.data, parts.model, parts.trainer, parts.checkpoints
-    if distributed.is_first():
-        _start_folder(config, run_dir)  # from here on the request is known to be good
-        start_log(run_dir / "train.log")
+    data, model, trainer = parts.data, parts.model, parts.trainer
+    checkpoint = distributed.on_first(lambda: _start(config, folder, data, resume))  # the first to write
     try:
         for line in parts.description:
             log.info(line)
         if config.data.check and distributed.is_first():
             readable = data.count_readable(sys.stdout.isatty())
             log.info("checked: %d of %d images can be read", readable, sum(map(len, data.splits.values())))
-        trainer.loggers = build_loggers(config, run_dir) if distributed.is_first() else []
+        trainer.loggers = build_loggers(config, folder.path) if distributed.is_first() else []
         if config.trainer.compile:
             compile_in_place(model)
-        checkpoint = find_checkpoint(checkpoints.folder) if resume else None
         data.reshuffle(reshuffles)
         _fit(trainer, parts.module, data, checkpoint)
-        summary = finish(config, model, data, trainer.strategy.root_device, checkpoints, parts.report)
+        summary = finish(config, model, data, trainer.strategy.root_device, parts.checkpoints, parts.report)
         if distributed.is_first():
-            print_summary(summary, run_dir)
+            print_summary(summary, folder.path)
         return summary
     finally:
         close_loggers(trainer.loggers)
 
 
-def _finished(run_dir: Path, config: Config) -> dict[str, Any] | None:
+def _finished(config: Config, run_dir: Path) -> dict[str, Any] | None:
     """Returns the summary of a run that has done all the epochs it is asked for, otherwise None."""
-    path = run_dir / "summary.json"
-    if not path.exists():
+    summary = load_summary(run_dir)
+    if summary is None:
         return None
-    summary = json.loads(path.read_text())
-    done = OmegaConf.load(run_dir / "config.yaml").trainer.max_epochs
+    may_end_early = config.trainer.early_stopping_patience is not None or config.trainer.max_steps >= 0
+    done = load_run(run_dir).trainer.max_epochs if may_end_early else summary["epochs"]
     return summary if config.trainer.max_epochs <= done else None
 
 
-def _start_folder(config: Config, run_dir: Path) -> None:
-    """Creates the run folder with its `config.yaml`.
+def _start(config: Config, folder: RunFolder, data: DataModule, resume: bool) -> Path | None:
+    """Starts or resumes the run in its folder, after the last checks of the request.
+
+    Returns:
+        The checkpoint to resume from, or None to start from the beginning.
 
     Raises:
-        RequestError: the folder cannot be written.
+        RequestError: the run cannot be resumed as it is asked for, or the folder cannot be written.
     """
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        write_atomically(run_dir / "config.yaml", lambda path: OmegaConf.save(OmegaConf.structured(config), path))
-    except OSError as error:
-        raise RequestError(f"run_dir={run_dir} cannot be written: {error.strerror}") from error
+    saved = find_checkpoint(folder.path) if resume else None
+    if saved is not None:
+        check_resumption(saved, config, data)
+    folder.start(config)
+    for warning in saved.warnings if saved is not None else ():
+        log.warning(warning)
+    return saved.path if saved is not None else None
 
 
 def _fit(trainer: pl.Trainer, module: Classifier, data: DataModule, checkpoint: Path | None) -> None:

@@ -60,7 +60,7 @@ class EpochReport(Callback):
         self.rows.append(row)
         pl_module.log_dict({name: value for name, value in row.items() if name not in ("epoch", "step")})
         if trainer.is_global_zero:
-            write_atomically(self.path, self._write)
+            self.write()
         log.info(self._line(trainer))
         self._images, self._started = 0, time.perf_counter()
 
@@ -77,6 +77,10 @@ class EpochReport(Callback):
         row["time/epoch_s"] = round(now - self._started, 3)
         row["time/images_per_s"] = round(self._images / max(self._trained - self._started, 1e-9), 1)
         return row
+
+    def write(self) -> None:
+        """Writes metrics.csv from the rows, in place of any that is there."""
+        write_atomically(self.path, self._write)
 
     def _write(self, path: Path) -> None:
         with open(path, "w", newline="") as file:

@@ -85,6 +85,7 @@ def finish(
         {"metrics": summary, "config": asdict(config), "commit": commit(), "versions": versions()},
     )
     save_model_folder(result, run_dir / "model")
+    report.write()  # the file may have been deleted or edited since the last epoch
     plot_curves(run_dir / "metrics.csv", run_dir / "curves.png")
     title = f"{config.name}: {split} split"
     plot_confusion(metrics.confusion.cpu(), data.class_names, run_dir / "confusion.png", title)

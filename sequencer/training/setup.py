@@ -15,6 +15,7 @@ from torch import nn
 
 from sequencer import distributed
 from sequencer.config.errors import RequestError
+from sequencer.config.request import describe_differences
 from sequencer.config.schema import Config, lightning_settings, lower_is_better
 from sequencer.data import DataModule
 from sequencer.layers import RNN
@@ -65,6 +66,7 @@ def build_parts(config: Config, *callbacks: Callback, data: DataModule | None = 
         bad_samples=run_dir / "bad_samples.csv",
     )
     distributed.one_by_one(data.setup)
+    _check_ranks(data)
     configure(config.model.backend, config.model.recompute)
     model = distributed.one_by_one(lambda: _build_model(config, data.num_classes))
     groups = _describe_groups(config, model)
@@ -89,6 +91,14 @@ def build_parts(config: Config, *callbacks: Callback, data: DataModule | None = 
         *_describe_backends(model, trainer),
     ]
     return Parts(data, model, module, report, checkpoints, trainer, description)
+
+
+def _check_ranks(data: DataModule) -> None:
+    """Checks that all ranks have the same images: machines may have copies of the data that differ."""
+    first, *others = distributed.gather({"classes": data.class_names, **data.fingerprints})
+    for rank, other in enumerate(others, start=1):
+        if differences := describe_differences(first, other):
+            raise RequestError(f"the data of rank {rank} differ from those of rank 0: {differences}")
 
 
 def _build_model(config: Config, num_classes: int) -> nn.Module:

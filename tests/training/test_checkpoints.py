@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from sequencer.models import CheckpointError
+from sequencer.config import RequestError
 from sequencer.training import run
-from sequencer.training.checkpoints import SafeCheckpointIO, SaveError, find_checkpoint
+from sequencer.training.checkpoints import SafeCheckpointIO, SaveError
+from sequencer.training.resumption import find_checkpoint
 from tests.helpers import SMALL, SMALL_MODEL, STATEFUL, assert_same_run, fail, read_last, run_interrupted, small_config
 from tests.processes import Command
 
@@ -62,14 +63,14 @@ def test_a_damaged_checkpoint_is_detected_and_the_one_before_is_used(config, tmp
 
 def test_the_first_save_survives_a_kill_between_two_renames(folder):
     os.replace(folder / "last.ckpt", folder / "previous.ckpt")
-    assert find_checkpoint(folder) == folder / "previous.ckpt"
+    assert find_checkpoint(folder.parent).path == folder / "previous.ckpt"
 
 
 def test_a_run_whose_checkpoints_cannot_be_read_is_not_started_over(config, folder):
     cut(folder / "last.ckpt")
     cut(folder / "previous.ckpt")
     best = (folder / "best.ckpt").read_bytes()
-    with pytest.raises(CheckpointError, match="damaged"):
+    with pytest.raises(RequestError, match="damaged"):
         run(config(*STATEFUL), resume=True)
     assert (folder / "best.ckpt").read_bytes() == best
 
@@ -83,7 +84,7 @@ def test_a_checkpoint_that_carries_code_is_refused(config, tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     (folder / "previous.ckpt").unlink()
     torch.save({"state_dict": {}, "payload": Payload()}, folder / "last.ckpt")
-    with pytest.raises(CheckpointError, match="holds code"):
+    with pytest.raises(RequestError, match="holds code"):
         run(config(*STATEFUL), resume=True)
     assert not (tmp_path / "payload").exists()
 

@@ -36,7 +36,7 @@ from tests.processes import run_function
 
 def test_run_folder(finished):
     folder, summary = finished
-    files = "config.yaml metrics.csv checkpoints model summary.json train.log curves.png confusion.png"
+    files = ".lock config.yaml metrics.csv checkpoints model summary.json train.log curves.png confusion.png"
     assert {path.name for path in folder.iterdir()} == set(files.split())
     assert {path.name for path in (folder / "checkpoints").iterdir()} == {"last.ckpt", "previous.ckpt", "best.ckpt"}
     assert {path.name for path in (folder / "model").iterdir()} == {"config.json", "model.safetensors"}
