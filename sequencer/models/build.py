@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,9 @@ from sequencer.models.arguments import check_model_args
 from sequencer.models.checkpoint import CheckpointError, first_line
 from sequencer.variants import VARIANTS
 
-SPARE_VALUES = 2**26  # that a model may hold besides those in its file, e.g. in buffers that are not stored
+# what a model may have besides what its file holds, such as buffers that are not stored
+SPARE_VALUES = 2**26
+SPARE_TENSORS = 1000
 
 
 def create_model(
@@ -51,58 +53,63 @@ def create_model(
     except CheckpointError:
         raise
     except Exception as error:  # timm's models and the hub client raise errors of many types
-        raise CheckpointError(f"{name} cannot be built: {first_line(error)}") from error
+        raise _Unbuildable(f"{name} cannot be built: {first_line(error)}") from error
 
 
-def build_within(weights: Path, name: str, **arguments: Any) -> nn.Module:
-    """Builds a model that a file describes, which must not be larger than the file with its weights.
+class _Unbuildable(CheckpointError):
+    """The constructor of a model has failed, as some do on the meta device."""
+
+
+def build_within(path: Path, stored: int, name: str, **arguments: Any) -> nn.Module:
+    """Builds a model that a file describes, which must not be larger than the file.
 
     The model is first built on the meta device, which takes no memory.
 
     Args:
-        weights: The file with the weights.
+        path: The file with the weights.
+        stored: Number of tensors in the file.
         name: Registered name.
         **arguments: Arguments of `create_model`.
 
     Raises:
         CheckpointError: The model is larger, or cannot be built.
     """
-    most = weights.stat().st_size + SPARE_VALUES  # a value takes at least a byte
-    with _limited(most, weights):
-        try:
-            with torch.device("meta"):
-                create_model(name, **arguments)
-        except _TooManyValues:
-            raise
-        except CheckpointError:  # there are modules that cannot be built on the meta device
-            pass
-    with _limited(most, weights):
-        return create_model(name, **arguments)
+    values = path.stat().st_size + SPARE_VALUES  # a value takes at least a byte
+    tensors = 2 * stored + SPARE_TENSORS
+    try:
+        with _limited(values, tensors), suppress(_Unbuildable), torch.device("meta"):
+            create_model(name, **arguments)
+        with _limited(values, tensors):
+            return create_model(name, **arguments)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
 
 
-class _TooManyValues(CheckpointError):
-    """A model has more values than the file with its weights can hold."""
+class _Larger(CheckpointError):
+    """A model is larger than the file with its weights."""
 
 
 @contextmanager
-def _limited(most: int, weights: Path) -> Iterator[None]:
-    """Limits the number of values in the parameters and buffers of the modules that are built meanwhile.
+def _limited(values: int, tensors: int) -> Iterator[None]:
+    """Limits the parameters and buffers of the modules that are built in its context.
+
+    Args:
+        values: Largest number of values in all of them.
+        tensors: Largest number of parameters and buffers.
 
     Raises:
-        _TooManyValues: A parameter or buffer exceeds the limit.
+        _Larger: A limit is exceeded.
     """
-    total = 0
 
     def count(module: nn.Module, name: str, tensor: Tensor | None) -> None:
-        nonlocal total
-        total += 0 if tensor is None else tensor.numel()
-        if total > most:
-            raise _TooManyValues(f"{weights} is described as a model of far more weights than the file holds")
+        nonlocal values, tensors
+        if tensor is not None:
+            values, tensors = values - tensor.numel(), tensors - 1
+        if min(values, tensors) < 0:
+            raise _Larger("its description is that of a model far larger than the file")
 
-    handles = [
-        register_module_parameter_registration_hook(count),
-        register_module_buffer_registration_hook(count),
-    ]
+    hooks = (register_module_parameter_registration_hook, register_module_buffer_registration_hook)
+    handles = [register(count) for register in hooks]
     try:
         yield
     finally:

@@ -57,6 +57,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is damaged or no checkpoint") from error
     if not isinstance(checkpoint, dict):
         raise CheckpointError(f"{path} holds a {type(checkpoint).__name__}, not a state dict")
+    if not all(isinstance(key, str) for key in checkpoint):
+        raise CheckpointError(f"{path} holds a dictionary with keys other than names, not a state dict")
     return checkpoint
 
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat, field_validator, model_validator
 from timm.data.constants import DEFAULT_CROP_PCT, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from sequencer.declared import UndeclaredContent, check_type
@@ -15,10 +15,19 @@ from sequencer.models.checkpoint import CheckpointError
 MOST_CLASSES = 2**20
 LARGEST_IMAGE = 8192  # height and width, pixels
 LONGEST_JSON = 2**24  # bytes
+LONGEST_NAME = 1000  # characters
+
+
+def _check_length(name: str) -> str:
+    # `max_length` of pydantic refuses names with bytes that are not UTF-8
+    if len(name) > LONGEST_NAME:
+        raise ValueError(f"a name of more than {LONGEST_NAME} characters")
+    return name
+
 
 Channels = Annotated[int, Field(ge=1, le=1024)]
 ImageSize = Annotated[int, Field(ge=1, le=LARGEST_IMAGE)]
-Name = Annotated[str, Field(max_length=1000)]
+Name = Annotated[str, AfterValidator(_check_length)]
 Names = Annotated[Sequence[Name], Field(max_length=MOST_CLASSES)]
 Slot = Literal["raw", "ema"]
 Declared = TypeVar("Declared", bound=BaseModel)
@@ -115,6 +124,8 @@ class FolderDescription(_Description, About):
     @model_validator(mode="after")
     def check_args(self) -> "FolderDescription":
         _check_args("model_args", self.architecture, self.model_args)
+        if self.model_args.get("num_classes", self.num_classes) != self.num_classes:
+            raise ValueError(f"num_classes: {self.num_classes}, but model_args has another number of classes")
         return self
 
     def arguments(self) -> dict[str, Any]:

@@ -90,7 +90,7 @@ def _load_model_folder(folder: Path) -> LoadedModel:
     said = describe_folder(folder)
     path = folder / "model.safetensors"
     weights = read_checkpoint(path)
-    model = build_within(path, said.architecture, **said.arguments())
+    model = build_within(path, len(weights), said.architecture, **said.arguments())
     load_weights(model, weights, source=str(folder))
     cfg, source = said.pretrained_cfg.as_timm(), str(folder / "config.json")
     return LoadedModel(
@@ -101,8 +101,9 @@ def _load_model_folder(folder: Path) -> LoadedModel:
 def _load_run_checkpoint(checkpoint: dict[str, Any], path: Path, slot: str | None) -> LoadedModel:
     said = check_description(RunDescription, checkpoint, str(path))
     section, slot = said.config.model, slot or said.config.trainer.slot
-    model = build_within(path, section.name, **said.arguments())
-    load_weights(model, select_weights(checkpoint, slot), source=str(path))
+    weights = select_weights(checkpoint, slot)
+    model = build_within(path, len(weights), section.name, **said.arguments())
+    load_weights(model, weights, source=str(path))
     cfg, about = said.config.data.as_timm(), {"config": checkpoint["config"]}
     return LoadedModel(model.eval(), section.name, slot, tuple(said.class_names), cfg, section.kwargs, about, str(path))
 
@@ -114,7 +115,7 @@ def _load_file(checkpoint: dict[str, Any], path: Path, arch: str | None, slot: s
     model = create_model(arch)
     classes = _head_size(model, weights)
     if classes is not None and classes != model.num_classes:
-        model = build_within(path, arch, num_classes=classes)
+        model = build_within(path, len(weights), arch, num_classes=classes)
     load_weights(model, weights, source=str(path))
     return LoadedModel(model.eval(), arch, slot or "raw", None, pretrained_cfg(model), source=str(path))
 
