@@ -82,6 +82,8 @@ def predictions(args: Namespace) -> "Iterator[Prediction]":
 
     device = pick_device(args.device)
     loaded = load(args.model, args)
+    if not loaded.model.num_classes:
+        raise RequestError(f"{args.model} has no classes: it returns features")
     names = readable_names(loaded.class_names, loaded.model.num_classes)  # type: ignore[arg-type]  # an int
     transform = eval_transform(input_config(loaded))
     images = find_images(sources(args.paths))
