@@ -1,5 +1,6 @@
 """Arguments of architectures: which of them a file or a configuration may name, and with which values."""
 
+import difflib
 import inspect
 import math
 from collections import deque
@@ -43,10 +44,12 @@ def check_model_args(arch: str, args: Mapping[str, Any]) -> None:
         ArgumentError: A name is not that of an argument of the architecture, or a value is extreme.
     """
     variant = VARIANTS.get(get_arch_name(arch))
-    for name in args:
+    for name in map(str, args):
         if name not in ACCEPTED[variant.model] if variant else name in RESERVED:
-            raise ArgumentError(f"{name}: not an argument of the architecture {arch}")
-    _check_values(args)
+            nearest = difflib.get_close_matches(name, ACCEPTED[variant.model], n=1) if variant else []
+            hint = f"; did you mean {nearest[0]}?" if nearest else ""
+            raise ArgumentError(f"{_shown(name)}: not an argument of the architecture {arch}{hint}")
+    _check_values({_shown(name): value for name, value in args.items()})
 
 
 def _accepted(model: type[Sequencer]) -> set[str]:
@@ -59,6 +62,12 @@ def _accepted(model: type[Sequencer]) -> set[str]:
 ACCEPTED = {model.__name__: _accepted(model) for model in (Sequencer2d, VSequencer)}
 
 
+def _shown(name: object) -> str:
+    """Returns the name of an entry as it is shown in messages, where a name of others may be long or break the line."""
+    text = str(name)
+    return text if text.isprintable() and len(text) < 100 else ascii(text[:100])
+
+
 def _check_values(args: Mapping[str, Any]) -> None:
     """Checks that the values are few, short and of the size that an architecture can have."""
     queue, number = deque(args.items()), len(args)
@@ -69,9 +78,9 @@ def _check_values(args: Mapping[str, Any]) -> None:
             if number > MOST_VALUES:  # before they are queued: a checkpoint may hold a list of itself
                 raise ArgumentError(f"{entry}: the arguments have more than {MOST_VALUES:,} values")
             items = value.items() if isinstance(value, dict) else enumerate(value)
-            queue.extend((f"{entry}.{key}", item) for key, item in items)
+            queue.extend((f"{entry}.{_shown(key)}", item) for key, item in items)
         elif isinstance(value, int) and abs(value) > LARGEST:
-            raise ArgumentError(f"{entry}: an integer above {LARGEST:,}")
+            raise ArgumentError(f"{entry}: an integer beyond {LARGEST:,}")
         elif isinstance(value, float) and not math.isfinite(value):
             raise ArgumentError(f"{entry}: not a finite number")
         elif isinstance(value, str) and len(value) > LONGEST:

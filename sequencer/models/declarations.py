@@ -29,6 +29,7 @@ Channels = Annotated[int, Field(ge=1, le=1024)]
 ImageSize = Annotated[int, Field(ge=1, le=LARGEST_IMAGE)]
 Name = Annotated[str, AfterValidator(_check_length)]
 Names = Annotated[Sequence[Name], Field(max_length=MOST_CLASSES)]
+Architecture = Annotated[str, Field(pattern=r"^[\w.-]{1,200}$")]
 Slot = Literal["raw", "ema"]
 Declared = TypeVar("Declared", bound=BaseModel)
 
@@ -119,7 +120,7 @@ class _Description(BaseModel):
 class FolderDescription(_Description, About):
     """The `config.json` of a model folder, which timm writes; entries of other kinds are ignored."""
 
-    architecture: str
+    architecture: Architecture
 
     @model_validator(mode="after")
     def check_args(self) -> "FolderDescription":
@@ -137,7 +138,7 @@ class FolderDescription(_Description, About):
 class ExportDescription(_Description):
     """The description of an exported file, which `sequencer.export.describe_export` builds."""
 
-    arch: str
+    arch: Architecture
     about: About = About()
     preprocessing: bool = False
 
@@ -145,7 +146,7 @@ class ExportDescription(_Description):
 class RunModel(BaseModel):
     """The model section of a run's configuration."""
 
-    name: str
+    name: Architecture
     in_chans: Channels
     img_size: ImageSize
     kwargs: dict[str, Any] = {}

@@ -100,7 +100,8 @@ def test_an_entry_of_a_wrong_type(folder, entry):
         ({"num_classes": 7, "label_names": None}, "num_classes: 7, but model_args has another number of classes"),
         ({"num_classes": 7, "label_names": None, "model_args": ARGS}, "does not fit Sequencer2d"),
         ({"architecture": "sequencer2d"}, "unknown model sequencer2d"),
-        ({"architecture": "hf-hub:timm/resnet18"}, "unknown model hf-hub:timm/resnet18"),
+        ({"architecture": "hf-hub:timm/resnet18"}, "architecture: string should match pattern"),
+        ({"architecture": "a\nb"}, "architecture: string should match pattern"),
         ({"config": {"data": 5}}, "config: its entry data should be a dictionary"),
     ],
 )
@@ -194,9 +195,11 @@ def test_arguments_of_the_architecture_are_accepted():
 @pytest.mark.parametrize(
     ("args", "said"),
     [
-        ({"layers": [10**9]}, "layers.0: an integer above 1,048,576"),
+        ({"layers": [10**9]}, "layers.0: an integer beyond 1,048,576"),
         ({"embed_dims": [16] * 10_001}, "embed_dims: the arguments have more than 10,000 values"),
         ({"drop_rate": float("nan")}, "drop_rate: not a finite number"),
+        ({"a\n\x1b[31m" * 100: 1}, "'a\\n\\x1b[31m"),
+        ({"cel": "gru"}, "cel: not an argument of the architecture sequencer2d_t_8; did you mean cell?"),
         ({"cell": "x" * 1001}, "cell: text of more than 1,000 characters"),
     ],
 )
@@ -241,6 +244,14 @@ def test_a_model_that_is_larger_than_its_weights_takes_no_memory(folder, args, m
 def test_an_architecture_that_is_larger_than_its_weights(folder):
     edit(folder, architecture="vit_giant_patch14_224", model_args={}, label_names=None)
     refused(folder, "a model far larger than the file")
+
+
+@pytest.mark.parametrize("name", ["hf-hub:timm/resnet18", "local-dir:folder", "resnet18.hf-hub:a/b", "resnet18.local"])
+def test_only_names_of_timms_registry_are_models(name):
+    with pytest.raises(CheckpointError):
+        load_model(name)
+    with pytest.raises(CheckpointError):
+        create_model(name)
 
 
 # ---- checkpoints of runs
