@@ -75,8 +75,16 @@ def _explain(error: BaseException) -> tuple[int, str]:
     return 1, f"error: {summarise_error(error)}\nadd --debug for the traceback"
 
 
-def load(source: str, arch: str | None = None, slot: str | None = None) -> "LoadedModel":
-    """Loads MODEL, as `sequencer.models.load_model` does.
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that say how MODEL is loaded."""
+    add = parser.add_argument
+    add("--arch", metavar="NAME", help="architecture of a .pth or .safetensors file")
+    add("--slot", choices=("raw", "ema"), help="weights of a run; default: trainer.slot of the run")
+    add("--trust", action="store_true", help="load a .pt2 file, which can run any code when it is loaded")
+
+
+def load(source: str, args: argparse.Namespace) -> "LoadedModel":
+    """Loads MODEL with the options of `add_model_options`, as `sequencer.models.load_model` does.
 
     Raises:
         RequestError: MODEL cannot be loaded.
@@ -84,9 +92,22 @@ def load(source: str, arch: str | None = None, slot: str | None = None) -> "Load
     from sequencer.models import CheckpointError, load_model
 
     try:
-        return load_model(source, arch, slot)
+        return load_model(source, args.arch, args.slot, args.trust)
     except CheckpointError as error:
         raise RequestError(str(error)) from error
+
+
+def load_original(source: str, args: argparse.Namespace) -> "LoadedModel":
+    """Loads MODEL as `load` does, unless it is an exported file, of which no other model can be made.
+
+    Raises:
+        RequestError: MODEL is an exported file, or cannot be loaded.
+    """
+    from sequencer.models import is_export
+
+    if is_export(source):
+        raise RequestError(f"{source} is an export: name the model that it was made from")
+    return load(source, args)
 
 
 def pick_device(name: str) -> "torch.device":

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from _cli import Parser, load, prepared, run
+from _cli import Parser, add_model_options, load_original, prepared, run
 
 from sequencer.config.errors import RequestError
 
@@ -29,8 +29,7 @@ def parse(argv: list[str] | None) -> Namespace:
     add = parser.add_argument
     add("models", metavar="MODEL", nargs="+", help="run folders, model folders, checkpoints or timm names")
     add("--output", metavar="DIR", type=Path, required=True, help="model folder to write")
-    add("--arch", metavar="NAME", help="architecture of .pth or .safetensors files")
-    add("--slot", choices=("raw", "ema"), help="weights of runs; default: trainer.slot of the run")
+    add_model_options(parser)
     add("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args(argv)
     if len(args.models) < 2:
@@ -40,14 +39,11 @@ def parse(argv: list[str] | None) -> Namespace:
 
 def work(args: Namespace) -> None:
     from sequencer.export import write_model_folder
-    from sequencer.models import CheckpointError, Exported, average_models
+    from sequencer.models import CheckpointError, average_models
 
     def models() -> "Iterator[tuple[str, LoadedModel]]":
         for source in args.models:
-            loaded = load(source, args.arch, args.slot)
-            if isinstance(loaded.model, Exported):
-                raise RequestError(f"{source} is an export: name the model that it was made from")
-            yield source, loaded
+            yield source, load_original(source, args)
 
     with prepared(args.output) as folder:
         try:

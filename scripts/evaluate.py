@@ -11,12 +11,13 @@ predictions.csv, which has for every image the predicted class, its probability,
 """
 
 import math
+import os
 from argparse import ArgumentTypeError, Namespace, RawDescriptionHelpFormatter
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from _cli import Parser, created, integer, load, pick_device, run
+from _cli import Parser, add_model_options, created, integer, load, pick_device, run
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -42,8 +43,7 @@ def parse(argv: list[str] | None) -> Namespace:
     add("--data", metavar="NAME", choices=data_sets, help=f"data set: {', '.join(data_sets)}; default: the run's")
     add("--data-root", metavar="DIR", help="folder that holds the data set")
     add("--split", choices=("val", "test"), help="default: test if the data set has one, otherwise val")
-    add("--arch", metavar="NAME", help="architecture of a .pth or .safetensors file")
-    add("--slot", choices=("raw", "ema"), help="weights of a run; default: trainer.slot of the run")
+    add_model_options(parser)
     add("--img-size", metavar="N", type=integer(1), help="height and width of the images; default: the model's")
     add("--crop-pct", metavar="FRACTION", type=fraction, help="fraction of the shorter side that the centre crop keeps")
     add("--flip", action="store_true", help="average the probabilities of each image and its mirror image")
@@ -53,7 +53,7 @@ def parse(argv: list[str] | None) -> Namespace:
     add("--output", metavar="DIR", type=Path, help="default: RUN/evaluation for a run, otherwise ./evaluation")
     add("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args(argv)
-    if args.data is None and not Path(args.model).exists():
+    if args.data is None and not os.path.exists(args.model):  # False for a name that is too long
         parser.error(f"{args.model} is no file or folder; a timm model needs a data set, with --data NAME")
     return args
 
@@ -75,7 +75,7 @@ def work(args: Namespace) -> None:
 
     device = pick_device(args.device)
     distributed.join(device.type == "cuda")
-    loaded = distributed.one_by_one(lambda: load(args.model, args.arch, args.slot))
+    loaded = distributed.one_by_one(lambda: load(args.model, args))
     data = evaluation_data(
         loaded,
         args.data,

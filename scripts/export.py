@@ -14,7 +14,7 @@ from argparse import Namespace, RawDescriptionHelpFormatter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from _cli import Parser, integer, load, need_onnx, prepared, run
+from _cli import Parser, add_model_options, integer, load_original, need_onnx, prepared, run
 
 from sequencer.config.errors import RequestError
 from sequencer.names import EXPORTED_GRAPHS, EXPORTED_WEIGHTS
@@ -41,8 +41,7 @@ def parse(argv: list[str] | None) -> Namespace:
         help="dtype of a graph's weights; its inputs and outputs are float32",
     )
     add("--with-preprocessing", action="store_true", help="graph: uint8 B H W C images in, probabilities out")
-    add("--arch", metavar="NAME", help="architecture of a .pth or .safetensors file")
-    add("--slot", choices=("raw", "ema"), help="weights of a run; default: trainer.slot of the run")
+    add_model_options(parser)
     add(
         "--push-to",
         metavar="ORG/NAME",
@@ -62,7 +61,7 @@ def work(args: Namespace) -> None:
 
     if args.format == "onnx":
         need_onnx()
-    loaded = load(args.model, args.arch, args.slot)
+    loaded = load_original(args.model, args)
     img_size = args.img_size or loaded.pretrained_cfg["input_size"][-1]
     check(loaded, img_size, args)
     with prepared(args.output) as folder:
@@ -80,10 +79,8 @@ def work(args: Namespace) -> None:
 
 def check(loaded: "LoadedModel", img_size: int, args: Namespace) -> None:
     from sequencer.evaluation import check_img_size
-    from sequencer.models import Exported, Sequencer
+    from sequencer.models import Sequencer
 
-    if isinstance(loaded.model, Exported):
-        raise RequestError(f"{args.model} is an export already: name the model that it was made from")
     if args.format == "paper" and not isinstance(loaded.model, Sequencer):
         raise RequestError(f"{loaded.arch} does not exist in the paper's repository; use --format timm")
     if args.push_to:

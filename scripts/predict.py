@@ -18,7 +18,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from _cli import Parser, integer, load, make_folder, pick_device, run
+from _cli import Parser, add_model_options, integer, load, make_folder, pick_device, run
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TimeRemainingColumn
 
@@ -44,8 +44,7 @@ def parse(argv: list[str] | None) -> Namespace:
     add("--top", metavar="N", type=integer(1), default=1, help="classes per image; default: 1")
     add("--format", choices=("table", "jsonl", "csv"), help="default: by the suffix of --output, otherwise table")
     add("--output", metavar="FILE", type=Path, help="replaced when all images are done; default: standard output")
-    add("--arch", metavar="NAME", help="architecture of a .pth or .safetensors file")
-    add("--slot", choices=("raw", "ema"), help="weights of a run; default: trainer.slot of the run")
+    add_model_options(parser)
     add("--batch-size", metavar="N", type=integer(1), default=32, help="images per forward pass; default: 32")
     workers = min(8, os.cpu_count() or 1)
     add("--num-workers", metavar="N", type=integer(1), default=workers, help="threads that read images")
@@ -82,7 +81,9 @@ def predictions(args: Namespace) -> "Iterator[Prediction]":
     from sequencer.evaluation import find_images, input_config, predict, readable_names
 
     device = pick_device(args.device)
-    loaded = load(args.model, args.arch, args.slot)
+    loaded = load(args.model, args)
+    if not loaded.model.num_classes:
+        raise RequestError(f"{args.model} has no classes: it returns features")
     names = readable_names(loaded.class_names, loaded.model.num_classes)  # type: ignore[arg-type]  # an int
     transform = eval_transform(input_config(loaded))
     images = find_images(sources(args.paths))

@@ -15,7 +15,7 @@ def validate(config: Config) -> None:
     Raises:
         RequestError: A value is illegal; the message names its key.
     """
-    _check_bounds(config)
+    check_bounds(config)
     _check_optim(config)
     _check_images(config)
     if config.logger.wandb:
@@ -24,12 +24,20 @@ def validate(config: Config) -> None:
             raise RequestError("logger.wandb=true, but wandb is not installed: python -m pip install wandb")
 
 
-def _check_bounds(node: Any, prefix: str = "") -> None:
-    """Checks the choices and bounds of every key of a section and its sub-sections."""
+def check_bounds(node: Any, prefix: str = "") -> None:
+    """Checks the choices and bounds of every key of a section and its sub-sections.
+
+    Args:
+        node: The section, a dataclass of the schema.
+        prefix: Of the keys in error messages.
+
+    Raises:
+        RequestError: A value is illegal; the message names its key.
+    """
     for field in dataclasses.fields(node):
         key, value = prefix + field.name, getattr(node, field.name)
         if dataclasses.is_dataclass(value):
-            _check_bounds(value, f"{key}.")
+            check_bounds(value, f"{key}.")
             continue
         for item in value if isinstance(value, list) else [value]:
             _check_item(key, item, field.metadata)

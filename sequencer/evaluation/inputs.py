@@ -4,20 +4,36 @@ from dataclasses import fields
 from typing import Any
 
 import torch
+from pydantic import create_model
 from timm.data import resolve_data_config
 
 from sequencer.config.errors import RequestError
 from sequencer.config.schema import DataConfig
+from sequencer.config.validation import check_bounds
+from sequencer.declared import UndeclaredContent, check_type
 from sequencer.models import LoadedModel
+
+# a run of another version may have other keys; the augmentation of training images is not needed here
+KNOWN: dict[str, Any] = {field.name: field.type for field in fields(DataConfig) if field.name != "augment"}
+DataSection = create_model("DataSection", **{name: (kind | None, None) for name, kind in KNOWN.items()})  # type: ignore[call-overload]
 
 
 def data_section(loaded: LoadedModel) -> DataConfig | None:
-    """The data section of the run that trained the model, without its augmentation; None if no run is known."""
+    """The data section of the run that trained the model, without its augmentation; None if no run is known.
+
+    Raises:
+        RequestError: The file that the model was loaded from has a value of a wrong type or out of range there.
+    """
     if loaded.data is None:
         return None
-    # a run of another version may have other keys; the augmentation of training images is not needed here
-    known = {field.name for field in fields(DataConfig)} - {"augment"}
-    return DataConfig(**{key: value for key, value in loaded.data.items() if key in known})
+    given = {name: value for name, value in loaded.data.items() if name in KNOWN}
+    try:
+        check_type(DataSection, given, f"{loaded.source}: config.data")
+    except UndeclaredContent as error:
+        raise RequestError(str(error)) from error
+    section = DataConfig(**given)
+    check_bounds(section, f"{loaded.source}: config.data.")
+    return section
 
 
 def input_config(loaded: LoadedModel) -> DataConfig:

@@ -70,12 +70,12 @@ def model_card(loaded: LoadedModel, name: str) -> dict[str, Any]:
         "Image size": " x ".join(str(extent) for extent in loaded.pretrained_cfg["input_size"]),
         "Classes": loaded.model.num_classes,
         "Weights": "exponential moving average" if loaded.slot == "ema" else "without moving average",
-        "Dataset": loaded.data and loaded.data["name"],
+        "Dataset": loaded.data and loaded.data.get("name"),
         "Results": {
-            f"{split} {metric}": f"{metrics[f'{split}/{key}']:.2%}"
+            f"{split} {metric}": f"{value:.2%}"
             for split in ("test", "val_ema", "val")
             for key, metric in (("top1", "top-1"), ("top5", "top-5"))
-            if f"{split}/{key}" in metrics
+            if isinstance(value := metrics.get(f"{split}/{key}"), int | float)
         },
         "Commit": loaded.about.get("commit"),
         "Made with": loaded.about.get("versions"),

@@ -51,7 +51,7 @@ def export_graph(
     path = folder / EXPORTED_GRAPHS[form]
     description = describe_export(loaded, img_size, with_preprocessing)
     (to_onnx if form == "onnx" else to_program)(loaded.model, path, description, DTYPES[dtype])
-    return certify(load_exported(path), loaded, path, img_size, dtype)
+    return certify(load_exported(path, trust=True), loaded, path, img_size, dtype)
 
 
 def export_weights(loaded: LoadedModel, folder: Path, form: str, name: str) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Sequencer models and the loading of models and weights."""
 
 from sequencer.models.average import average_models
+from sequencer.models.build import create_model
 from sequencer.models.checkpoint import (
     CheckpointError,
     load_weights,
@@ -8,9 +9,9 @@ from sequencer.models.checkpoint import (
     read_checkpoint,
     select_weights,
 )
-from sequencer.models.exported import Exported, load_exported
+from sequencer.models.exported import Exported, is_export, load_exported
 from sequencer.models.layouts import to_paper_layout, to_timm_layout
-from sequencer.models.load import PREPROCESSING, LoadedModel, create_model, load_model, read_weights, timm_preprocessing
+from sequencer.models.load import PREPROCESSING, LoadedModel, load_model, read_weights, timm_preprocessing
 from sequencer.models.sequencer import Sequencer, Sequencer2d, VSequencer
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "VSequencer",
     "average_models",
     "create_model",
+    "is_export",
     "load_exported",
     "load_model",
     "load_weights",

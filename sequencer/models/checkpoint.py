@@ -1,6 +1,7 @@
 """Reading of checkpoint files without running code from them, and loading of their weights into models."""
 
 import argparse
+import os
 import pickle
 import re
 import zipfile
@@ -23,6 +24,11 @@ class CheckpointError(ValueError):
     """A model that cannot be read or does not fit its architecture; the message has one or two lines."""
 
 
+def first_line(error: BaseException) -> str:
+    """Returns the first line of an error's message, or the name of its class if it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """Reads a `.safetensors`, `.pth` or `.ckpt` file; tensors are placed on the CPU.
 
@@ -31,7 +37,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             or holds objects whose unpickling would run code.
     """
     path = Path(path)
-    if not path.is_file():
+    if not os.path.isfile(path):  # False, not an error, for a name that is too long
         raise CheckpointError(f"no checkpoint at {path}")
     try:
         path.open("rb").close()
@@ -40,7 +46,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        _check_sums(path)
+        _check_records(path)
         # timm and the paper's repository store their command-line arguments as a Namespace of plain values
         with torch.serialization.safe_globals([argparse.Namespace]):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
@@ -51,19 +57,23 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is damaged or no checkpoint") from error
     if not isinstance(checkpoint, dict):
         raise CheckpointError(f"{path} holds a {type(checkpoint).__name__}, not a state dict")
+    if not all(isinstance(key, str) for key in checkpoint):
+        raise CheckpointError(f"{path} holds a dictionary with keys other than names, not a state dict")
     return checkpoint
 
 
-def _check_sums(path: Path) -> None:
-    """Verifies the checksums of a checkpoint's records, which torch writes but does not verify.
+def _check_records(path: Path) -> None:
+    """Verifies the sizes and the checksums of a checkpoint's records, which torch writes but does not verify.
 
     Raises:
-        ValueError: A record does not match its checksum.
+        ValueError: A record does not match its checksum, or the records unpack to more bytes than the file has.
     """
     if not zipfile.is_zipfile(path):  # saved before torch 1.6, or truncated, which `torch.load` detects
         return
-    with zipfile.ZipFile(path) as parts:
-        if (altered := parts.testzip()) is not None:
+    with zipfile.ZipFile(path) as records:
+        if sum(record.file_size for record in records.infolist()) > path.stat().st_size:
+            raise ValueError("the records are compressed or overlap, which torch.save does not do")
+        if (altered := records.testzip()) is not None:
             raise ValueError(f"{altered} does not match its checksum")
 
 
@@ -84,7 +94,7 @@ def select_weights(checkpoint: dict[str, Any], slot: str | None = None) -> dict[
         if slot == "ema":
             raise CheckpointError("the checkpoint holds no EMA weights")
         found = checkpoint
-    tensors = {name: value for name, value in found.items() if isinstance(value, Tensor)}
+    tensors = {name: value for name, value in found.items() if isinstance(name, str) and isinstance(value, Tensor)}
     if not tensors:
         raise CheckpointError("the checkpoint holds no tensors where weights are expected")
     return to_timm_layout(strip_wrappers(tensors))
@@ -108,7 +118,7 @@ def load_weights(
         CheckpointError: Keys are missing or unexpected, or shapes differ. The model is unchanged in this case.
     """
     own, weights = model.state_dict(), dict(weights)
-    if POSITION in weights and POSITION in own and weights[POSITION].shape != own[POSITION].shape:
+    if POSITION in weights and POSITION in own and _can_resample(weights[POSITION], own[POSITION]):
         weights[POSITION] = resample_abs_pos_embed_nhwc(weights[POSITION], list(own[POSITION].shape[1:3]))
     kept: list[str] = []
     if replace_head:
@@ -127,6 +137,7 @@ def load_weights(
             for name in own
             if name in weights and weights[name].shape != own[name].shape
         ],
+        "not dense real numbers": [name for name in own if name in weights and not _is_dense(weights[name])],
     }
     if any(problems.values()):
         parts = [f"{len(names)} {kind}: {_abridge(names)}" for kind, names in problems.items() if names]
@@ -142,10 +153,28 @@ def pretrained_cfg(model: nn.Module) -> dict[str, Any]:
     return config
 
 
+def _can_resample(position: Tensor, own: Tensor) -> bool:
+    """Whether a position embedding `1 H W C` differs from the model's own in height and width alone."""
+    return (
+        _is_dense(position)
+        and position.ndim == 4
+        and (position.shape[0], position.shape[3]) == (own.shape[0], own.shape[3])
+        and position.shape != own.shape
+        and position.numel() * position.itemsize <= position.untyped_storage().nbytes()  # not a repeated value
+    )
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether a tensor holds a real number for each of its entries, in memory."""
+    dense = tensor.layout == torch.strided and not tensor.is_quantized
+    return dense and tensor.device.type != "meta" and not tensor.is_complex()
+
+
 def classifier_name(model: nn.Module) -> str:
     """Returns the module name of the head's last layer."""
     return pretrained_cfg(model).get("classifier") or "head.fc"
 
 
 def _abridge(names: list[str], most: int = 3) -> str:
-    return ", ".join(names[:most]) + (f", and {len(names) - most} more" if len(names) > most else "")
+    shown = [name if name.isprintable() and len(name) < 100 else ascii(name[:100]) for name in names[:most]]
+    return ", ".join(shown) + (f", and {len(names) - most} more" if len(names) > most else "")

@@ -1,16 +1,14 @@
 """Loading of a model from a run folder, a model folder, a checkpoint file, an exported file or a timm name."""
 
-import difflib
-import json
-from collections.abc import Sequence
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import timm
-from timm.models import get_arch_name
 from torch import Tensor, nn
 
+from sequencer.models.build import build_within, create_model
 from sequencer.models.checkpoint import (
     CheckpointError,
     classifier_name,
@@ -19,11 +17,10 @@ from sequencer.models.checkpoint import (
     read_checkpoint,
     select_weights,
 )
-from sequencer.models.exported import SUFFIXES, load_exported
-from sequencer.variants import VARIANTS
+from sequencer.models.declarations import RunDescription, check_description, describe_folder
+from sequencer.models.exported import is_export, load_exported
 
 PREPROCESSING = ("input_size", "mean", "std", "crop_pct", "interpolation")  # keys of timm's pretrained_cfg
-ABOUT = ("config", "metrics", "commit", "versions", "averaged")  # keys of `LoadedModel.about` in a folder's config.json
 
 
 @dataclass(frozen=True)
@@ -37,6 +34,7 @@ class LoadedModel:
     pretrained_cfg: dict[str, Any]  # timm's preprocessing: input_size, mean, std, crop_pct, interpolation
     model_args: dict[str, Any] = field(default_factory=dict)  # besides num_classes, in_chans and img_size
     about: dict[str, Any] = field(default_factory=dict)  # origin: config, metrics, versions, ...
+    source: str = ""  # the file that describes the model, if it was loaded from one
 
     @property
     def data(self) -> dict[str, Any] | None:
@@ -44,7 +42,9 @@ class LoadedModel:
         return self.about.get("config", {}).get("data")
 
 
-def load_model(source: str | Path, arch: str | None = None, slot: str | None = None) -> LoadedModel:
+def load_model(
+    source: str | Path, arch: str | None = None, slot: str | None = None, trust: bool = False
+) -> LoadedModel:
     """Loads a model.
 
     Args:
@@ -53,23 +53,24 @@ def load_model(source: str | Path, arch: str | None = None, slot: str | None = N
             published weights are downloaded.
         arch: Registered name of the architecture, for files that do not name it.
         slot: `raw` or `ema`, for files that hold both. By default the run's `trainer.slot`, or raw.
+        trust: Whether a `.pt2` file, which can run any code when it is loaded, may be loaded.
 
     Raises:
-        CheckpointError: `source` is none of these, cannot be read, or does not fit the architecture.
+        CheckpointError: `source` is none of these, cannot be read, is not trusted, or does not fit the architecture.
     """
     path = Path(source)
+    if not os.path.exists(path):  # False, not an error, for a name that is too long
+        return _load_published(str(source))
     if path.is_dir():
         return _load_folder(path, slot)
-    if path.is_file() and path.suffix in SUFFIXES:
-        return _load_exported(path)
-    if path.is_file():
-        checkpoint = read_checkpoint(path)
-        return (
-            _load_run_checkpoint(checkpoint, path, slot)
-            if {"config", "class_names"} <= checkpoint.keys()
-            else _load_file(checkpoint, path, arch, slot)
-        )
-    return _load_published(str(source))
+    if not path.is_file():
+        raise CheckpointError(f"{path} is neither a regular file nor a folder")
+    if is_export(path):
+        return _load_exported(path, trust)
+    checkpoint = read_checkpoint(path)
+    if {"config", "class_names"} <= checkpoint.keys():
+        return _load_run_checkpoint(checkpoint, path, slot)
+    return _load_file(checkpoint, path, arch, slot)
 
 
 def _load_folder(folder: Path, slot: str | None) -> LoadedModel:
@@ -86,36 +87,25 @@ def _load_folder(folder: Path, slot: str | None) -> LoadedModel:
 
 
 def _load_model_folder(folder: Path) -> LoadedModel:
-    try:
-        config = json.loads((folder / "config.json").read_text())
-        arch, cfg = config["architecture"], _with_tuples(config["pretrained_cfg"])
-        channels, height, _ = cfg["input_size"]
-        sizes = {"num_classes": config["num_classes"], "in_chans": channels, "img_size": height}
-        args = sizes | config.get("model_args", {})
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder / 'config.json'} is damaged or not a timm model configuration") from error
-    model = create_model(arch, **args)
-    load_weights(model, read_checkpoint(folder / "model.safetensors"), source=str(folder))
-    about = {key: config[key] for key in ABOUT if key in config}
+    said = describe_folder(folder)
+    path = folder / "model.safetensors"
+    weights = read_checkpoint(path)
+    model = build_within(path, len(weights), said.architecture, **said.arguments())
+    load_weights(model, weights, source=str(folder))
+    cfg, source = said.pretrained_cfg.as_timm(), str(folder / "config.json")
     return LoadedModel(
-        model.eval(), arch, config.get("slot", "raw"), _names(config), cfg, config.get("model_args", {}), about
+        model.eval(), said.architecture, said.slot, said.class_names, cfg, said.model_args, said.present(), source
     )
 
 
 def _load_run_checkpoint(checkpoint: dict[str, Any], path: Path, slot: str | None) -> LoadedModel:
-    config, names = checkpoint["config"], checkpoint["class_names"]
-    slot = slot or config["trainer"]["slot"]
-    section = config["model"]
-    model = create_model(
-        section["name"],
-        num_classes=len(names),
-        in_chans=section["in_chans"],
-        img_size=section["img_size"],
-        **section["kwargs"],
-    )
-    load_weights(model, select_weights(checkpoint, slot), source=str(path))
-    cfg = timm_preprocessing(config["data"])
-    return LoadedModel(model.eval(), section["name"], slot, tuple(names), cfg, section["kwargs"], {"config": config})
+    said = check_description(RunDescription, checkpoint, str(path))
+    section, slot = said.config.model, slot or said.config.trainer.slot
+    weights = select_weights(checkpoint, slot)
+    model = build_within(path, len(weights), section.name, **said.arguments())
+    load_weights(model, weights, source=str(path))
+    cfg, about = said.config.data.as_timm(), {"config": checkpoint["config"]}
+    return LoadedModel(model.eval(), section.name, slot, tuple(said.class_names), cfg, section.kwargs, about, str(path))
 
 
 def _load_file(checkpoint: dict[str, Any], path: Path, arch: str | None, slot: str | None) -> LoadedModel:
@@ -125,9 +115,9 @@ def _load_file(checkpoint: dict[str, Any], path: Path, arch: str | None, slot: s
     model = create_model(arch)
     classes = _head_size(model, weights)
     if classes is not None and classes != model.num_classes:
-        model = create_model(arch, num_classes=classes)
+        model = build_within(path, len(weights), arch, num_classes=classes)
     load_weights(model, weights, source=str(path))
-    return LoadedModel(model.eval(), arch, slot or "raw", None, pretrained_cfg(model))
+    return LoadedModel(model.eval(), arch, slot or "raw", None, pretrained_cfg(model), source=str(path))
 
 
 def _load_published(name: str) -> LoadedModel:
@@ -137,31 +127,23 @@ def _load_published(name: str) -> LoadedModel:
         raise CheckpointError(f"{name} has no published weights; give a checkpoint file and --arch {name}")
     model = create_model(name, pretrained=True)
     cfg = pretrained_cfg(model)
-    return LoadedModel(model.eval(), name, "raw", _names(cfg), cfg)
+    names = cfg.get("label_names")
+    return LoadedModel(model.eval(), name, "raw", tuple(names) if names else None, cfg)
 
 
-def _load_exported(path: Path) -> LoadedModel:
-    model = load_exported(path)
-    description = model.description
+def _load_exported(path: Path, trust: bool) -> LoadedModel:
+    model = load_exported(path, trust)
+    said = model.description
     return LoadedModel(
         model.eval(),
-        description["arch"],
-        description["slot"],
-        _names(description),
-        _with_tuples(description["pretrained_cfg"]),
-        description["model_args"],
-        description["about"],
+        said.arch,
+        said.slot,
+        said.class_names,
+        said.pretrained_cfg.as_timm(),
+        said.model_args,
+        said.about.present(),
+        str(path),
     )
-
-
-def _with_tuples(cfg: dict[str, Any]) -> dict[str, Any]:
-    """Converts lists to tuples, which timm's configurations have and JSON does not keep."""
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in cfg.items()}
-
-
-def _names(config: dict[str, Any]) -> tuple[str, ...] | None:
-    names = config.get("label_names")
-    return tuple(names) if names else None
 
 
 def timm_preprocessing(data: dict[str, Any]) -> dict[str, Any]:
@@ -177,45 +159,21 @@ def timm_preprocessing(data: dict[str, Any]) -> dict[str, Any]:
 
 def _head_size(model: nn.Module, weights: dict[str, Tensor]) -> int | None:
     weight = weights.get(f"{classifier_name(model)}.weight")
-    return None if weight is None else weight.shape[0]
-
-
-def create_model(name: str, img_size: int | Sequence[int] | None = None, **kwargs: Any) -> nn.Module:
-    """Builds a model by `timm.create_model`.
-
-    Args:
-        name: Registered name.
-        img_size: Height and width of the images in pixels. It is passed to models that are built for one size and
-            ignored by others.
-        **kwargs: Arguments of `timm.create_model`.
-
-    Raises:
-        CheckpointError: There is no model of this name, it does not accept the arguments, or its published weights
-            cannot be downloaded.
-    """
-    if not timm.is_model(name):
-        nearest = difflib.get_close_matches(name, timm.list_models(), n=3)
-        hint = f"; did you mean {', '.join(nearest)}?" if nearest else ""
-        raise CheckpointError(f"unknown model {name}{hint}")
-    try:
-        config = timm.get_pretrained_cfg(name)
-        if img_size is not None and (get_arch_name(name) in VARIANTS or (config and config.fixed_input_size)):
-            kwargs["img_size"] = img_size
-        return timm.create_model(name, **kwargs)
-    except Exception as error:  # timm's models and the hub client raise errors of many types
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"{name} cannot be built: {reason}") from error
+    return None if weight is None or weight.ndim == 0 else weight.shape[0]
 
 
 def read_weights(source: str | Path) -> dict[str, Tensor]:
     """Reads the weights of a model, of any architecture, under timm's names.
 
     Args:
-        source: A checkpoint file, or any `source` of `load_model`.
+        source: A checkpoint file, or any `source` of `load_model` but an exported file.
 
     Raises:
-        CheckpointError: As `load_model`.
+        CheckpointError: As `load_model`, or `source` is an exported file.
     """
-    if Path(source).is_file():
-        return select_weights(read_checkpoint(source))
+    path = Path(source)
+    if is_export(path):
+        raise CheckpointError(f"{path} is an export: name the model that it was made from")
+    if os.path.isfile(path):
+        return select_weights(read_checkpoint(path))
     return load_model(source).model.state_dict()

@@ -73,7 +73,7 @@ def test_torch_export_programs(kwargs, tmp_path):
     certificate = export_graph(original, tmp_path, "torch_export", 16)
     assert certificate["max_error"] < 2e-6 * certificate["largest_output"]
     x = torch.randn(5, 3, 16, 16)
-    program = load_exported(tmp_path / "model.pt2")
+    program = load_exported(tmp_path / "model.pt2", trust=True)
     with torch.inference_mode():
         torch.testing.assert_close(program(x), original.model(x), atol=2e-5, rtol=2e-5)
 
@@ -110,7 +110,7 @@ def test_float16_with_preprocessing(form, tmp_path):
             found = torch.export.load(tmp_path / "model.pt2").module()(torch.from_numpy(image))
         torch.testing.assert_close(found, expected, atol=1e-2, rtol=0)
         assert not torch.equal(found, expected)
-        again = load_exported(tmp_path / ("model.onnx" if form == "onnx" else "model.pt2"))
+        again = load_exported(tmp_path / ("model.onnx" if form == "onnx" else "model.pt2"), trust=True)
         torch.testing.assert_close(again(x).softmax(1), found, atol=1e-5, rtol=0)
 
 

@@ -1,0 +1,87 @@
+"""Arguments of architectures: which of them a file or a configuration may name, and with which values."""
+
+import difflib
+import inspect
+import math
+from collections import deque
+from collections.abc import Mapping
+from typing import Any
+
+import timm
+from timm.models import build_model_with_cfg, get_arch_name
+
+from sequencer.models.sequencer import Sequencer, Sequencer2d, VSequencer
+from sequencer.variants import VARIANTS
+
+LARGEST = 2**20  # integer; no dimension, depth or image size of an architecture is larger
+MOST_VALUES = 10_000  # of all arguments together
+LONGEST = 1000  # characters of a string
+
+# timm interprets these instead of passing them on to an architecture: where weights come from, what is made of the
+# model, and how or where it runs
+RESERVED = {
+    *inspect.signature(timm.create_model).parameters,
+    *inspect.signature(build_model_with_cfg).parameters,
+    *("pruned", "features_only", "out_indices", "feature_cls", "device", "dtype"),
+}
+
+
+class ArgumentError(ValueError):
+    """An argument that an architecture must not be built with; the message has one line, which begins with its name."""
+
+
+def check_model_args(arch: str, args: Mapping[str, Any]) -> None:
+    """Checks arguments of an architecture, which may come from a file of others, before a model is built with them.
+
+    A model of this package takes the arguments of its constructor. Any other model takes the arguments that timm passes
+    on to the architecture, so that no argument can load weights, read a file or start a download.
+
+    Args:
+        arch: Name of the architecture.
+        args: The arguments.
+
+    Raises:
+        ArgumentError: A name is not that of an argument of the architecture, or a value is extreme.
+    """
+    variant = VARIANTS.get(get_arch_name(arch))
+    for name in map(str, args):
+        if name not in ACCEPTED[variant.model] if variant else name in RESERVED:
+            nearest = difflib.get_close_matches(name, ACCEPTED[variant.model], n=1) if variant else []
+            hint = f"; did you mean {nearest[0]}?" if nearest else ""
+            raise ArgumentError(f"{_shown(name)}: not an argument of the architecture {arch}{hint}")
+    _check_values({_shown(name): value for name, value in args.items()})
+
+
+def _accepted(model: type[Sequencer]) -> set[str]:
+    """Returns the names of the arguments of a model's constructor, those that it passes on to its base included."""
+    constructors = [cls.__init__ for cls in model.__mro__ if issubclass(cls, Sequencer)]
+    names = {name for constructor in constructors for name in inspect.signature(constructor).parameters}
+    return names - {"self", "token_mixer", "backbone"}
+
+
+ACCEPTED = {model.__name__: _accepted(model) for model in (Sequencer2d, VSequencer)}
+
+
+def _shown(name: object) -> str:
+    """Returns the name of an entry as it is shown in messages, where a name of others may be long or break the line."""
+    text = str(name)
+    return text if text.isprintable() and len(text) < 100 else ascii(text[:100])
+
+
+def _check_values(args: Mapping[str, Any]) -> None:
+    """Checks that the values are few, short and of the size that an architecture can have."""
+    queue, number = deque(args.items()), len(args)
+    while queue:
+        entry, value = queue.popleft()
+        if isinstance(value, list | tuple | dict):
+            number += len(value)
+            if number > MOST_VALUES:  # before they are queued: a checkpoint may hold a list of itself
+                raise ArgumentError(f"{entry}: the arguments have more than {MOST_VALUES:,} values")
+            items = value.items() if isinstance(value, dict) else enumerate(value)
+            queue.extend((f"{entry}.{_shown(key)}", item) for key, item in items)
+        elif isinstance(value, int) and abs(value) > LARGEST:
+            raise ArgumentError(f"{entry}: an integer beyond {LARGEST:,}")
+        elif isinstance(value, float) and not math.isfinite(value):
+            raise ArgumentError(f"{entry}: not a finite number")
+        elif isinstance(value, str) and len(value) > LONGEST:
+            raise ArgumentError(f"{entry}: text of more than {LONGEST:,} characters")
