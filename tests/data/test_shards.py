@@ -328,9 +328,20 @@ def test_from_s3(folder, tmp_path, monkeypatch):
     ("index", "message"),
     [
         (None, r"no complete set in .*/train\.json \(No such file or directory\)\nscripts/shards\.py writes"),
-        ("{}", r"no complete set in .*/train\.json \('shardlist'\)"),
-        ('{"shardlist": []}', "lists no shard"),
-        ('{"shardlist": [{"url": "a.tar", "nsamples": 0}]}', "lists a shard without samples"),
+        ("{}", r"no complete set in .*/train\.json \(train\.json: shardlist: field required\)"),
+        ("{", r"train\.json: invalid JSON"),
+        ("[" * 300, r"train\.json: invalid JSON"),
+        ("[1]", r"train\.json: input should be an object"),
+        ('{"shardlist": []}', r"train\.json: shardlist: list should have at least 1 item"),
+        ('{"shardlist": [{"url": "a.tar", "nsamples": 0}]}', r"shardlist\.0\.nsamples: .* greater than or equal to 1"),
+        ('{"shardlist": [{"url": "a.tar", "nsamples": 1e308}]}', r"nsamples: input should be a valid integer"),
+        (
+            '{"shardlist": [{"url": "a.tar", "nsamples": 1000000000000}]}',
+            r"nsamples: .* less than or equal to 10000000",
+        ),
+        ('{"shardlist": [{"url": 5, "nsamples": 1}]}', r"url: input should be a valid string"),
+        ('{"shardlist": [{"url": "a.tar", "nsamples": 1}], "classes": 5}', r"classes: input should be a valid array"),
+        ('{"shardlist": [{"url": "a.tar", "nsamples": 1}], "classes": [[1]]}', r"classes\.0\.str: input should be"),
         (
             '{"shardlist": [{"url": "a.tar", "nsamples": 1}], "classes": ["a"]}',
             r"data\.num_classes=3, but 1 classes were",
