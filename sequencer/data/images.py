@@ -12,7 +12,9 @@ from sequencer.files import check_regular
 
 # of Pillow; any other decoder is code that an image would start, Ghostscript for example
 FORMATS = ("JPEG", "PNG", "WEBP", "PPM", "BMP", "TIFF", "GIF")
-MOST_MEMORY = 2**30  # bytes, for decoding an image and for resizing it
+MOST_MEMORY = 3 * 2**29  # bytes, for decoding an image and for resizing it
+# bytes per pixel that decoding takes: Pillow's four in the file's mode and four as RGB; WebP's decoder has three copies
+PIXEL, PIXEL_WEBP = 8, 16
 
 
 class UnreadableImage(Exception):
@@ -44,7 +46,7 @@ def read_image(path: str | Path, file: BytesIO | None = None, shorter_side: int 
             if file is None:
                 check_regular(path)
             with Image.open(file or path, formats=FORMATS) as image:
-                check_memory(image.size, shorter_side)
+                check_memory(image.size, shorter_side, PIXEL_WEBP if image.format == "WEBP" else PIXEL)
                 _check_tiles(image)
                 image.load()
                 return _to_rgb(image)
@@ -52,12 +54,13 @@ def read_image(path: str | Path, file: BytesIO | None = None, shorter_side: int 
             raise UnreadableImage(path, reason_of(error)) from error
 
 
-def check_memory(size: tuple[int, int], shorter_side: int = 0) -> None:
+def check_memory(size: tuple[int, int], shorter_side: int = 0, pixel: int = PIXEL) -> None:
     """Checks, from its size alone, what decoding an image and resizing its shorter side takes.
 
     Args:
         size: width and height of the image, pixels.
         shorter_side: length in pixels that the shorter side is resized to; 0 if it is not.
+        pixel: bytes per pixel that decoding takes.
 
     Raises:
         ValueError: it takes more than `MOST_MEMORY`, or the image has no pixels.
@@ -66,8 +69,8 @@ def check_memory(size: tuple[int, int], shorter_side: int = 0) -> None:
     short, long = sorted(size)
     if short < 1:
         raise ValueError("it has no pixels")
-    # Pillow stores four bytes per pixel and two pointers per row, and resizes one axis after the other
-    decoded = 4 * width * height + 16 * height
+    # besides its pixels an image holds a pointer per row, in either mode; it is resized along one axis after the other
+    decoded = pixel * width * height + 16 * height
     resized = 4 * (shorter_side * long + shorter_side * (shorter_side * long // short))
     if max(decoded, resized) > MOST_MEMORY:
         what = f"resizing it to {shorter_side} pixels" if resized > MOST_MEMORY else "decoding it"
@@ -90,7 +93,7 @@ def reason_of(error: BaseException) -> str:
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):
         values = np.asarray(image) >> 8
-        image = Image.fromarray(values.clip(0, 255).astype(np.uint8))
+        image = Image.fromarray(values.clip(0, 255, out=values).astype(np.uint8))
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
     return image.convert("RGB")
