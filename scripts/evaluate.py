@@ -99,7 +99,7 @@ def work(args: Namespace) -> None:
 def show(evaluation: "Evaluation", output: Path) -> None:
     result = evaluation.record()
     console = Console(highlight=False, markup=False)
-    console.print("{arch} ({slot} weights) on {data}, {split} split, {total:,} images".format(**result))
+    console.print(printable("{arch} ({slot} weights) on {data}, {split} split, {total:,} images".format(**result)))
     if result["unreadable"]:
         console.print(
             f"{result['unreadable']:,} more could not be read: {printable(output / 'bad_samples.csv')}", soft_wrap=True

@@ -219,6 +219,36 @@ def test_sets_in_memory_are_bounded_as_well(made_root):
         DataModule(config, 0).setup()
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\x00\x00\x08",
+        np.array([0x0803, 10**9, 10**9, 10**9], dtype=">i4").tobytes(),
+        np.array([0x0803, -1, 28, 28], dtype=">i4").tobytes() + bytes(784),
+        np.array([0x7703, 1, 28, 28], dtype=">i4").tobytes() + bytes(784),
+        np.array([0x0D03, 1, 28, 28], dtype=">i4").tobytes() + bytes(4 * 784),
+        np.array([0x0801, 784], dtype=">i4").tobytes() + bytes(784),
+        np.array([0x0803, 0, 28, 28], dtype=">i4").tobytes(),
+        np.array([0x0803, 1, 0, 28], dtype=">i4").tobytes(),
+        np.array([0x0803, 1, 28, 28], dtype=">i4").tobytes() + bytes(784),
+    ],
+)
+def test_damaged_files_of_a_set_in_memory_are_refused(made_root, content):
+    (made_root / "MNIST" / "raw" / "train-images-idx3-ubyte").write_bytes(content)
+    with pytest.raises(RequestError, match="data=mnist: "):
+        DataModule(compose(["data=mnist", f"data.root={made_root}"]).data, 0).setup()
+
+
+@pytest.mark.parametrize("content", [5, (1, 2), (torch.zeros(3, 28, 28, dtype=torch.int64), torch.zeros(3)), [[], []]])
+def test_damaged_files_of_an_older_torchvision_are_refused(made_root, content):
+    (made_root / "MNIST" / "processed").mkdir()
+    for name in ("training.pt", "test.pt"):
+        torch.save(content, made_root / "MNIST" / "processed" / name)
+    with pytest.raises(RequestError, match="data=mnist: no complete set"):
+        DataModule(compose(["data=mnist", f"data.root={made_root}"]).data, 0).setup()
+
+
 def test_labels_that_no_class_has_are_refused(made_root):
     images = torch.zeros(3, 1, 8, 8)
     with pytest.raises(ValueError, match="its labels go from 0 to 2, and it has 2 classes"):

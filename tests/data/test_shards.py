@@ -384,6 +384,16 @@ def test_shards_and_indexes_are_regular_files(folder, make):
         module(folder)
 
 
+@pytest.mark.parametrize("classes", [["a", "b"], ["a", "c", "b"], ["a", "b", "c", "d"]])
+def test_splits_with_different_classes_are_refused(folder, classes):
+    index = json.loads((folder / "val.json").read_text())
+    (folder / "val.json").write_text(json.dumps(index | {"classes": classes}))
+    with pytest.raises(
+        RequestError, match=r"val\.json has other classes, or the same in another order, than .*train\."
+    ):
+        module(folder)
+
+
 def test_an_index_is_read_up_to_a_bound(folder, monkeypatch):
     monkeypatch.setattr("sequencer.data.shard_files.MOST_INDEX", 100)
     with pytest.raises(RequestError, match="an index has at most"):
