@@ -26,6 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sequencer.config import compose
+from sequencer.printing import printable
 
 if TYPE_CHECKING:
     import torch
@@ -177,7 +178,7 @@ def contest(
     about = {"machine": machine, "dtype": args.dtype, "arguments": arguments}
     about |= {"ceilings": {"flops_per_s": flop_rate, "bytes_per_s": byte_rate}, "results": records}
     (output / "benchmark.json").write_text(json.dumps(about, indent=2) + "\n")
-    print(f"written to {output}")
+    print(f"written to {printable(output)}")
     return output, records
 
 
