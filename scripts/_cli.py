@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from sequencer.config.command import check_environment
 from sequencer.config.errors import RequestError, SharedError, summarise_error
+from sequencer.printing import printable
 
 if TYPE_CHECKING:
     import torch
@@ -28,7 +29,7 @@ class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are two lines, without the usage."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}\n{self.prog} --help lists the arguments\n")
+        self.exit(2, f"error: {printable(message)}\n{self.prog} --help lists the arguments\n")
 
 
 def integer(low: int) -> Callable[[str], int]:
@@ -71,7 +72,7 @@ def _explain(error: BaseException) -> tuple[int, str]:
     if isinstance(error, KeyboardInterrupt):
         return 130, "interrupted"
     if isinstance(error, RequestError):
-        return 2, f"error: {error}"
+        return 2, f"error: {summarise_error(error)}"
     return 1, f"error: {summarise_error(error)}\nadd --debug for the traceback"
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from _cli import Parser, add_model_options, load_original, prepared, run
 
 from sequencer.config.errors import RequestError
+from sequencer.printing import printable
 
 if TYPE_CHECKING:
     from sequencer.models import LoadedModel
@@ -51,7 +52,7 @@ def work(args: Namespace) -> None:
         except CheckpointError as error:
             raise RequestError(str(error)) from error
         write_model_folder(average, folder)
-    print(f"{args.output}: the average of {len(args.models)} models, {average.arch}, {average.slot} weights")
+    print(f"{printable(args.output)}: the average of {len(args.models)} models, {average.arch}, {average.slot} weights")
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sequencer.config import compose
+from sequencer.printing import printable
 
 if TYPE_CHECKING:
     import torch
@@ -185,7 +186,7 @@ def contest(
         "failures": failures,
     }
     (output / "benchmark.json").write_text(json.dumps(about, indent=2) + "\n")
-    print(f"written to {output}")
+    print(f"written to {printable(output)}")
     return output, records
 
 

@@ -7,7 +7,8 @@
 MODEL is a run folder, a model folder, a checkpoint, an export (.onnx, .pt2) or a timm name. The data set and the
 preprocessing of a run are stored with its model folder, checkpoints and exports. Any other model needs --data and is
 evaluated with the preprocessing in timm's configuration of it. The command writes evaluation.json, per_class.csv and
-predictions.csv, which has for every image the predicted class, its probability, and the rank of the true class.
+predictions.csv, which has for every image the predicted class, its probability, and the rank of the true class. The
+CSV files show control characters of names, and bytes that are not UTF-8, escaped.
 """
 
 import math
@@ -23,6 +24,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sequencer.config.schema import DataConfig
+from sequencer.printing import printable
 
 if TYPE_CHECKING:
     from sequencer.evaluation import ClassResult, Evaluation
@@ -97,9 +99,11 @@ def work(args: Namespace) -> None:
 def show(evaluation: "Evaluation", output: Path) -> None:
     result = evaluation.record()
     console = Console(highlight=False, markup=False)
-    console.print("{arch} ({slot} weights) on {data}, {split} split, {total:,} images".format(**result))
+    console.print(printable("{arch} ({slot} weights) on {data}, {split} split, {total:,} images".format(**result)))
     if result["unreadable"]:
-        console.print(f"{result['unreadable']:,} more could not be read: {output / 'bad_samples.csv'}", soft_wrap=True)
+        console.print(
+            f"{result['unreadable']:,} more could not be read: {printable(output / 'bad_samples.csv')}", soft_wrap=True
+        )
     console.print("top-1 {top1:.2%}   top-5 {top5:.2%}   loss {loss:.4f}".format(**result), style="bold")
     console.print("95% confidence: top-1 {top1_low:.2%} to {top1_high:.2%}".format(**result))
     console.print("{time/images_per_s:,.0f} images/s, loading included".format(**result))
@@ -109,7 +113,7 @@ def show(evaluation: "Evaluation", output: Path) -> None:
         shown = [evaluation.per_class[index] for _, index in by_recall[:WORST_CLASSES_PRINTED]]
         console.print(f"\nthe {len(shown)} classes with the lowest recall, of {len(evaluation.per_class)}:")
     console.print(class_table(shown))
-    console.print(f"written: evaluation.json, per_class.csv and predictions.csv in {output}", soft_wrap=True)
+    console.print(f"written: evaluation.json, per_class.csv and predictions.csv in {printable(output)}", soft_wrap=True)
 
 
 def class_table(rows: "list[ClassResult]") -> Table:
@@ -118,7 +122,7 @@ def class_table(rows: "list[ClassResult]") -> Table:
         table.add_column(name, justify="right")
     for row in rows:
         ratios = ("" if ratio is None else f"{ratio:.2%}" for ratio in (row.precision, row.recall))
-        table.add_row(Text(row.name), f"{row.support:,}", *ratios)
+        table.add_row(Text(printable(row.name)), f"{row.support:,}", *ratios)
     return table
 
 

@@ -18,6 +18,7 @@ from _cli import Parser, add_model_options, integer, load_original, need_onnx, p
 
 from sequencer.config.errors import RequestError
 from sequencer.names import EXPORTED_GRAPHS, EXPORTED_WEIGHTS
+from sequencer.printing import printable
 
 if TYPE_CHECKING:
     from sequencer.models import LoadedModel
@@ -101,7 +102,7 @@ def check_hub(repo_id: str) -> None:
 
 
 def show(certificate: dict[str, Any], output: Path) -> None:
-    print(f"{output / certificate['file']}: {certificate['bytes'] / 2**20:.1f} MiB")
+    print(f"{printable(output / certificate['file'])}: {certificate['bytes'] / 2**20:.1f} MiB")
     print(
         "{outputs} differ by at most {max_error:.1e}, the largest is {largest_output:.3g}; top-1 classes agree for"
         " {top1_agreement:.0%} of the images ({images})".format(**certificate)

@@ -5,10 +5,12 @@
 
 MODEL is a run folder, a model folder, a checkpoint, an export (.onnx, .pt2) or a timm name. PATHS are files, folders
 (searched recursively), glob patterns, or - for a list on standard input, one path per line. The line of an image that
-cannot be read gives the reason; the other images are predicted, and the exit code is 1.
+cannot be read gives the reason; the other images are predicted, and the exit code is 1. Tables and CSV files show
+control characters of names, and bytes that are not UTF-8, escaped; JSON lines hold the names themselves.
 """
 
 import csv
+import io
 import json
 import os
 import sys
@@ -24,6 +26,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressC
 
 from sequencer.config.errors import RequestError
 from sequencer.files import write_atomically
+from sequencer.printing import printable
 
 if TYPE_CHECKING:
     from sequencer.evaluation import Prediction
@@ -61,23 +64,23 @@ def work(args: Namespace) -> int:
         raise RequestError(f"--output {args.output} is a folder; name a file")
     found = predictions(args)
     if args.output is None:
-        sys.stdout.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]  # a TextIOWrapper
+        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # a TextIOWrapper
         return write(found, sys.stdout, args)
     make_folder(args.output.parent)
     code = 0
 
     def to_file(path: Path) -> None:
         nonlocal code
-        with open(path, "w", encoding="utf-8", errors="surrogateescape", newline="") as file:
+        with open(path, "w", encoding="utf-8", newline="") as file:
             code = write(found, file, args)
 
     write_atomically(args.output, to_file)
-    print(f"written: {args.output}", file=sys.stderr)
+    print(f"written: {printable(args.output)}", file=sys.stderr)
     return code
 
 
 def predictions(args: Namespace) -> "Iterator[Prediction]":
-    from sequencer.data import eval_transform
+    from sequencer.data import eval_transform, resized_side
     from sequencer.evaluation import find_images, input_config, predict, readable_names
 
     device = pick_device(args.device)
@@ -85,14 +88,25 @@ def predictions(args: Namespace) -> "Iterator[Prediction]":
     if not loaded.model.num_classes:
         raise RequestError(f"{args.model} has no classes: it returns features")
     names = readable_names(loaded.class_names, loaded.model.num_classes)  # type: ignore[arg-type]  # an int
-    transform = eval_transform(input_config(loaded))
+    config = input_config(loaded)
     images = find_images(sources(args.paths))
-    model = loaded.model.to(device)
-    return predict(model, transform, images, names, args.top, args.batch_size, args.num_workers, device)
+    return predict(
+        loaded.model.to(device),
+        eval_transform(config),
+        images,
+        names,
+        args.top,
+        args.batch_size,
+        args.num_workers,
+        device,
+        resized_side(config),
+    )
 
 
 def sources(paths: list[str]) -> Iterator[str]:
     """Yields the arguments, with the paths on standard input in place of `-`."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # paths need not be UTF-8
     for path in paths:
         if path == "-":
             yield from (line.rstrip("\r\n") for line in sys.stdin if line.strip())
@@ -132,12 +146,12 @@ def progress(found: "Iterator[Prediction]", file: IO[str], paths: list[str]) -> 
 def write_table(found: "Iterator[Prediction]", file: IO[str], top: int) -> None:
     """Writes aligned columns; their widths fit the first predictions, so that rows are written as they come."""
     first = list(islice(found, LOOK_AHEAD))
-    path_width = max((len(prediction.path) for prediction in first), default=0)
-    class_width = max((len(name) for prediction in first for name, _ in prediction.classes), default=0)
+    path_width = max((len(printable(prediction.path)) for prediction in first), default=0)
+    class_width = max((len(printable(name)) for prediction in first for name, _ in prediction.classes), default=0)
     for prediction in chain(first, found):
-        cells = [f"{name:<{class_width}}  {probability:>7.2%}" for name, probability in prediction.classes]
-        answer = "    ".join(cells) or f"cannot be read: {prediction.error}"
-        print(f"{prediction.path:<{path_width}}    {answer}", file=file)
+        cells = [f"{printable(name):<{class_width}}  {probability:>7.2%}" for name, probability in prediction.classes]
+        answer = "    ".join(cells) or f"cannot be read: {printable(prediction.error)}"
+        print(f"{printable(prediction.path):<{path_width}}    {answer}", file=file)
 
 
 def write_jsonl(found: "Iterator[Prediction]", file: IO[str], top: int) -> None:
@@ -152,9 +166,11 @@ def write_csv(found: "Iterator[Prediction]", file: IO[str], top: int) -> None:
     suffixes = ["" if place == 1 else f"_{place}" for place in range(1, top + 1)]
     writer.writerow(["path", *(name + suffix for suffix in suffixes for name in ("class", "probability")), "error"])
     for prediction in found:
-        cells = [cell for pair in prediction.classes for cell in pair]
+        cells: list[object] = []
+        for name, probability in prediction.classes:
+            cells += [printable(name), probability]
         cells += [""] * (2 * top - len(cells))
-        writer.writerow([prediction.path, *cells, prediction.error or ""])
+        writer.writerow([printable(prediction.path), *cells, printable(prediction.error or "")])
 
 
 if __name__ == "__main__":

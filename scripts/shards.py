@@ -10,10 +10,12 @@ import glob
 import json
 from argparse import Namespace, RawDescriptionHelpFormatter
 from pathlib import Path
+from tarfile import TarError
 
 from _cli import Parser, integer, make_folder, run
 
 from sequencer.config.errors import RequestError
+from sequencer.printing import printable
 
 SPLITS = ("train", "val", "test")
 
@@ -39,16 +41,14 @@ def write_shards(args: Namespace) -> None:
     """Writes every split of an image folder as shards with their index."""
     import random
 
-    from torchvision.datasets import ImageFolder
     from webdataset import ShardWriter
 
     splits = [split for split in SPLITS if (args.source / split).is_dir()]
     if "train" not in splits:
-        raise RequestError(f"{args.source} has no folder train/")
+        raise RequestError(f"{printable(args.source)} has no folder train/")
+    found = {split: scan(args.source / split) for split in splits}
     make_folder(args.output)
-    for split in splits:
-        folder = ImageFolder(str(args.source / split))
-        samples = list(folder.samples)
+    for split, (samples, classes) in found.items():
         random.Random(0).shuffle(samples)  # training shuffles within a buffer only: every shard needs all classes
         with ShardWriter(str(args.output / f"{split}-%06d.tar"), maxcount=args.images, verbose=0) as writer:
             for number, (path, label) in enumerate(samples):
@@ -56,33 +56,74 @@ def write_shards(args: Namespace) -> None:
                 writer.write({"__key__": f"{number:08d}", **image, "cls": str(label)})
         counts = [min(args.images, len(samples) - first) for first in range(0, len(samples), args.images)]
         shards = [args.output / f"{split}-{number:06d}.tar" for number in range(len(counts))]
-        write_index(args.output / f"{split}.json", dict(zip(shards, counts, strict=True)), folder.classes)
+        write_index(args.output / f"{split}.json", dict(zip(shards, counts, strict=True)), classes)
         print(f"{split}: {len(samples):,} images in {len(shards)} shards")
+
+
+def scan(folder: Path) -> tuple[list[tuple[str, int]], list[str]]:
+    """Lists path and label of the images of a split, and the names of its classes.
+
+    Raises:
+        RequestError: A class has no image, or an image is no regular file.
+    """
+    from sequencer.data.files import scan_folder
+    from sequencer.files import check_regular
+
+    path = str(folder)
+    try:
+        samples, classes = scan_folder(path)
+        for path, _ in samples:
+            check_regular(path)
+    except OSError as error:
+        raise RequestError(f"{printable(path)}: {printable(error.strerror or error)}") from error
+    return samples, classes
 
 
 def index_shards(args: Namespace) -> None:
     """Writes the index of existing shards."""
-    from sequencer.data.shard_files import read_samples
+    from sequencer.data.shard_files import MOST_CLASSES, read_samples
 
     paths = sorted(Path(path) for path in glob.glob(args.shards))
     if not paths:
-        raise RequestError(f"{args.shards}: there is no such file")
+        raise RequestError(f"{printable(args.shards)}: there is no such file")
     if len({path.parent for path in paths}) > 1:
-        raise RequestError(f"{args.shards}: the shards of a split must be in one folder")
+        raise RequestError(f"{printable(args.shards)}: the shards of a split must be in one folder")
     counts, highest = {}, -1
     for path in paths:
-        labels = [sample.label for sample in read_samples(str(path))]
-        if -1 in labels:
-            raise RequestError(f"{path}: sample {labels.index(-1)} has no .cls file with a number")
+        try:
+            labels = [sample.label for sample in read_samples(str(path))]
+        except (OSError, TarError, ValueError, EOFError) as error:
+            raise RequestError(f"{printable(path)} cannot be read: {printable(error)}") from error
+        if not labels:
+            raise RequestError(f"{printable(path)} holds no sample")
+        wrong = next((n for n, label in enumerate(labels) if not 0 <= label < MOST_CLASSES), None)
+        if wrong is not None:
+            raise RequestError(f"{printable(path)}: sample {wrong} has no .cls file with a number below {MOST_CLASSES}")
         counts[path], highest = len(labels), max(highest, *labels)
     classes = [str(label) for label in range(highest + 1)]
     if args.classes:
-        classes = args.classes.read_text().split("\n")[: highest + 1]
+        classes = read_names(args.classes)[: highest + 1]
         if len(classes) <= highest:
-            raise RequestError(f"--classes {args.classes} names {len(classes)} classes, labels go up to {highest}")
+            names = printable(args.classes)
+            raise RequestError(f"--classes {names} names {len(classes)} classes, labels go up to {highest}")
     index = paths[0].parent / f"{args.split}.json"
     write_index(index, counts, classes)
-    print(f"{index}: {sum(counts.values()):,} samples in {len(paths)} shards, {len(classes)} classes")
+    print(f"{printable(index)}: {sum(counts.values()):,} samples in {len(paths)} shards, {len(classes)} classes")
+
+
+def read_names(path: Path) -> list[str]:
+    """Reads the names of classes, one per line.
+
+    Raises:
+        RequestError: The file cannot be read.
+    """
+    from sequencer.files import check_regular
+
+    try:
+        check_regular(path)
+        return path.read_text("utf-8", errors="surrogateescape").split("\n")
+    except OSError as error:
+        raise RequestError(f"--classes {printable(path)}: {printable(error.strerror or error)}") from error
 
 
 def write_index(path: Path, counts: dict[Path, int], classes: list[str]) -> None:

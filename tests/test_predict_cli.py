@@ -1,10 +1,13 @@
 """scripts/predict.py: output, files and exit codes."""
 
 import csv
+import glob
 import io
 import json
+import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -104,6 +107,93 @@ def test_paths_patterns_and_a_list(script, run_folder, images, monkeypatch, caps
         "set/a/1.png",
         *(str(Path("set/b") / p.name) for p in images[3:]),
     ]
+
+
+def test_what_is_no_image_file_is_an_error_of_its_line(script, run_folder, images, tmp_path, capsys):
+    os.mkfifo(tmp_path / "set" / "a" / "fifo.png")
+    (tmp_path / "set" / "a" / "zero.png").symlink_to("/dev/zero")
+    (tmp_path / "eps.jpg").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n")
+    Image.new("1", (1, 10**6)).save(tmp_path / "thin.png")
+    arguments = ["set/a", "set/a/fifo.png", "/dev/zero", "set/**/zero.png", "eps.jpg", "thin.png", "\0.png"]
+    assert script.main([str(run_folder), *arguments, "--format", "jsonl"]) == 1
+    rows = lines(capsys.readouterr().out)
+    reasons = [(Path(row["path"]).name, row.get("error", "")) for row in rows]
+    special = "a device, FIFO or socket, no regular file"
+    assert [name for name, reason in reasons if reason == special] == [
+        *("fifo.png", "zero.png"),
+        *("fifo.png", "zero", "zero.png"),
+    ]
+    assert [name for name, reason in reasons if not reason] == ["1.png", "2.JPG", "3.bmp", "thin.png"]
+    assert dict(reasons)["eps.jpg"].startswith("cannot identify image file")
+    assert dict(reasons)["\0.png"] == "embedded null byte"
+
+
+def test_memory_of_a_thin_image_is_bounded(load_script, tmp_path, capsys):
+    large = replace(DIGITS, img_size=224, crop_pct=0.875)
+    run_folder = save_run(tmp_path / "run", large, NAMES)
+    Image.new("1", (60_000, 1)).save(tmp_path / "thin.png")
+    assert load_script("predict").main([str(run_folder), "thin.png"]) == 1
+    assert "resizing it to 256 pixels takes more than 1536 MiB" in capsys.readouterr().out
+
+
+def test_a_cycle_of_links_repeats_no_image(script, run_folder, images, tmp_path, capsys):
+    """With two links a pattern would match 2**40 paths."""
+    for name, target in (("loop", "."), ("back", ".."), ("self", "self")):
+        (tmp_path / "set" / "a" / name).symlink_to(target)
+    (tmp_path / "set" / "b" / "outside").symlink_to(noise(tmp_path / "other" / "8.png", 8).parent)
+    noise(tmp_path / "set" / ".hidden" / "9.png", 9)
+    found = []
+    for pattern in ("set", "set/**/*.*", "**/*.*", "./set/**/*.*", "**/a/**/*.*", str(tmp_path / "set" / "**" / "*.*")):
+        script.main([str(run_folder), pattern, "--format", "jsonl"])
+        found.append([Path(row["path"]).name for row in lines(capsys.readouterr().out)])
+    below = sorted(["1.png", "2.JPG", "3.bmp", "4.png", "5.webp", "6.jpeg", "7.tif", "8.png", "notes.txt"])
+    assert sorted(set(found[0])) == sorted({*below, "9.png"} - {"8.png", "notes.txt"})
+    assert len(found[0]) == 8
+    assert sorted(found[1]) == sorted(found[3]) == sorted(found[5]) == below
+    assert [found[2].count(name) for name in ("1.png", "4.png", "8.png")] == [1, 1, 1]
+    assert sorted(found[4]) == ["1.png", "2.JPG", "3.bmp", "notes.txt"]
+
+
+def test_a_pattern_matches_what_it_matches_in_a_shell(images, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for pattern in ("set/**/*.bmp", "set/**", "**/*.png", "*/**/[0-9].*", "set/**/deep/*", "set/*/*.png", "./**/3.bmp"):
+        expected = {path for path in glob.glob(pattern, recursive=True) if not os.path.isdir(path)}
+        assert {path for path in prediction.find_images([pattern]) if not os.path.isdir(path)} == expected
+
+
+def test_names_are_shown_escaped(script, images, tmp_path, monkeypatch, capsys):
+    """Of files and classes: escape sequences, newlines and bytes that are not UTF-8."""
+    classes = ["red\x1b[31m", "two\nlines", os.fsdecode(b"caf\xe9"), *NAMES[3:]]
+    run_folder = save_run(tmp_path / "run", DIGITS, classes)
+    folder = tmp_path / os.fsdecode(b"odd\xff\n\x1b[2J")
+    noise(folder / "a\nb.png", 1)
+    (folder / "c\x1b.png").write_text("no image")
+    shown = r"odd\xff\n\x1b[2J"
+    for kind, count in (("table", 4), ("csv", 5)):
+        names = io.BytesIO(b"set/a/1.png\nno\xff\x1b.png\n")
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(names, "utf-8"))
+        arguments = [str(run_folder), os.path.relpath(folder, tmp_path), "-", "--format", kind, "--top", "10"]
+        assert script.main(arguments) == 1
+        printed = capsys.readouterr()
+        assert printed.err == "2 of 4 images could not be read\n"
+        printed.out.encode("utf-8")
+        assert len(printed.out.splitlines()) == count
+        assert not set(printed.out) & {"\x1b", "\r"}
+        for name in (rf"{shown}/a\nb.png", rf"{shown}/c\x1b.png", r"no\xff\x1b.png"):
+            assert f"\n{name}" in f"\n{printed.out}"
+        for name in (r"red\x1b[31m", r"two\nlines", r"caf\xe9"):
+            assert name in printed.out
+
+
+def test_errors_show_names_escaped(script, run_folder, capsys):
+    for arguments in (
+        ["no\x1b[2J\nmodel", "a.png"],
+        [str(run_folder), "a.png", "--output", os.fsdecode(b"\xff\x1b/x/\0")],
+    ):
+        assert exit_code(script, arguments) in (1, 2)
+        printed = capsys.readouterr().err
+        assert "\x1b" not in printed
+        printed.encode("utf-8")
 
 
 def test_sources_without_images(script, run_folder, tmp_path, capsys):

@@ -1,6 +1,10 @@
 """scripts/shards.py: the shards that it writes and indexes hold the images of the folder."""
 
+import io
 import json
+import os
+import shutil
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -56,6 +60,37 @@ def test_the_index_of_existing_shards(load_script, photos, tmp_path, capsys):
         assert json.loads(index.read_text()) == before
 
 
+def test_what_cannot_be_written_or_indexed_is_refused(load_script, photos, tmp_path, capsys):
+    script = load_script("shards")
+    source = Path(shutil.copytree(photos, tmp_path / "photos"))
+    os.mkfifo(source / "val" / "cat" / "fifo\x1b.png")
+    assert script.main(["write", str(source), "--output", str(tmp_path / "out")]) == 2
+    assert "fifo\\x1b.png: a device, FIFO or socket, no regular file" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    os.mkfifo(tmp_path / "pipe.tar")
+    (tmp_path / "damaged.tar").write_text("no tar file")
+    (tmp_path / "empty.tar").write_bytes(bytes(10240))
+    with tarfile.open(tmp_path / "many.tar", "w") as tar:
+        member = tarfile.TarInfo("0.cls")
+        member.size = 9
+        tar.addfile(member, io.BytesIO(b"999999999"))
+    for name, message in (
+        ("pipe", "no regular file"),
+        ("damaged", "damaged.tar cannot be read"),
+        ("empty", "holds no sample"),
+        ("many", "sample 0 has no .cls file with a number below 1000000"),
+    ):
+        assert script.main(["index", str(tmp_path / f"{name}.tar")]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_a_cycle_of_links_adds_no_sample(load_script, photos, tmp_path, capsys):
+    source = Path(shutil.copytree(photos, tmp_path / "photos"))
+    (source / "train" / "cat" / "loop").symlink_to("..")
+    assert load_script("shards").main(["write", str(source), "--output", str(tmp_path / "out")]) == 0
+    assert capsys.readouterr().out.startswith("train: 12 images")
+
+
 def test_classes_without_names_are_numbered(load_script, photos, tmp_path, capsys):
     script = load_script("shards")
     script.main(["write", str(photos), "--output", str(tmp_path / "out")])
@@ -72,6 +107,7 @@ def test_classes_without_names_are_numbered(load_script, photos, tmp_path, capsy
     [
         (["write", "nowhere", "--output", "out"], "nowhere has no folder train/"),
         (["index", "nowhere-*.tar"], "nowhere-*.tar: there is no such file"),
+        (["index", "\x1b*.tar"], r"\x1b*.tar: there is no such file"),
     ],
 )
 def test_wrong_requests(load_script, arguments, message, capsys, tmp_path):

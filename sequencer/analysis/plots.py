@@ -19,6 +19,8 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator, PercentFormatter
 from numpy.typing import ArrayLike, NDArray
 
+from sequencer.printing import printable
+
 Array = NDArray[np.float64]
 
 INK, FAINT = "#333333", "#8a8a8a"
@@ -202,13 +204,13 @@ def plot_sweep(rows: Sequence[tuple[str, str, int, Sequence[float]]], title: str
     for number, (_, family, _, values) in enumerate(rows):
         axes[0].plot(np.mean(values), number, "|", color=colours[family], markersize=13, markeredgewidth=3)
         axes[0].plot(values, [number] * len(values), "o", color=FAINT, markerfacecolor="none", markersize=5)
-    axes[0].set_yticks(range(len(rows)), [label for label, _, _, _ in rows])
+    axes[0].set_yticks(range(len(rows)), [printable(label) for label, _, _, _ in rows])
     axes[0].set_ylim(len(rows) - 0.5, -0.5)
     per_cents = FuncFormatter(lambda value, _: f"{100 * value:g}%")
     axes[0].xaxis.set_major_locator(MaxNLocator(5))
     axes[0].xaxis.set_major_formatter(per_cents)
     axes[0].set_xlabel("top-1")
-    figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
+    figure.suptitle(printable(title), x=0.01, ha="left", fontsize=11, fontweight="bold")
     if panels > 1:
         for family in families:
             points = sorted((parameters, np.mean(values)) for _, own, parameters, values in rows if own == family)
@@ -269,7 +271,7 @@ def plot_confusion(confusion: ArrayLike, class_names: Sequence[str], output: Pat
     _add_colour_bar(figure, axes, image, numbered)
     total = int(counts.sum())
     result = f"top-1 {counts.trace() / total:.2%} of {total:,} images" if total else "no image has a prediction"
-    axes.set_title(title, pad=24)
+    axes.set_title(printable(title), pad=24)
     axes.annotate(result, (0, 1), (0, 8), xycoords="axes fraction", textcoords="offset points")
     figure.savefig(output)
     return figure
@@ -306,6 +308,7 @@ def _round_numbers() -> Any:
 
 
 def _shorten(name: str) -> str:
+    name = printable(name)
     return name if len(name) <= LONGEST_LABEL else name[: LONGEST_LABEL - 1] + "…"
 
 

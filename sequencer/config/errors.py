@@ -1,5 +1,7 @@
 """Errors that a command reports in one or two lines."""
 
+from sequencer.printing import printable
+
 
 class SharedError(Exception):
     """An error that is raised identically on every rank; rank 0 prints it."""
@@ -13,15 +15,15 @@ class RequestError(SharedError, ValueError):
 
 
 def summarise_error(error: BaseException) -> str:
-    """Summarises an error in at most two lines.
+    """Summarises an error in at most two lines, as `printable` shows them.
 
     A loader worker passes on its whole traceback as the message, of which the last line is the original error.
     """
     lines = str(error).strip().splitlines() or [type(error).__name__]
     if lines[0].startswith("Caught "):
         name, _, reason = lines[-1].partition(": ")
-        return reason or name
-    return "\n".join(lines[:2])
+        return printable(reason or name)
+    return "\n".join(printable(line) for line in lines[:2])
 
 
 def first_line(error: object) -> str:

@@ -10,7 +10,7 @@ from sequencer.data.quarantine import Quarantine, TooManyBadImages
 from sequencer.data.sets import DATA_SETS, DataSet, add_data_set, has_test_split, open_split
 from sequencer.data.shards import ShardSplit
 from sequencer.data.split import Split, SplitName
-from sequencer.data.transforms import channel_statistics, eval_transform, train_transform
+from sequencer.data.transforms import channel_statistics, eval_transform, resized_side, train_transform
 
 __all__ = [
     "DATA_SETS",
@@ -32,5 +32,6 @@ __all__ = [
     "has_test_split",
     "open_split",
     "read_image",
+    "resized_side",
     "train_transform",
 ]

@@ -25,11 +25,17 @@ class IndexedSplit(Split):
 
     Args:
         labels: indices into `class_names`, one per image.
+
+    Raises:
+        ValueError: a label is no index into `class_names`.
     """
 
     def __init__(self, labels: Sequence[int] | np.ndarray, class_names: Sequence[str], location: str) -> None:
         super().__init__(class_names, location)
         self._stored_labels = np.asarray(labels, dtype=np.int64)
+        if len(labels) and not 0 <= self._stored_labels.min() <= self._stored_labels.max() < len(class_names):
+            lowest, highest = self._stored_labels.min(), self._stored_labels.max()
+            raise ValueError(f"its labels go from {lowest} to {highest}, and it has {len(class_names)} classes")
         self.indices = np.arange(len(labels))  # of the stored images that belong to this split
 
     @abstractmethod

@@ -29,6 +29,10 @@ class MemorySplit(IndexedSplit):
 
     Args:
         data: eight-bit `N H W C` or `N H W`, or floats `N C H W` in [0, 1].
+
+    Raises:
+        ValueError: the images have another dtype, the numbers of images and labels differ, or a label is no index into
+            `class_names`.
     """
 
     def __init__(
@@ -36,6 +40,10 @@ class MemorySplit(IndexedSplit):
     ) -> None:
         super().__init__(labels, class_names, location)
         self.data = torch.as_tensor(data)
+        if self.data.dtype != torch.uint8 and not self.data.is_floating_point():
+            raise ValueError(f"its images have the dtype {self.data.dtype}")
+        if len(self.data) != len(labels):
+            raise ValueError(f"it has {len(self.data)} images and {len(labels)} labels")
 
     def load(self, index: int) -> Image.Image | Tensor:
         image = self.data[index]

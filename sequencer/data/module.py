@@ -18,6 +18,7 @@ from sequencer.data.sets import has_test_split, open_split
 from sequencer.data.split import CPU, Split, SplitName
 from sequencer.data.transforms import eval_transform, train_transform
 from sequencer.lightning_internals import training_progress
+from sequencer.printing import printable
 
 
 class DataModule(pl.LightningDataModule):
@@ -105,6 +106,12 @@ class DataModule(pl.LightningDataModule):
         }
         if has_test_split(self.config):
             splits["test"] = open_split(self.config, "test", for_eval)
+        for split in splits.values():
+            if split.class_names != splits["train"].class_names:
+                raise RequestError(
+                    f"{printable(split.location)} has other classes, or the same in another order, than "
+                    f"{printable(splits['train'].location)}"
+                )
         if self._bad_samples is not None:
             for name, split in splits.items():
                 split.quarantine = Quarantine(self._bad_samples, name, len(split), self.config.max_bad_share)

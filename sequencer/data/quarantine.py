@@ -2,13 +2,16 @@
 
 import csv
 import fcntl
+import io
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
 from sequencer.data.images import UnreadableImage
+from sequencer.printing import printable
 
 log = logging.getLogger("sequencer")
 
@@ -20,7 +23,7 @@ class TooManyBadImages(RuntimeError):
 
 
 class Quarantine:
-    """The unreadable images of one split, each listed once in a CSV file.
+    """The unreadable images of one split, each listed once in a CSV file, with their names as `printable` shows them.
 
     Args:
         path: `bad_samples.csv`; several splits, loader workers, ranks, and a run and those that resume it share it.
@@ -31,6 +34,8 @@ class Quarantine:
 
     def __init__(self, path: Path, split: str, images: int, max_share: float) -> None:
         self.path, self.split, self.images, self.max_share = path, split, images, max_share
+        self._bad: set[str] = set()  # what the file lists of the split, up to `_end`
+        self._end = 0
 
     def report(self, found: UnreadableImage) -> None:
         """Adds an image to the file unless it is listed already.
@@ -38,31 +43,42 @@ class Quarantine:
         Raises:
             TooManyBadImages: the file now lists more images of the split than allowed.
         """
+        path, reason = printable(found.path), printable(found.reason)
         with self._locked() as file:
-            bad = {row["path"] for row in csv.DictReader(file) if row["split"] == self.split and row["reason"]}
-            if found.path not in bad:
-                bad.add(found.path)
-                self._append(file, found)
-                log.warning("left out, unreadable: %s (%s)", found.path, found.reason)
-        if len(bad) > self.max_share * self.images:
+            self._read(file)
+            if path not in self._bad:
+                self._append(file, path, reason)
+                log.warning("left out, unreadable: %s (%s)", path, reason)
+                self._read(file)
+        if len(self._bad) > self.max_share * self.images:
             raise TooManyBadImages(
-                f"{len(bad)} of {self.images} {self.split} images cannot be read, more than data.max_bad_share="
+                f"{len(self._bad)} of {self.images} {self.split} images cannot be read, more than data.max_bad_share="
                 f"{self.max_share:g} allows: {self.path} lists them"
             )
 
     @contextmanager
     def _locked(self) -> Iterator[IO[str]]:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path, "a+", newline="") as file:
+        with open(self.path, "a+", encoding="utf-8", errors="surrogateescape", newline="") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
-            file.seek(0)
             yield file
 
-    def _append(self, file: IO[str], found: UnreadableImage) -> None:
+    def _read(self, file: IO[str]) -> None:
+        """Reads what has been added to the file, by this process or another, since it was read last."""
+        if file.seek(0, os.SEEK_END) < self._end:  # another file has taken its place
+            self._bad, self._end = set(), 0
+        file.seek(self._end)
+        for row in csv.reader(io.StringIO(file.read(), newline="")):
+            if len(row) == len(COLUMNS) and row[0] == self.split and row[2]:
+                self._bad.add(row[1])
+        self._end = file.tell()
+
+    def _append(self, file: IO[str], path: str, reason: str) -> None:
         writer = csv.writer(file)
-        end = file.seek(0, 2)
+        end = file.seek(0, os.SEEK_END)
         if end == 0:
             writer.writerow(COLUMNS)
-        elif not self.path.read_text().endswith("\n"):  # the last line was cut off when its process was killed
+        elif os.pread(file.fileno(), 1, end - 1) != b"\n":  # the last line was cut off when its process was killed
             file.write("\n")
-        writer.writerow([self.split, found.path, found.reason])
+        writer.writerow([self.split, path, reason])
+        file.flush()

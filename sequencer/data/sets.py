@@ -20,16 +20,17 @@ from torchvision.datasets.folder import find_classes
 from sequencer import names
 from sequencer.config.errors import RequestError
 from sequencer.config.schema import DataConfig
-from sequencer.data.files import FileSplit
-from sequencer.data.images import reason_of
+from sequencer.data.files import FileSplit, scan_folder
+from sequencer.data.images import check_memory, reason_of
 from sequencer.data.memory import MemorySplit
 from sequencer.data.shard_files import read_index, resolve
 from sequencer.data.shards import ShardSplit
 from sequencer.data.split import Split, SplitName, Transform
+from sequencer.data.transforms import resized_side
+from sequencer.declared import UndeclaredContent
+from sequencer.printing import printable
 
 DIGITS_TEST_FRACTION = 0.2
-# torchvision has no error of its own: a set that is absent, incomplete or not downloadable ends in one of these
-ERRORS = (OSError, EOFError, RuntimeError, ValueError, AssertionError)
 IMAGE_FOLDER = "data.root=... must name a folder with train/ and val/ (test/ is optional), each with "
 
 
@@ -42,7 +43,7 @@ class DataSet:
     """What a data set needs.
 
     Args:
-        open: opens a split of the configured set; called with `val` only if `has_val`. If it raises one of `ERRORS`,
+        open: opens a split of the configured set; called with `val` only if `has_val`. If it raises an error,
             the message for the user names `layout` and `remedy`.
         has_val: whether the set has a validation split; otherwise `data.val_fraction` of its training images is held
             out, for which they must be readable one by one.
@@ -76,19 +77,23 @@ def open_split(config: DataConfig, name: SplitName, transform: Transform) -> Spl
         split = row.open(config, stored)
     except RequestError:
         raise
-    except ERRORS as error:
+    except Exception as error:  # torchvision has no error of its own, and a damaged file may raise any
+        place = _place(config.root, row.layout.format(split=stored))
         raise RequestError(
-            f"data={config.name}: no complete set in {_place(config.root, row.layout.format(split=stored))} "
-            f"({reason_of(error)})\n{_remedy(row, config)}"
+            f"data={config.name}: no complete set in {printable(place)} ({printable(reason_of(error))})\n"
+            f"{_remedy(row, config)}"
         ) from error
+    if len(split) == 0:
+        raise RequestError(f"data={config.name}: there is no image in {printable(split.location)}")
     if config.num_classes not in (None, len(split.class_names)):
+        found = len(split.class_names)
         raise RequestError(
-            f"data={config.name}: data.num_classes={config.num_classes}, but {len(split.class_names)} classes were "
-            f"found in {split.location}; set data.num_classes={len(split.class_names)}, or null to take what is found"
+            f"data={config.name}: data.num_classes={config.num_classes}, but {found} classes were found in "
+            f"{printable(split.location)}; set data.num_classes={found}, or null to take what is found"
         )
     if held_out:
         split = split.subset(_train_or_val(split, config)[name == "val"])
-    split.transform = transform
+    split.transform, split.shorter_side = transform, resized_side(config)
     return split
 
 
@@ -160,6 +165,8 @@ def _load_torchvision(set_class: type, root: Path, train: bool, download: bool) 
 def open_decoded(set_class: type, config: DataConfig, name: SplitName) -> MemorySplit:
     """A set of torchvision that holds its decoded images as `data`: MNIST, CIFAR and the like."""
     found = _load_torchvision(set_class, _root(config), name != "test", config.download)
+    height, width = found.data.shape[1:3]
+    check_memory((width, height), resized_side(config))
     return MemorySplit(found.data, np.asarray(found.targets), found.classes, str(_root(config)))
 
 
@@ -177,23 +184,23 @@ def open_folder(config: DataConfig, name: SplitName) -> FileSplit:
         RequestError: its classes are not those of the training images.
     """
     root = _root(config)
-    found = datasets.ImageFolder(str(root / name))
+    samples, classes = scan_folder(str(root / name))
     if (root / "train").is_dir():
-        _check_same_classes(root, name, found.classes)
-    return FileSplit(found.samples, found.classes, str(root / name))
+        _check_same_classes(root, name, classes)
+    return FileSplit(samples, classes, str(root / name))
 
 
 def _check_same_classes(root: Path, name: SplitName, classes: list[str]) -> None:
     """Labels are indices into the sorted class names: a split with other names would be labelled wrongly."""
     expected = find_classes(str(root / "train"))[0]
     differences = [
-        f"{word} {', '.join(sorted(names)[:5])}{', ...' if len(names) > 5 else ''}"
+        f"{word} {printable(', '.join(sorted(names)[:5]))}{', ...' if len(names) > 5 else ''}"
         for word, names in (("lacks", set(expected) - set(classes)), ("adds", set(classes) - set(expected)))
         if names
     ]
     if differences:
         raise RequestError(
-            f"{root / name} has other classes than train/: it {' and '.join(differences)}\n"
+            f"{printable(root / name)} has other classes than train/: it {' and '.join(differences)}\n"
             "give every split the same class folders"
         )
 
@@ -204,9 +211,12 @@ def _has_test_folder(config: DataConfig) -> bool:
 
 def _has_test_shards(config: DataConfig) -> bool:
     try:
-        return bool(read_index(resolve(config.root, "test.json")))
+        read_index(resolve(config.root, "test.json"))
     except OSError:
         return False
+    except UndeclaredContent:
+        pass  # a damaged index is refused where the split is opened
+    return True
 
 
 def _root(config: DataConfig) -> Path:

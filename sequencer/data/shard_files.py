@@ -1,20 +1,42 @@
 """Tar files in WebDataset's layout and their index, read from a disk, over HTTP or from S3."""
 
-import json
 import os
-import shlex
+import re
+import tarfile
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 from urllib.parse import urlparse
 
 import numpy as np
+from pydantic import BaseModel, Field
 
 from sequencer.config.errors import RequestError
 from sequencer.data.images import UnreadableImage, reason_of
+from sequencer.data.streams import REMOTE, open_stream
+from sequencer.declared import parse_json
+from sequencer.printing import printable
 
 ATTEMPTS = 3  # to read a shard whose stream breaks off
-SCHEMES = ("", "file", "http", "https", "s3")
+SCHEMES = ("", "file", *REMOTE)
 IMAGES = ("jpg", "jpeg", "png", "webp", "ppm", "bmp", "tif", "tiff", "gif")
+MOST_INDEX = 2**27  # bytes of an index
+MOST_FILE = 2**30  # bytes of a file in a shard
+MOST_CLASSES = 10**6
+MOST_IN_SHARD = 10**7  # samples; those of ImageNet in a single shard are a tenth of that
+
+
+class ShardEntry(BaseModel):
+    """A shard: its address and its number of samples."""
+
+    url: Annotated[str, Field(min_length=1, max_length=4096)]
+    nsamples: Annotated[int, Field(ge=1, le=MOST_IN_SHARD)]
+
+
+class ShardIndex(BaseModel):
+    """WebDataset's index of a split, and the names of the classes."""
+
+    shardlist: Annotated[list[ShardEntry], Field(min_length=1)]
+    classes: Annotated[list[str | int], Field(max_length=MOST_CLASSES)] | None = None
 
 
 class Sample(NamedTuple):
@@ -82,54 +104,59 @@ class ShardReader:
 
 def read_samples(url: str) -> Iterator[Sample]:
     """All samples of a shard in order."""
-    from webdataset.tariterators import group_by_keys, tar_file_iterator
+    from webdataset.tariterators import group_by_keys
 
-    with _open(url) as file:
-        members = ({**member, "__url__": url} for member in tar_file_iterator(file))
+    with open_stream(url) as file:
+        members = ({"fname": name, "data": data, "__url__": url} for name, data in _members(file))
         for sample in group_by_keys(members):
             image = next((sample[kind] for kind in IMAGES if kind in sample), b"")
             label = sample.get("cls", b"").decode("ascii", "replace").strip()
-            yield Sample(image, int(label) if label.isdecimal() else -1, f"{url}#{sample['__key__']}")
+            known = label.isdecimal() and len(label) < 10
+            yield Sample(image, int(label) if known else -1, f"{url}#{sample['__key__']}")
 
 
-def read_index(url: str) -> dict[str, Any]:
-    """WebDataset's index of a split: `shardlist` with the `url` and `nsamples` of every shard, and `classes`.
+def _members(file: Any) -> Iterator[tuple[str, bytes]]:
+    """The files of a tar stream; one of more than `MOST_FILE` bytes, which a compressed shard may hold, is empty."""
+    with tarfile.open(fileobj=file, mode="r|*") as stream:
+        for member in stream:
+            stream.members = []  # type: ignore[attr-defined]  # otherwise the list of all members stays in memory
+            if not member.isreg() or re.match(r"__[^/]*__($|/)", member.name):  # WebDataset's metadata
+                continue
+            content = stream.extractfile(member) if member.size <= MOST_FILE else None
+            yield member.name, content.read() if content else b""
+
+
+def read_index(url: str) -> ShardIndex:
+    """WebDataset's index of a split.
 
     Raises:
-        OSError: there is no such index, or it lists no shards or empty ones.
+        OSError: there is none.
         RequestError: webdataset is not installed.
+        UndeclaredContent: it is damaged, or says what no index says.
     """
     try:
         import webdataset  # noqa: F401
     except ImportError as error:
         raise RequestError("reading shards needs webdataset: python -m pip install webdataset") from error
-    try:
-        with _open(url) as file:
-            index = json.loads(file.read())
-        if not index["shardlist"]:
-            raise ValueError("it lists no shard")
-        if not all(int(shard["nsamples"]) > 0 and shard["url"] for shard in index["shardlist"]):
-            raise ValueError("it lists a shard without samples")
-    except Exception as error:  # as in reading a shard
-        raise OSError(reason_of(error)) from error
-    return index
+    with open_stream(url) as file:
+        text = file.read(MOST_INDEX + 1)
+    if len(text) > MOST_INDEX:
+        raise OSError(f"an index has at most {MOST_INDEX >> 20} MiB")
+    return parse_json(ShardIndex, text, os.path.basename(url))
 
 
 def resolve(root: str, name: str) -> str:
     """The address of a file that an index names, relative to the index unless it is absolute.
 
     Raises:
-        RequestError: the address has another scheme, such as one that runs a command.
+        RequestError: the address has another scheme, such as one that runs a command; or an index that is not on a disk
+            of this machine names a file that is.
     """
-    url = name if urlparse(name).scheme or name.startswith("/") else f"{root.rstrip('/')}/{name}"
-    if urlparse(url).scheme not in SCHEMES or "'" in url:
-        raise RequestError(f"shard {name!r}: addresses are files, http, https or s3")
-    return os.path.expanduser(url)
-
-
-def _open(url: str) -> Any:
-    from webdataset.gopen import gopen
-
-    if url.startswith("s3://"):
-        return gopen(f"pipe:aws s3 cp {shlex.quote(url)} -")
-    return gopen(url)
+    absolute = urlparse(name).scheme or name.startswith(("/", "~"))
+    url = name if absolute else f"{root.rstrip('/')}/{name}"
+    scheme = urlparse(url).scheme
+    if scheme not in SCHEMES or (scheme in REMOTE and ("'" in url or url != printable(url))):
+        raise RequestError(f"shard {printable(name)!r}: addresses are files, http, https or s3")
+    if urlparse(root).scheme in REMOTE and scheme not in REMOTE:
+        raise RequestError(f"shard {printable(name)!r}: {printable(root)} may not name files of this machine")
+    return url if scheme else os.path.expanduser(url)

@@ -44,11 +44,13 @@ class ShardOrder:
         self.batch_size, self.workers = batch_size, max(workers, 1)
         first, last = rank * total // world_size, (rank + 1) * total // world_size
         self.length = last - first
-        sizes = [0] * self.workers
-        for batch, start in enumerate(range(0, self.length, batch_size)):
-            sizes[batch % self.workers] += min(batch_size, self.length - start)
+        batches, rest = divmod(self.length, batch_size)
+        turns = [len(range(worker, batches, self.workers)) for worker in range(self.workers)]
+        sizes = [turn * batch_size for turn in turns]
+        sizes[batches % self.workers] += rest  # the last batch
         self.bounds = [first, *(first + int(end) for end in np.cumsum(sizes))]  # of the partitions in the sequence
-        self._epoch, self._sequence = -1, np.empty(0)
+        self._epoch = -1
+        self._shards, self._ends = np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
 
     def __len__(self) -> int:
         return self.length
@@ -62,7 +64,10 @@ class ShardOrder:
     def read_order(self, epoch: int, partition: int, number: int) -> np.ndarray:
         """Numbers of the samples of a buffer in the order in which they are read."""
         first = self.bounds[partition] + number * self.buffer
-        return self._sequence_of(epoch)[first : min(first + self.buffer, self.bounds[partition + 1])]
+        places = np.arange(first, min(first + self.buffer, self.bounds[partition + 1]))
+        shards, ends = self._sequence_of(epoch)
+        turn = np.searchsorted(ends, places, side="right")
+        return self.starts[shards[turn] + 1] - (ends[turn] - places)
 
     def serving_order(self, epoch: int, partition: int, number: int) -> np.ndarray:
         """Numbers of the samples of a buffer in the order in which they are served."""
@@ -76,15 +81,15 @@ class ShardOrder:
         partition, number, place = self.buffer_of(index)
         return int(self.serving_order(epoch, partition, number)[place])
 
-    def _sequence_of(self, epoch: int) -> np.ndarray:
-        """Numbers of all samples, shard after shard."""
+    def _sequence_of(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The shards in the order of an epoch, and the number of samples up to the end of each."""
         if epoch != self._epoch:
             shards = np.arange(len(self.starts) - 1)
             if self.seed is not None:
                 shards = self._random(epoch).permutation(shards)
-            self._sequence = np.concatenate([np.arange(*self.starts[shard : shard + 2]) for shard in shards])
+            self._shards, self._ends = shards, np.cumsum(np.diff(self.starts)[shards])
             self._epoch = epoch
-        return self._sequence
+        return self._shards, self._ends
 
     def _random(self, epoch: int, purpose: str = "") -> np.random.RandomState:
         # NumPy promises never to change the stream of RandomState

@@ -32,17 +32,18 @@ class ShardSplit(Split):
 
     Raises:
         OSError: there is no index.
+        UndeclaredContent: the index is damaged.
         RequestError: the index names no classes, or an address that is not allowed.
     """
 
     def __init__(self, config: DataConfig, split: SplitName) -> None:
         location = resolve(config.root, f"{split}.json")
         index = read_index(location)
-        super().__init__([str(name) for name in index.get("classes") or range(config.num_classes or 0)], location)
+        super().__init__([str(name) for name in index.classes or range(config.num_classes or 0)], location)
         if not self.class_names:
             raise RequestError(f"data={config.name}: {split}.json names no classes: set data.num_classes")
-        self.urls = [resolve(config.root, shard["url"]) for shard in index["shardlist"]]
-        self.starts = np.cumsum([0, *(int(shard["nsamples"]) for shard in index["shardlist"])])
+        self.urls = [resolve(config.root, shard.url) for shard in index.shardlist]
+        self.starts = np.cumsum([0, *(shard.nsamples for shard in index.shardlist)])
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -75,7 +76,7 @@ class ShardSplit(Split):
                 raise sample
             if not 0 <= sample.label < len(self.class_names):
                 raise UnreadableImage(sample.name, f"its label is {sample.label} of {len(self.class_names)} classes")
-            return self.transform(read_image(sample.name, io.BytesIO(sample.file))), sample.label
+            return self.transform(read_image(sample.name, io.BytesIO(sample.file), self.shorter_side)), sample.label
 
     def sampler(
         self, config: DataConfig, seed: int, rank: int = 0, world_size: int = 1, position: Position = START

@@ -30,9 +30,12 @@ class Split(ABC):
         location: folder, file or address that the split was opened from.
         transform: applied to every image; the identity until it is set.
         quarantine: records images that cannot be read; None until it is set.
+        shorter_side: length in pixels that the shorter side of an image may be resized to, which bounds the memory
+            that an image may take; 0 until it is set.
     """
 
     quarantine: Quarantine | None = None
+    shorter_side: int = 0
 
     def __init__(self, class_names: Sequence[str], location: str) -> None:
         self.class_names = list(class_names)

@@ -4,6 +4,7 @@ An image is a PIL image of any mode and size, or a float tensor `1 H W` in [0, 1
 has the right size is not resampled.
 """
 
+import math
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -58,6 +59,11 @@ def train_transform(config: DataConfig) -> Compose:
         _allow_posterize_to_black(colour[0])
         colour.insert(0, to_8bit)
     return Compose([partial(to_channels, in_chans=config.in_chans), *geometry, *colour, *finish])
+
+
+def resized_side(config: DataConfig) -> int:
+    """Length in pixels that `eval_transform` resizes an image's shorter side to; training resizes to at most that."""
+    return math.floor(config.img_size / config.crop_pct)
 
 
 def to_channels(image: Image.Image | Tensor, in_chans: int) -> Image.Image | Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from sequencer.data import UnreadableImage, read_image
+from sequencer.files import walk_once
 
 
 @dataclass(frozen=True)
@@ -44,10 +45,28 @@ def find_images(sources: Iterable[str]) -> Iterator[str | UnreadableImage]:
             yield next(images, UnreadableImage(source, "a folder without images"))
             yield from images
         elif not os.path.exists(source) and glob.has_magic(source):
-            matches: list[Any] = sorted(glob.iglob(source, recursive=True))
+            matches: list[Any] = sorted(set(_expand(source)))
             yield from matches or [UnreadableImage(source, "matches no file")]
         else:
             yield source
+
+
+def _expand(pattern: str) -> Iterator[str]:
+    """Yields what a glob pattern matches; `**` stands for any number of folders, each real folder once."""
+    components = pattern.split(os.sep)
+    if "**" not in components:
+        yield from glob.iglob(pattern)
+        return
+    place = components.index("**")
+    rest = components[place + 1 :] or ["*"]
+    for start in glob.iglob(os.sep.join([*components[:place], ""])) if place else [""]:
+        for folder, _ in walk_once(start or os.curdir, start or os.curdir):
+            inside = os.path.relpath(folder, start or os.curdir)
+            if inside == os.curdir:
+                inside = ""
+            if any(name.startswith(".") for name in inside.split(os.sep)):
+                continue  # as in a shell, names with a leading dot are not matched
+            yield from _expand(os.path.join(glob.escape(start), glob.escape(inside), *rest))
 
 
 def _walk(folder: str) -> Iterator[str]:
@@ -68,6 +87,7 @@ def predict(
     batch_size: int,
     num_workers: int,
     device: torch.device | str,
+    shorter_side: int = 0,
 ) -> Iterator[Prediction]:
     """Yields one prediction for every image, in order; at most three batches of images are in memory at a time.
 
@@ -80,8 +100,14 @@ def predict(
         batch_size: Images per forward pass.
         num_workers: Threads that read images.
         device: Where the model is.
+        shorter_side: Length in pixels that `transform` resizes an image's shorter side to, as `resized_side` returns
+            it; an image that would take too much memory is refused before it is decoded.
     """
-    loaded = _load(images, transform, num_workers, 2 * batch_size)
+
+    def read(path: str) -> Tensor:
+        return transform(read_image(path, shorter_side=shorter_side))
+
+    loaded = _load(images, read, num_workers, 2 * batch_size)
     while batch := list(islice(loaded, batch_size)):
         readable = [image for _, image in batch if isinstance(image, Tensor)]
         answers = iter(_classify(model, torch.stack(readable).to(device), class_names, top) if readable else [])
@@ -94,13 +120,13 @@ def predict(
 
 
 def _load(
-    images: Iterable[str | UnreadableImage], transform: Callable[[Image.Image], Tensor], num_workers: int, ahead: int
+    images: Iterable[str | UnreadableImage], read: Callable[[str], Tensor], num_workers: int, ahead: int
 ) -> Iterator[tuple[str, Tensor | UnreadableImage]]:
     """Yields path and image, or the error, in order; threads read up to `ahead` images in advance."""
 
-    def read(image: str | UnreadableImage) -> tuple[str, Tensor | UnreadableImage]:
+    def attempt(image: str | UnreadableImage) -> tuple[str, Tensor | UnreadableImage]:
         try:
-            return (image.path, image) if isinstance(image, UnreadableImage) else (image, transform(read_image(image)))
+            return (image.path, image) if isinstance(image, UnreadableImage) else (image, read(image))
         except UnreadableImage as error:
             return error.path, error
 
@@ -108,7 +134,7 @@ def _load(
     try:
         pending: deque[Any] = deque()
         for image in images:
-            pending.append(pool.submit(read, image))
+            pending.append(pool.submit(attempt, image))
             if len(pending) > ahead:
                 yield pending.popleft().result()
         while pending:

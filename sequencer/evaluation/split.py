@@ -19,6 +19,7 @@ from sequencer.evaluation.inputs import check_img_size, data_section, data_setti
 from sequencer.evaluation.loop import FlipAveraged, evaluate
 from sequencer.evaluation.metrics import ClassResult, Outcome
 from sequencer.models import LoadedModel
+from sequencer.printing import printable
 
 log = logging.getLogger("sequencer")
 
@@ -130,7 +131,7 @@ def _check_classes(loaded: LoadedModel, names: Sequence[str]) -> None:
             " by position",
             len(renamed),
             len(names),
-            *renamed[0],
+            *map(printable, renamed[0]),
         )
 
 

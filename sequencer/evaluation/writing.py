@@ -9,25 +9,28 @@ from typing import Any
 
 from sequencer.evaluation.split import Evaluation
 from sequencer.files import write_atomically
+from sequencer.printing import printable
 
 
 def write_evaluation(evaluation: Evaluation, folder: Path, model: str) -> None:
     """Writes an evaluation into `folder`, which is created if missing.
 
     `evaluation.json` holds `Evaluation.record`, `per_class.csv` a row for every class, and `predictions.csv` a row for
-    every image: its class, the predicted class and its probability, and the rank of the image's own class.
+    every image: its class, the predicted class and its probability, and the rank of the image's own class. Names are
+    written as `printable` shows them.
 
     Args:
         evaluation: What to write.
         folder: Folder that the files are written to.
         model: What the model was loaded from; noted in `evaluation.json`.
     """
-    names, rows = evaluation.class_names, []
+    names, rows = [printable(name) for name in evaluation.class_names], []
     for image, label, predicted, probability, rank in evaluation.outcomes:
         answer = ("", "", "") if predicted is None else (names[predicted], f"{probability:.6f}", rank)
-        rows.append((evaluation.ids[image], names[label], *answer))
+        rows.append((printable(evaluation.ids[image]), names[label], *answer))
     _write_csv(folder / "predictions.csv", ("id", "class", "predicted", "probability", "rank"), rows)
-    _write_csv(folder / "per_class.csv", ("class", "support", "precision", "recall"), evaluation.per_class)
+    classes = [(printable(row.name), *row[1:]) for row in evaluation.per_class]
+    _write_csv(folder / "per_class.csv", ("class", "support", "precision", "recall"), classes)
     record = {"model": model} | evaluation.record()
     # JSON has no NaN
     plain = {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in record.items()}
@@ -36,7 +39,7 @@ def write_evaluation(evaluation: Evaluation, folder: Path, model: str) -> None:
 
 def _write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     def to_file(path: Path) -> None:
-        with open(path, "w", encoding="utf-8", errors="surrogateescape", newline="") as file:
+        with open(path, "w", encoding="utf-8", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(header)
             writer.writerows(rows)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from sequencer.config.schema import Config
 from sequencer.data import DataModule, Split, TooManyBadImages
+from sequencer.printing import printable
 
 MOST_IMAGES = 500  # per split that are read
 
@@ -17,7 +18,7 @@ def find_data_problems(data: DataModule, config: Config) -> list[str]:
     found = []
     for name, split in data.splits.items():
         if split.labels is not None and (missing := set(range(data.num_classes)) - set(split.labels.tolist())):
-            named = ", ".join(data.class_names[label] for label in sorted(missing)[:5])
+            named = ", ".join(printable(data.class_names[label]) for label in sorted(missing)[:5])
             found.append(f"{name}: no image of {len(missing)} classes: {named}{', ...' if len(missing) > 5 else ''}")
         found += [f"{name}: {problem}" for problem in _find_bad_images(split)]
     if config.data.batch_size > len(data.train_set):
@@ -30,7 +31,7 @@ def _find_bad_images(split: Split) -> list[str]:
         decoded, bad = split.probe(MOST_IMAGES)
     except TooManyBadImages as error:
         return [str(error)]
-    return [f"{len(bad)} of {decoded} images examined cannot be read, e.g. {bad[0]}"] if bad else []
+    return [f"{len(bad)} of {decoded} images examined cannot be read, e.g. {printable(bad[0])}"] if bad else []
 
 
 def find_disk_problems(run_dir: Path, needed: int) -> list[str]:

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import shutil
+import tarfile
 import threading
 from collections import Counter
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -21,9 +22,10 @@ from sequencer.config.composition import compose
 from sequencer.config.errors import RequestError
 from sequencer.config.schema import AugmentConfig, DataConfig
 from sequencer.data import DataModule, Quarantine, TooManyBadImages, UnreadableImage, open_split
-from sequencer.data.shard_files import Sample, ShardReader, read_samples
+from sequencer.data.shard_files import Sample, ShardReader, read_samples, resolve
 from sequencer.data.shard_order import ShardOrder
 from sequencer.data.shards import EvaluationStream, ShardSampler, ShardSplit, TrainingStream
+from sequencer.data.streams import open_stream
 from sequencer.models import read_checkpoint
 from sequencer.training import run
 
@@ -220,9 +222,15 @@ def test_a_worker_opens_each_of_its_shards_once(shards_root, monkeypatch):
 class Server(SimpleHTTPRequestHandler):
     broken: ClassVar[dict[str, int]] = {}  # by name: bytes after which the connection ends, as often as `times` says
     times: ClassVar[Counter[str]] = Counter()
+    redirects: ClassVar[dict[str, str]] = {}
 
     def do_GET(self) -> None:
         name = self.path.lstrip("/")
+        if name in self.redirects:
+            self.send_response(302)
+            self.send_header("Location", self.redirects[name])
+            self.end_headers()
+            return
         if name in self.broken and self.times[name] != 0:
             self.times[name] -= 1
             data = Path(self.directory, name).read_bytes()
@@ -241,7 +249,7 @@ class Server(SimpleHTTPRequestHandler):
 
 @pytest.fixture
 def address(folder):
-    Server.broken, Server.times = {}, Counter()
+    Server.broken, Server.times, Server.redirects = {}, Counter(), {}
     server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Server, directory=str(folder)))
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_address[1]}"
@@ -249,16 +257,12 @@ def address(folder):
     server.server_close()
 
 
-@pytest.mark.filterwarnings("ignore::ResourceWarning")  # the library leaves it to the collector to close its pipes
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("workers", [0, 2])
 def test_over_http(address, folder, workers):
     there, here = (module(root, num_workers=workers).train_dataloader() for root in (address, folder))
     assert all(torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) for a, b in zip(there, here, strict=True))
 
 
-@pytest.mark.filterwarnings("ignore::ResourceWarning")
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_shard_that_breaks_off_once_is_read_again(address, folder):
     Server.broken, Server.times = {"train-2.tar": 9000}, Counter({"train-2.tar": 1})
     there, here = (module(root).train_dataloader() for root in (address, folder))
@@ -266,8 +270,6 @@ def test_a_shard_that_breaks_off_once_is_read_again(address, folder):
     assert Server.times["train-2.tar"] == 0
 
 
-@pytest.mark.filterwarnings("ignore::ResourceWarning")
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_what_a_broken_shard_lacks_is_listed_and_replaced(address, folder, tmp_path):
     Server.broken, Server.times = {"train-2.tar": 9000}, Counter({"train-2.tar": -1})
     data = DataModule(
@@ -324,13 +326,136 @@ def test_from_s3(folder, tmp_path, monkeypatch):
     assert all(torch.equal(a[0], b[0]) for a, b in zip(there, here, strict=True))
 
 
+def test_a_command_gets_addresses_as_they_are(folder, tmp_path, monkeypatch):
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    (programs / "aws").write_text('#!/bin/sh\nprintf "%s\\n" "$@"\nexit 3\n')
+    (programs / "aws").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+    url = f"s3://bucket/$(touch {tmp_path}/made);`id`|a b.tar"
+    with open_stream(url) as file:
+        assert file.read(10) == b"s3\ncp\ns3:/"
+        with pytest.raises(OSError, match="aws ends with exit code 3"):
+            file.read()
+    assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize("target", ["file://{}/val-0.tar", "ftp://127.0.0.1:1/val-0.tar", "scp://127.0.0.1/a.tar"])
+def test_a_redirect_does_not_leave_http(address, folder, target):
+    Server.redirects = {"moved.tar": f"{address}/val-0.tar", "evil.tar": target.format(folder)}
+    assert len(list(read_samples(f"{address}/moved.tar"))) == 5
+    with pytest.raises(OSError, match="curl ends with exit code 1"):
+        list(read_samples(f"{address}/evil.tar"))
+
+
+def test_an_address_is_no_pattern(address, folder):
+    shutil.copy(folder / "val-0.tar", folder / "{a,b}[1-9].tar")
+    assert len(list(read_samples(f"{address}/{{a,b}}[1-9].tar"))) == 5
+
+
+@pytest.mark.parametrize("name", ["/etc/a.tar", "file:///etc/a.tar", "~/a.tar", "file:a.tar"])
+def test_a_remote_index_names_no_local_file(name):
+    for root in ("http://host/set", "https://host", "s3://bucket"):
+        with pytest.raises(RequestError, match="may not name files of this machine"):
+            resolve(root, name)
+
+
+def test_addresses_that_an_index_may_name():
+    assert resolve("/data/o'clock", "a b.tar") == "/data/o'clock/a b.tar"
+    assert resolve("/data", "/other/a.tar") == "/other/a.tar"
+    assert resolve("/data", "~/a.tar") == os.path.expanduser("~/a.tar")
+    assert resolve("/data", "https://host/a.tar") == "https://host/a.tar"
+    assert resolve("https://host/set/", "s3://bucket/a.tar") == "s3://bucket/a.tar"
+    assert resolve("https://host/set/", "a.tar") == "https://host/set/a.tar"
+    for name in ("https://host/\n.tar", "gopher://host/a.tar", "pipe:id", "scp://host/a.tar", "sftp://host/a.tar"):
+        with pytest.raises(RequestError, match="addresses are files, http, https or s3"):
+            resolve("/data", name)
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero"), Path.mkdir])
+def test_shards_and_indexes_are_regular_files(folder, make):
+    (folder / "val-0.tar").unlink()
+    make(folder / "val-0.tar")
+    found = val_split(folder).reader().read(np.arange(5))
+    assert all("no regular file" in error.reason for error in found.values())
+    (folder / "train.json").unlink()
+    make(folder / "train.json")
+    with pytest.raises(RequestError, match="no regular file"):
+        module(folder)
+
+
+@pytest.mark.parametrize("classes", [["a", "b"], ["a", "c", "b"], ["a", "b", "c", "d"]])
+def test_splits_with_different_classes_are_refused(folder, classes):
+    index = json.loads((folder / "val.json").read_text())
+    (folder / "val.json").write_text(json.dumps(index | {"classes": classes}))
+    with pytest.raises(
+        RequestError, match=r"val\.json has other classes, or the same in another order, than .*train\."
+    ):
+        module(folder)
+
+
+def test_an_index_is_read_up_to_a_bound(folder, monkeypatch):
+    monkeypatch.setattr("sequencer.data.shard_files.MOST_INDEX", 100)
+    with pytest.raises(RequestError, match="an index has at most"):
+        module(folder)
+
+
+def test_a_damaged_index_of_the_test_split_is_not_taken_for_none(folder):
+    (folder / "test.json").write_text("{")
+    with pytest.raises(RequestError, match=r"test\.json: invalid JSON"):
+        module(folder)
+
+
+def test_files_in_a_shard_are_read_up_to_a_bound(folder, monkeypatch):
+    """A compressed shard may hold a file that is far larger than itself."""
+    with tarfile.open(folder / "val-0.tar", "w:gz") as tar:
+        for name, size in (("0.png", len(png(7))), ("0.cls", 1), ("1.png", 10**7), ("1.cls", 1), ("2.png", 8)):
+            member = tarfile.TarInfo(name)
+            member.size = size
+            content = {"0.png": png(7), "0.cls": b"1", "1.cls": b"2"}.get(name, bytes(size))
+            tar.addfile(member, io.BytesIO(content))
+        link = tarfile.TarInfo("3.png")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        tar.addfile(link)
+    monkeypatch.setattr("sequencer.data.shard_files.MOST_FILE", 10**6)
+    samples = list(read_samples(str(folder / "val-0.tar")))
+    assert [(len(sample.file), sample.label) for sample in samples] == [(len(png(7)), 1), (0, 2), (8, -1)]
+
+
+@pytest.mark.parametrize("label", [b"9" * 5000, b"-1", b"1.5", b"\xff", "٣".encode(), b"1e3"])
+def test_a_label_that_is_no_number(folder, label):
+    with webdataset.TarWriter(str(folder / "val-0.tar")) as writer:
+        writer.write({"__key__": "0", "png": png(0), "cls": label})
+    assert [sample.label for sample in read_samples(str(folder / "val-0.tar"))] == [-1]
+
+
+def test_the_order_of_a_trillion_samples_takes_no_memory():
+    starts = np.arange(0, 10**12 + 1, 10**7)
+    order = ShardOrder(starts, 10**12, 256, 8, 1, 2, seed=1, buffer=100)
+    assert len(order) == 5 * 10**11
+    found = [order.sample(epoch, index) for epoch in range(2) for index in range(0, 10**11, 10**10 + 1)]
+    assert len(set(found)) == len(found)
+    assert 0 <= min(found) <= max(found) < 10**12
+
+
 @pytest.mark.parametrize(
     ("index", "message"),
     [
         (None, r"no complete set in .*/train\.json \(No such file or directory\)\nscripts/shards\.py writes"),
-        ("{}", r"no complete set in .*/train\.json \('shardlist'\)"),
-        ('{"shardlist": []}', "lists no shard"),
-        ('{"shardlist": [{"url": "a.tar", "nsamples": 0}]}', "lists a shard without samples"),
+        ("{}", r"no complete set in .*/train\.json \(train\.json: shardlist: field required\)"),
+        ("{", r"train\.json: invalid JSON"),
+        ("[" * 300, r"train\.json: invalid JSON"),
+        ("[1]", r"train\.json: input should be an object"),
+        ('{"shardlist": []}', r"train\.json: shardlist: list should have at least 1 item"),
+        ('{"shardlist": [{"url": "a.tar", "nsamples": 0}]}', r"shardlist\.0\.nsamples: .* greater than or equal to 1"),
+        ('{"shardlist": [{"url": "a.tar", "nsamples": 1e308}]}', r"nsamples: input should be a valid integer"),
+        (
+            '{"shardlist": [{"url": "a.tar", "nsamples": 1000000000000}]}',
+            r"nsamples: .* less than or equal to 10000000",
+        ),
+        ('{"shardlist": [{"url": 5, "nsamples": 1}]}', r"url: input should be a valid string"),
+        ('{"shardlist": [{"url": "a.tar", "nsamples": 1}], "classes": 5}', r"classes: input should be a valid array"),
+        ('{"shardlist": [{"url": "a.tar", "nsamples": 1}], "classes": [[1]]}', r"classes\.0\.str: input should be"),
         (
             '{"shardlist": [{"url": "a.tar", "nsamples": 1}], "classes": ["a"]}',
             r"data\.num_classes=3, but 1 classes were",

@@ -1,0 +1,30 @@
+"""Names and messages that others have written, escaped for terminals, logs, tables and pictures."""
+
+import re
+
+# control characters, line separators, controls of the direction of text, and surrogates, which stand for bytes of file
+# names that are not UTF-8
+_UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+_SHORT = {"\n": r"\n", "\r": r"\r", "\t": r"\t"}
+
+
+def printable(text: object) -> str:
+    r"""Escapes what would change a terminal or start a new line, as in a Python string literal.
+
+    The result is one line of valid Unicode. A byte of a file name that is not UTF-8 becomes `\xff`, a control character
+    `\x1b`, a newline `\n`; letters of all scripts, spaces and backslashes stay as they are.
+
+    Args:
+        text: A name, path or message, which `str` turns into text.
+    """
+    return _UNSAFE.sub(_escape, str(text))
+
+
+def _escape(match: re.Match[str]) -> str:
+    character = match.group()
+    if short := _SHORT.get(character):
+        return short
+    code = ord(character)
+    if 0xDC80 <= code <= 0xDCFF:  # how Python decodes a byte that is not UTF-8
+        return rf"\x{code - 0xDC00:02x}"
+    return rf"\x{code:02x}" if code < 0x80 else rf"\u{code:04x}"
