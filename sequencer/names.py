@@ -18,3 +18,29 @@ DATA_SETS = [
     "imagenet",
     "webdataset",
 ]
+# arguments of timm.create_model and timm's builders that are no arguments of an architecture: they load weights, read
+# files, or build something other than a classifier
+LOADING_ARGUMENTS = [
+    "cache_dir",
+    "checkpoint_path",
+    "device",
+    "dtype",
+    "exportable",
+    "feature_cfg",
+    "feature_cls",
+    "features_only",
+    "kwargs_filter",
+    "model_cfg",
+    "model_cls",
+    "model_name",
+    "no_jit",
+    "out_indices",
+    "pretrained_cfg",
+    "pretrained_cfg_overlay",
+    "pretrained_filter_fn",
+    "pretrained_model_args",
+    "pretrained_strict",
+    "pruned",
+    "scriptable",
+    "variant",
+]

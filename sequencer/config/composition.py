@@ -8,7 +8,7 @@ from typing import Any
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
-from hydra.errors import ConfigCompositionException, HydraException
+from hydra.errors import ConfigCompositionException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
@@ -57,7 +57,7 @@ def compose_lines(lines: list[str], files: ConfigFiles) -> Composed:
             node = hydra_compose(files.name, overrides=[*lines, *files.lines], return_hydra_config=True)
     except ConfigCompositionException as error:
         raise _from_omegaconf(error.__cause__ or error) from error
-    except HydraException as error:
+    except Exception as error:  # Hydra and OmegaConf raise Python's own errors too
         raise RequestError(first_line(error)) from error
     mode, sweeper = node.hydra.mode, OmegaConf.to_container(node.hydra.sweeper, resolve=False)
     assert isinstance(sweeper, dict)
@@ -75,10 +75,11 @@ def to_config(node: DictConfig) -> Config:
     """
     try:
         config = OmegaConf.to_object(node)
+        if not isinstance(config, Config):
+            raise RequestError("the primary configuration file has to name `schema` first among its defaults")
+        OmegaConf.structured(config)  # checks the entries of lists, which `to_object` does not
     except OmegaConfBaseException as error:
         raise _from_omegaconf(error) from error
-    if not isinstance(config, Config):
-        raise RequestError("the primary configuration file has to name `schema` first among its defaults")
     validate(config)
     return config
 

@@ -26,11 +26,12 @@ def request(config: Config) -> Request:
     """Decides whether a configuration starts a run or resumes the one in its `run_dir`.
 
     Raises:
-        RequestError: `run_dir` holds another run, or files but no run.
+        RequestError: `run_dir` holds another run, or files but no run, or cannot be written.
     """
     run_dir = Path(config.run_dir)
     if os.environ.get("RANK", "0") != "0":  # rank 0 decides and tells the other ranks
         return Request(config)
+    _check_writable(run_dir)
     if not run_dir.exists() or (run_dir.is_dir() and not any(run_dir.iterdir())):
         return Request(config)
     if not (run_dir / "config.yaml").is_file():
@@ -44,6 +45,21 @@ def request(config: Config) -> Request:
         listed = ", ".join(f"{key} ({before.get(key)} there, {now.get(key)} here)" for key in differing[:3])
         raise RequestError(f"run_dir={run_dir} holds another run: {listed}{' ...' if differing[3:] else ''}")
     return Request(config, resume=True)
+
+
+def _check_writable(folder: Path) -> None:
+    """Checks that a folder can be written or, if it does not exist, created.
+
+    Raises:
+        RequestError: It cannot.
+    """
+    nearest = folder.absolute()
+    while not nearest.exists():
+        nearest = nearest.parent
+    if not nearest.is_dir():
+        raise RequestError(f"run_dir={folder} cannot be written: {nearest} is no folder")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise RequestError(f"run_dir={folder} cannot be written: no permission to write in {nearest}")
 
 
 def resume_request(command: CommandLine) -> Request:

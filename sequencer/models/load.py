@@ -1,7 +1,11 @@
 """Loading of a model from a run folder, a model folder, a checkpoint file, an exported file or a timm name."""
 
 import difflib
+import importlib
+import inspect
 import json
+import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +24,7 @@ from sequencer.models.checkpoint import (
     select_weights,
 )
 from sequencer.models.exported import SUFFIXES, load_exported
+from sequencer.names import LOADING_ARGUMENTS
 from sequencer.variants import VARIANTS
 
 PREPROCESSING = ("input_size", "mean", "std", "crop_pct", "interpolation")  # keys of timm's pretrained_cfg
@@ -203,8 +208,32 @@ def create_model(name: str, img_size: int | Sequence[int] | None = None, **kwarg
             kwargs["img_size"] = img_size
         return timm.create_model(name, **kwargs)
     except Exception as error:  # timm's models and the hub client raise errors of many types
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = _unknown_argument(name, error) or (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"{name} cannot be built: {reason}") from error
+
+
+def _unknown_argument(name: str, error: Exception) -> str | None:
+    """Describes an argument that the class of a model does not have, and those that it has; None for other errors."""
+    found = re.search(r"(?:(\w+)\.__init__|\w+)\(\) got an unexpected keyword argument '(\w+)'", str(error))
+    if not isinstance(error, TypeError) or found is None:
+        return None
+    arch = get_arch_name(name)
+    if arch in VARIANTS:
+        model: Any = getattr(importlib.import_module("sequencer.models.sequencer"), VARIANTS[arch].model)
+    else:
+        model = getattr(sys.modules[timm.model_entrypoint(arch).__module__], found[1] or "", None)
+    known = sorted(
+        {
+            parameter.name
+            for base in getattr(model, "__mro__", ())
+            for parameter in inspect.signature(base.__init__).parameters.values()
+            if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+        }
+        - {"self", "token_mixer", "num_classes", "in_chans", "img_size", *LOADING_ARGUMENTS}
+    )
+    nearest = difflib.get_close_matches(found[2], known, n=1)
+    hint = f"; did you mean {nearest[0]}?" if nearest else ""
+    return f"it has no argument {found[2]}{hint}" + (f"\nThere are {', '.join(known)}" if known else "")
 
 
 def read_weights(source: str | Path) -> dict[str, Tensor]:
