@@ -48,7 +48,7 @@ def _problem(argument: str) -> str | None:
             os.stat(argument)
     except OSError as error:
         if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
-            return error.strerror.lower()
+            return os.strerror(error.errno).lower()
     return None
 
 

@@ -14,10 +14,10 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from sequencer.config.conf_files import ConfigFiles, conf_dir
-from sequencer.config.errors import RequestError, first_line
+from sequencer.config.errors import RequestError, first_line, show
 from sequencer.config.hydra_internals import VERSION_BASE
 from sequencer.config.overrides import complete, parse_overrides
-from sequencer.config.schema import Config
+from sequencer.config.schema import Config, leaves
 from sequencer.config.validation import validate
 
 ConfigStore.instance().store(name="schema", node=Config)
@@ -74,14 +74,28 @@ def to_config(node: DictConfig) -> Config:
             installed.
     """
     try:
-        config = OmegaConf.to_object(node)
-        if not isinstance(config, Config):
+        if OmegaConf.get_type(node) is not Config:
             raise RequestError("the primary configuration file has to name `schema` first among its defaults")
-        OmegaConf.structured(config)  # checks the entries of lists, which `to_object` does not
+        _check_lists(OmegaConf.to_container(node, resolve=True))
+        config = OmegaConf.to_object(node)
     except OmegaConfBaseException as error:
         raise _from_omegaconf(error) from error
+    assert isinstance(config, Config)
     validate(config)
     return config
+
+
+def _check_lists(values: Any) -> None:
+    """Checks that lists have plain entries, of which OmegaConf converts the type; it accepts lists in lists.
+
+    Raises:
+        RequestError: A list has an entry that is a list or a dictionary.
+    """
+    for key, value in leaves(values).items():
+        if isinstance(value, list) and not key.startswith("model.kwargs"):
+            for entry in value:
+                if isinstance(entry, (list, dict)):
+                    raise RequestError(f"{key}={show(value)}: its entries are numbers")
 
 
 def _from_omegaconf(error: BaseException) -> RequestError:

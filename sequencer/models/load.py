@@ -214,7 +214,7 @@ def create_model(name: str, img_size: int | Sequence[int] | None = None, **kwarg
 
 def _unknown_argument(name: str, error: Exception) -> str | None:
     """Describes an argument that the class of a model does not have, and those that it has; None for other errors."""
-    found = re.search(r"(?:(\w+)\.__init__|\w+)\(\) got an unexpected keyword argument '(\w+)'", str(error))
+    found = re.search(r"(?:(\w+)\.__init__\(\) )?got an unexpected keyword argument '(\w+)'", str(error))
     if not isinstance(error, TypeError) or found is None:
         return None
     arch = get_arch_name(name)

@@ -7,7 +7,7 @@ import torch
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler, PolyLRScheduler, StepLRScheduler
 from timm.scheduler.scheduler import Scheduler
-from torch import Tensor, nn
+from torch import nn
 
 from sequencer.config.schema import OptimConfig
 
@@ -50,11 +50,11 @@ def try_optimizer(config: OptimConfig) -> None:
         optimizer = build_optimizer(model, replace(config, layer_decay=None))
         schedule = build_schedule(optimizer, config, updates=2, updates_per_epoch=1)
 
-        def loss() -> Tensor:
+        def loss() -> float:
             optimizer.zero_grad()
             value = model(torch.ones(2, 1, 2, 2)).square().mean()
             value.backward()
-            return value
+            return value.item()
 
         for update in (1, 2):
             optimizer.step(loss)

@@ -81,7 +81,7 @@ SPECIAL = {
     "trainer.strategy": ["ddp_spawn", "ddp_fork", "ddp_notebook", "deepspeed", "fsdp"],
     "trainer.devices": ["'0,'", "[0]", "'²'"],
     "data.name": ["mnist", "imagefolder", "webdataset"],
-    "data.augment.auto_augment": ["rand", "rand-m9-mstd0.5-inc1", "rand-mnan", "rand-n1000000000", "augmix-b0"],
+    "data.augment.auto_augment": ["rand", "rand-m9-mstd0.5-inc1", "rand-mnan", "rand-n1000000000", "augmix-a0"],
     "model.name": ["resnet18", "vit_tiny_patch16_224", "hf-hub:x/y", "sequencer2d_t_8.foo", "local-dir:/x"],
 }
 SPECIAL["data.augment.auto_augment"] += ["augmix-w1000000000", "augmix-d1000000000", "rand-m9-p2", "rand-wfoo"]
@@ -161,6 +161,7 @@ def elsewhere(monkeypatch, tmp_path):
 def test_every_key_with_every_value_is_composed_or_refused(key, folder):
     for value in REQUESTS[key]:
         if (config := composed([f"{key}={value}"], folder)) is not None:
+            config.model.kwargs.clear()  # checked when the model is built
             numbers = [n for n in _numbers(dataclasses.asdict(config)) if isinstance(n, float)]
             unbounded = (config.trainer.max_loss, config.trainer.checkpoint_interval)
             assert all(math.isfinite(number) or number in unbounded for number in numbers)
@@ -223,7 +224,7 @@ def test_requests_run_three_steps_or_write_nothing(tmp_path_factory, overrides):
         ("optim.lr=inf", "between 0 and 1000"),
         ("optim.weight_decay=inf", "between 0 and 1000"),
         ("data.mean=[nan]", "out of range"),
-        ("data.mean=[[1]]", "could not be converted to Float"),
+        ("data.mean=[[1]]", "its entries are numbers"),
         ("data.augment.mixup=inf", "must be finite"),
         ("data.augment.mixup=1e-320", "0 or at least 1e-06"),
         ("data.augment.crop_padding=9", "more than data.img_size=8"),
@@ -262,7 +263,7 @@ def test_refused_before_torch_is_imported(override, message):
         ("model.kwargs={celll: gru}", "it has no argument celll; did you mean cell?\nThere are bidirectional, cell,"),
         ("model.kwargs={global_pool: ''}", "is no classifier: for 2 images and 10 classes it returns [2, 4, 4, 10]"),
         ("model.name=vit_tiny_patch16_224", "cannot train on batches of 2 images of 8 px"),
-        ("data.augment.auto_augment=augmix-b0", "an image cannot be augmented like this"),
+        ("data.augment.auto_augment=augmix-a0", "an image cannot be augmented like this"),
         ("data.augment.auto_augment=rand-n1000000000", "1000000000 operations in a row are too many"),
     ],
 )
