@@ -64,7 +64,7 @@ TEXTS += [
     "/dev/null/x",
     "/proc/x",
 ]
-TEXTS += ["/nonexistent/x", "'é'", "'a,b'", "'http://['"]
+TEXTS += ["missing/x", "'é'", "'a,b'", "'http://['"]
 FLAGS = ["2", "maybe", "null", "[]", "''", "{a: 1}", "true", "false"]
 ARGUMENTS = ["5", "[]", "null", "''", "{celll: gru}", "{cell: foo}", "{cell: 5}", "{cell: null}", "{layers: 5}"]
 ARGUMENTS += ["{layers: []}", "{layers: [0]}", "{layers: [-1]}", "{layers: [1.5]}", "{layers: null}", "{1: 2}"]
