@@ -5,6 +5,7 @@ use it, so that `--help` and a wrong argument are answered at once.
 """
 
 import argparse
+import errno
 import os
 import sys
 import traceback
@@ -13,10 +14,11 @@ from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory, TemporaryFile
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from sequencer.config.command import check_environment
-from sequencer.config.errors import RequestError, SharedError, summarise_error
+from sequencer.config.errors import RequestError, SharedError, show, summarise_error
+from sequencer.config.schema import LARGEST_INTEGER
 from sequencer.printing import printable
 
 if TYPE_CHECKING:
@@ -26,22 +28,43 @@ if TYPE_CHECKING:
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are two lines, without the usage."""
+    """An ArgumentParser whose errors are two lines, without the usage, and that refuses what can name no file."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        for argument in sys.argv[1:] if args is None else args:
+            if problem := _problem(argument):
+                self.error(f"argument '{show(argument)}': {problem}")
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {printable(message)}\n{self.prog} --help lists the arguments\n")
 
 
-def integer(low: int) -> Callable[[str], int]:
-    """Returns the argument type of integers that are at least `low`."""
+def _problem(argument: str) -> str | None:
+    """Says why an argument can be neither text nor the name of a file, or returns None."""
+    if not argument or "\0" in argument:
+        return "it is empty" if not argument else "it has a NUL byte"
+    try:
+        if "=" not in argument:  # an override of train.py may be long
+            os.stat(argument)
+    except OSError as error:
+        if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+            return os.strerror(error.errno).lower()
+    return None
+
+
+def integer(low: int, high: int = LARGEST_INTEGER) -> Callable[[str], int]:
+    """Returns the argument type of integers from `low` to `high`."""
 
     def parse(text: str) -> int:
         try:
             value = int(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"{text} is not an integer") from None
+            raise argparse.ArgumentTypeError(f"{show(text)} is not an integer") from None
         if value < low:
             raise argparse.ArgumentTypeError(f"{text} is less than {low}")
+        if value > high:
+            raise argparse.ArgumentTypeError(f"{show(text)} is more than {high}")
         return value
 
     return parse

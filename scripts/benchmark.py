@@ -26,6 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sequencer.config import compose
+from sequencer.names import LARGEST_IMAGE
 from sequencer.printing import printable
 
 if TYPE_CHECKING:
@@ -73,7 +74,13 @@ def measurements() -> list[tuple[Callable[[Namespace], None], str, list[Parser]]
     peers = f"timm: its model of the same name; or any timm model; default: {' '.join(MODEL_PEERS)}"
     which_model = [
         option("--model", default="sequencer2d_s", metavar="NAME", help="default: sequencer2d_s"),
-        option("--img-size", **number, default=224, help="height and width of the images; default: 224"),
+        option(
+            "--img-size",
+            type=integer(1, LARGEST_IMAGE),
+            metavar="N",
+            default=224,
+            help="height and width of the images; default: 224",
+        ),
     ]
     backends = option("--backend", **names, help="backends of our model; default: the automatic choice, and torch")
     backend = option("--backend", nargs=1, metavar="NAME", help="backend of our layer; default: the automatic choice")

@@ -23,7 +23,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from sequencer.config.schema import DataConfig
+from sequencer.config.schema import MOST_WORKERS, DataConfig
+from sequencer.names import LARGEST_IMAGE
 from sequencer.printing import printable
 
 if TYPE_CHECKING:
@@ -46,11 +47,21 @@ def parse(argv: list[str] | None) -> Namespace:
     add("--data-root", metavar="DIR", help="folder that holds the data set")
     add("--split", choices=("val", "test"), help="default: test if the data set has one, otherwise val")
     add_model_options(parser)
-    add("--img-size", metavar="N", type=integer(1), help="height and width of the images; default: the model's")
+    add(
+        "--img-size",
+        metavar="N",
+        type=integer(1, LARGEST_IMAGE),
+        help="height and width of the images; default: the model's",
+    )
     add("--crop-pct", metavar="FRACTION", type=fraction, help="fraction of the shorter side that the centre crop keeps")
     add("--flip", action="store_true", help="average the probabilities of each image and its mirror image")
     add("--batch-size", metavar="N", type=integer(1), help="images per forward pass")
-    add("--num-workers", metavar="N", type=integer(0), help="loader processes; 0 loads in the main process")
+    add(
+        "--num-workers",
+        metavar="N",
+        type=integer(0, MOST_WORKERS),
+        help="loader processes; 0 loads in the main process",
+    )
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto, a GPU if there is one")
     add("--output", metavar="DIR", type=Path, help="default: RUN/evaluation for a run, otherwise ./evaluation")
     add("--debug", action="store_true", help="show the traceback of an error")

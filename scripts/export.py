@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from _cli import Parser, add_model_options, integer, load_original, need_onnx, prepared, run
 
 from sequencer.config.errors import RequestError
-from sequencer.names import EXPORTED_GRAPHS, EXPORTED_WEIGHTS
+from sequencer.names import EXPORTED_GRAPHS, EXPORTED_WEIGHTS, LARGEST_IMAGE
 from sequencer.printing import printable
 
 if TYPE_CHECKING:
@@ -34,7 +34,12 @@ def parse(argv: list[str] | None) -> Namespace:
     add("model", metavar="MODEL", help="run folder, model folder, checkpoint file or timm name")
     add("--format", choices=(*EXPORTED_GRAPHS, *EXPORTED_WEIGHTS), required=True)
     add("--output", metavar="DIR", type=Path, required=True, help="folder for the export and its certificate")
-    add("--img-size", metavar="N", type=integer(1), help="height and width of a graph's images; default: the model's")
+    add(
+        "--img-size",
+        metavar="N",
+        type=integer(1, LARGEST_IMAGE),
+        help="height and width of a graph's images; default: the model's",
+    )
     add(
         "--dtype",
         choices=("fp32", "fp16"),

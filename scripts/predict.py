@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TimeRemainingColumn
 
 from sequencer.config.errors import RequestError
+from sequencer.config.schema import MOST_WORKERS
 from sequencer.files import write_atomically
 from sequencer.printing import printable
 
@@ -50,7 +51,7 @@ def parse(argv: list[str] | None) -> Namespace:
     add_model_options(parser)
     add("--batch-size", metavar="N", type=integer(1), default=32, help="images per forward pass; default: 32")
     workers = min(8, os.cpu_count() or 1)
-    add("--num-workers", metavar="N", type=integer(1), default=workers, help="threads that read images")
+    add("--num-workers", metavar="N", type=integer(1, MOST_WORKERS), default=workers, help="threads that read images")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto, a GPU if there is one")
     add("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args(argv)

@@ -81,7 +81,8 @@ def scan(folder: Path) -> tuple[list[tuple[str, int]], list[str]]:
 
 def index_shards(args: Namespace) -> None:
     """Writes the index of existing shards."""
-    from sequencer.data.shard_files import MOST_CLASSES, read_samples
+    from sequencer.data.shard_files import read_samples
+    from sequencer.names import MOST_CLASSES
 
     paths = sorted(Path(path) for path in glob.glob(args.shards))
     if not paths:

@@ -20,6 +20,11 @@ def printable(text: object) -> str:
     return _UNSAFE.sub(_escape, str(text))
 
 
+def first_line(error: object) -> str:
+    """Returns the first line of an error's message as `printable` shows it, or the name of its class if it has none."""
+    return printable((str(error).strip().splitlines() or [type(error).__name__])[0])
+
+
 def _escape(match: re.Match[str]) -> str:
     character = match.group()
     if short := _SHORT.get(character):

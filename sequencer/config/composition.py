@@ -8,17 +8,18 @@ from typing import Any
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
-from hydra.errors import ConfigCompositionException, HydraException
+from hydra.errors import ConfigCompositionException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from sequencer.config.conf_files import ConfigFiles, conf_dir
-from sequencer.config.errors import RequestError, first_line
+from sequencer.config.errors import RequestError, show
 from sequencer.config.hydra_internals import VERSION_BASE
 from sequencer.config.overrides import complete, parse_overrides
-from sequencer.config.schema import Config
+from sequencer.config.schema import Config, leaves
 from sequencer.config.validation import validate
+from sequencer.printing import first_line
 
 ConfigStore.instance().store(name="schema", node=Config)
 
@@ -57,7 +58,7 @@ def compose_lines(lines: list[str], files: ConfigFiles) -> Composed:
             node = hydra_compose(files.name, overrides=[*lines, *files.lines], return_hydra_config=True)
     except ConfigCompositionException as error:
         raise _from_omegaconf(error.__cause__ or error) from error
-    except HydraException as error:
+    except Exception as error:  # Hydra and OmegaConf raise Python's own errors too
         raise RequestError(first_line(error)) from error
     mode, sweeper = node.hydra.mode, OmegaConf.to_container(node.hydra.sweeper, resolve=False)
     assert isinstance(sweeper, dict)
@@ -74,13 +75,28 @@ def to_config(node: DictConfig) -> Config:
             installed.
     """
     try:
+        if OmegaConf.get_type(node) is not Config:
+            raise RequestError("the primary configuration file has to name `schema` first among its defaults")
+        _check_lists(OmegaConf.to_container(node, resolve=True))
         config = OmegaConf.to_object(node)
     except OmegaConfBaseException as error:
         raise _from_omegaconf(error) from error
-    if not isinstance(config, Config):
-        raise RequestError("the primary configuration file has to name `schema` first among its defaults")
+    assert isinstance(config, Config)
     validate(config)
     return config
+
+
+def _check_lists(values: Any) -> None:
+    """Checks that lists have plain entries, of which OmegaConf converts the type; it accepts lists in lists.
+
+    Raises:
+        RequestError: A list has an entry that is a list or a dictionary.
+    """
+    for key, value in leaves(values).items():
+        if isinstance(value, list) and not key.startswith("model.kwargs"):
+            for entry in value:
+                if isinstance(entry, (list, dict)):
+                    raise RequestError(f"{key}={show(value)}: its entries are numbers")
 
 
 def _from_omegaconf(error: BaseException) -> RequestError:

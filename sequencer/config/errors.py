@@ -26,6 +26,7 @@ def summarise_error(error: BaseException) -> str:
     return "\n".join(printable(line) for line in lines[:2])
 
 
-def first_line(error: object) -> str:
-    """Returns the first line of an error's message, or the name of its class if it has none."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def show(value: object, longest: int = 200) -> str:
+    """Returns a value of a request as it is shown in messages: printable, on one line, and not too long."""
+    text = printable(value)
+    return text if len(text) <= longest else f"{text[:longest]}..."

@@ -14,7 +14,8 @@ from hydra._internal.utils import _run_hydra, get_args_parser
 from omegaconf import DictConfig
 
 from sequencer.config.conf_files import ConfigFiles
-from sequencer.config.errors import RequestError, first_line
+from sequencer.config.errors import RequestError
+from sequencer.printing import first_line
 
 VERSION_BASE = "1.3"
 

@@ -110,7 +110,7 @@ def _check_choice(override: Override, choices: list[str]) -> None:
     values = list(override.sweep_iterator()) if override.is_sweep_override() else [override.value()]
     for value in values:
         for choice in value if isinstance(value, list) else [value]:
-            if str(choice) not in choices and choice is not None:
+            if str(choice) not in choices:
                 group = override.key_or_group
                 raise RequestError(f"{group}={choice} does not exist: {did_you_mean(choice, choices)}")
 

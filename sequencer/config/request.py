@@ -12,10 +12,11 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from sequencer.config.command import CommandLine
 from sequencer.config.composition import to_config
-from sequencer.config.errors import RequestError, first_line
+from sequencer.config.errors import RequestError
 from sequencer.config.overrides import check_key, swept_values
 from sequencer.config.schema import Config, leaves
 from sequencer.declared import UndeclaredContent, parse_json
+from sequencer.printing import first_line
 
 
 @dataclass(frozen=True)
@@ -30,11 +31,12 @@ def request(config: Config) -> Request:
     """Decides whether a configuration starts a run or resumes the one in its `run_dir`.
 
     Raises:
-        RequestError: `run_dir` holds another run, or files but no run.
+        RequestError: `run_dir` holds another run, or files but no run, or cannot be written.
     """
     run_dir = Path(config.run_dir)
     if os.environ.get("RANK", "0") != "0":  # rank 0 decides and tells the other ranks
         return Request(config)
+    _check_writable(run_dir)
     if not run_dir.exists() or (run_dir.is_dir() and all(path.name.startswith(".") for path in run_dir.iterdir())):
         return Request(config)  # a run killed as it started leaves hidden files only
     if not (run_dir / "config.yaml").is_file():
@@ -42,6 +44,21 @@ def request(config: Config) -> Request:
     if differences := differing_settings(load_run(run_dir), config, run_dir / "config.yaml"):
         raise RequestError(f"run_dir={run_dir} holds another run: {differences}")
     return Request(config, resume=True)
+
+
+def _check_writable(folder: Path) -> None:
+    """Checks that a folder can be written or, if it does not exist, created.
+
+    Raises:
+        RequestError: It cannot.
+    """
+    nearest = folder.absolute()
+    while not nearest.exists():
+        nearest = nearest.parent
+    if not nearest.is_dir():
+        raise RequestError(f"run_dir={folder} cannot be written: {nearest} is no folder")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise RequestError(f"run_dir={folder} cannot be written: no permission to write in {nearest}")
 
 
 def resume_request(command: CommandLine) -> Request:

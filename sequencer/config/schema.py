@@ -10,7 +10,10 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from sequencer.names import BACKENDS, DATA_SETS
+from sequencer.names import BACKENDS, DATA_SETS, LARGEST_IMAGE, MOST_CLASSES
+
+MOST_WORKERS = 1024
+LARGEST_INTEGER = 2**31 - 1  # of values without another bound; PyTorch counts with it everywhere
 
 
 def knob(
@@ -20,6 +23,8 @@ def knob(
     choices: Sequence[str] | None = None,
     low: float | None = None,
     high: float | None = None,
+    finite: bool = True,
+    path: bool = False,
     ours: bool = False,
     on_resume: bool = False,
 ) -> Any:
@@ -27,10 +32,13 @@ def knob(
 
     Args:
         low, high: smallest and largest legal value, or that of each entry of a list; both inclusive.
+        finite: infinity is not legal; NaN never is.
+        path: the value names a file or folder, or may do so.
         ours: in `TrainerConfig`, the key is not passed on to Lightning's Trainer.
         on_resume: the value may change when a run is resumed.
     """
-    metadata = {"help": help, "choices": choices, "low": low, "high": high, "ours": ours, "on_resume": on_resume}
+    metadata = {"help": help, "choices": choices, "low": low, "high": high, "finite": finite, "path": path}
+    metadata |= {"ours": ours, "on_resume": on_resume}
     if isinstance(default, (list, dict)):
         return field(default_factory=lambda: type(default)(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -56,7 +64,7 @@ class AugmentConfig:
     ratio: list[float] = knob([0.75, 1.3333], "aspect-ratio range of RandomResizedCrop", low=0.0)
     crop_padding: int = knob(0, "pixels of zero padding before a random crop (small images)", low=0)
     hflip: float = knob(0.0, "probability of a horizontal flip", low=0.0, high=1.0)
-    color_jitter: float = knob(0.0, "strength of brightness, contrast and saturation jitter", low=0.0)
+    color_jitter: float = knob(0.0, "strength of brightness, contrast and saturation jitter", low=0.0, high=100.0)
     auto_augment: str | None = knob(None, "timm policy, e.g. rand-m9-mstd0.5-inc1 (RandAugment)")
     reprob: float = knob(0.0, "probability of random erasing", low=0.0, high=1.0)
     remode: str = knob("pixel", "fill of erased rectangles", choices=("const", "rand", "pixel"))
@@ -76,14 +84,17 @@ class DataConfig:
         "data",
         "folder of the data set; an image folder has train/, val/ and optionally test/; shards may also be at an http, "
         "https or s3 address",
+        path=True,
         on_resume=True,  # the fingerprints of the splits show whether the data are the same
     )
     download: bool = knob(False, "let torchvision download the data set into data.root if it is missing")
-    num_classes: int | None = knob(None, "number of classes; null takes what the data set has", low=1)
+    num_classes: int | None = knob(
+        None, "number of classes; null takes those of the data set", low=1, high=MOST_CLASSES
+    )
     in_chans: int = knob(3, "channels of the model's input", low=1)
-    img_size: int = knob(224, "height and width of the model's input, pixels", low=1)
-    mean: list[float] = knob([0.485, 0.456, 0.406], "mean of each channel, for images in [0, 1]")
-    std: list[float] = knob([0.229, 0.224, 0.225], "standard deviation of each channel", low=1e-12)
+    img_size: int = knob(224, "height and width of the model's input, pixels", low=1, high=LARGEST_IMAGE)
+    mean: list[float] = knob([0.485, 0.456, 0.406], "mean of each channel, for images in [0, 1]", low=-1e6, high=1e6)
+    std: list[float] = knob([0.229, 0.224, 0.225], "standard deviation of each channel", low=1e-12, high=1e6)
     crop_pct: float = knob(
         1.0, "evaluation: the shorter side is resized to img_size / crop_pct before the centre crop", low=0.01, high=1.0
     )
@@ -104,7 +115,7 @@ class DataConfig:
     )
     shuffle_buffer: int = knob(2048, "shards: size of the shuffle buffer of a loader worker, images", low=1)
     eval_batch_size: int = knob(256, "images per device in evaluation", low=1)
-    num_workers: int = knob(2, "loader workers per device; 0 loads in the training process", low=0)
+    num_workers: int = knob(2, "loader workers per device; 0 loads in the training process", low=0, high=MOST_WORKERS)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
 
 
@@ -138,15 +149,15 @@ class OptimConfig:
     """Optimizer, schedule and weight averaging. Names are timm's."""
 
     opt: str = knob("adamw", "name of an optimizer in timm's factory")
-    lr: float = knob(1e-3, "peak learning rate; it is not scaled with the batch size", low=0.0)
+    lr: float = knob(1e-3, "peak learning rate; it is not scaled with the batch size", low=0.0, high=1e3)
     weight_decay: float = knob(
-        0.05, "weight decay of matrices; biases, norms and position embeddings have none", low=0.0
+        0.05, "weight decay of matrices; biases, norms and position embeddings have none", low=0.0, high=1e3
     )
     momentum: float = knob(0.9, "momentum of SGD-like optimizers", low=0.0, high=1.0)
     opt_betas: list[float] | None = knob(
         None, "betas of Adam-like optimizers; null keeps the optimizer's own", low=0.0, high=1.0
     )
-    opt_eps: float | None = knob(None, "epsilon; null keeps the optimizer's own", low=0.0)
+    opt_eps: float | None = knob(None, "epsilon; null keeps the optimizer's own", low=1e-30, high=1e6)
     layer_decay: float | None = knob(
         None, "factor on the learning rate for each layer further from the head; null turns it off", low=0.0, high=1.0
     )
@@ -154,8 +165,8 @@ class OptimConfig:
         "cosine", "learning-rate schedule, stepped after every update", choices=("cosine", "linear", "constant")
     )
     warmup_epochs: float = knob(0.0, "epochs of linear warm-up, part of trainer.max_epochs", low=0.0)
-    warmup_lr: float = knob(1e-6, "learning rate at the first update of the warm-up", low=0.0)
-    min_lr: float = knob(1e-6, "learning rate at the end of the schedule", low=0.0)
+    warmup_lr: float = knob(1e-6, "learning rate at the first update of the warm-up", low=0.0, high=1e3)
+    min_lr: float = knob(1e-6, "learning rate at the end of the schedule", low=0.0, high=1e3)
     cooldown_epochs: float = knob(0.0, "epochs at min_lr at the end, part of trainer.max_epochs", low=0.0)
     ema_decay: float | None = knob(
         None, "decay of the moving average of the weights; null turns it off", low=0.0, high=1.0
@@ -171,6 +182,7 @@ class OptimConfig:
     distill_from: str | None = knob(
         None,
         "teacher for distillation: a run, model folder, checkpoint or timm name with the classes of the data, or null",
+        path=True,
     )
     distill_weight: float = knob(
         0.5, "weight of the distillation loss; the training loss has one minus that", low=0.0, high=1.0
@@ -193,7 +205,7 @@ class TrainerConfig:
     accelerator: str = knob(
         "auto", "type of device", choices=("auto", "cpu", "gpu", "cuda", "mps", "tpu"), on_resume=True
     )
-    devices: int | str = knob(1, "number of devices; auto takes all", on_resume=True)
+    devices: int | str = knob(1, "number of devices; auto takes all", low=-1, on_resume=True)
     num_nodes: int = knob(1, "number of machines", low=1, on_resume=True)
     strategy: str = knob("auto", "distribution strategy, e.g. ddp")
     precision: str = knob("32", "numeric precision", choices=("32", "bf16-mixed", "16-mixed"))
@@ -202,12 +214,13 @@ class TrainerConfig:
     deterministic: bool = knob(False, "use deterministic kernels only; an operation that has none raises an error")
     benchmark: bool = knob(False, "let cuDNN benchmark its algorithms for the input shape")
     checkpoint_interval: float = knob(
-        300.0, "seconds between two saves within an epoch; 0 saves after every update", low=0.0, ours=True
+        300.0, "seconds between two saves within an epoch; 0 saves after every update", low=0.0, finite=False, ours=True
     )
     max_loss: float = knob(
         1000.0,
         "training loss above which the run counts as diverged, as it does if the loss is not finite",
         low=0.0,
+        finite=False,
         ours=True,
     )
     on_divergence: str = knob(
@@ -256,10 +269,11 @@ class Config:
 
     name: str = knob("${data.name}", "name of the run: its folder and its title in loggers")
     seed: int = knob(0, "seed of all random numbers", low=0, high=2**32 - 1)
-    run_dir: str = knob("outputs/${name}/${now:%Y-%m-%d_%H-%M-%S}", "folder that the run writes to")
+    run_dir: str = knob("outputs/${name}/${now:%Y-%m-%d_%H-%M-%S}", "folder that the run writes to", path=True)
     init_from: str | None = knob(
         None,
         "start from the weights of a run, model folder, checkpoint or timm name; a head with other classes is replaced",
+        path=True,
     )
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)

@@ -2,11 +2,17 @@
 
 import dataclasses
 import importlib.util
+import math
+import os
+import unicodedata
 from typing import Any
 
-from sequencer.config.errors import RequestError
+from sequencer.config.errors import RequestError, show
 from sequencer.config.overrides import did_you_mean
-from sequencer.config.schema import Config
+from sequencer.config.schema import LARGEST_INTEGER, Config
+from sequencer.names import LOADING_ARGUMENTS
+
+SMALLEST_ALPHA = 1e-6  # of mixup and CutMix; below it NumPy's beta distribution may return NaN
 
 
 def validate(config: Config) -> None:
@@ -17,7 +23,9 @@ def validate(config: Config) -> None:
     """
     check_bounds(config)
     _check_optim(config)
+    _check_trainer(config)
     _check_images(config)
+    _check_model_arguments(config)
     if config.logger.wandb:
         spec = importlib.util.find_spec("wandb")
         if spec is None or spec.origin is None:  # a folder named wandb, which offline runs create, has no origin
@@ -44,14 +52,41 @@ def check_bounds(node: Any, prefix: str = "") -> None:
 
 
 def _check_item(key: str, item: Any, knob: Any) -> None:
-    choices, low, high = (knob[name] for name in ("choices", "low", "high"))
-    if choices and item is not None and item not in choices:
-        raise RequestError(f"{key}={item} is not possible: {did_you_mean(item, choices)}")
-    if not isinstance(item, (int, float)) or isinstance(item, bool):
+    if knob["choices"] and item is not None and item not in knob["choices"]:
+        raise RequestError(f"{key}={show(item)} is not possible: {did_you_mean(item, knob['choices'])}")
+    if isinstance(item, str):
+        _check_text(key, item, knob["path"])
+    elif isinstance(item, (int, float)) and not isinstance(item, bool):
+        _check_number(key, item, knob)
+
+
+def _check_number(key: str, item: int | float, knob: Any) -> None:
+    low = -math.inf if knob["low"] is None else knob["low"]
+    unbounded = LARGEST_INTEGER if isinstance(item, int) else math.inf
+    high = unbounded if knob["high"] is None else knob["high"]
+    if not low <= item <= high:  # NaN is in no range
+        bounded = knob["high"] is not None or item > high
+        span = f"between {low:g} and {high:.10g}" if bounded else f"at least {low:g}"
+        raise RequestError(f"{key}={show(item)} is out of range: it must be {span}")
+    if knob["finite"] and math.isinf(item):
+        raise RequestError(f"{key}={item} is out of range: it must be finite")
+
+
+def _check_text(key: str, text: str, path: bool) -> None:
+    """Checks that a text can be written to files and logs, and that a path can name a file."""
+    if any(unicodedata.category(character) in ("Cc", "Cs") for character in text):
+        raise RequestError(f"{key}={show(text)}: it has characters that cannot be printed")
+    if not path or "://" in text:
         return
-    if not ((low is None or item >= low) and (high is None or item <= high)):  # NaN is in no range
-        span = f"at least {low:g}" if high is None else f"between {low:g} and {high:g}"
-        raise RequestError(f"{key}={item} is out of range: it must be {span}")
+    expanded = os.path.expanduser(text)
+    if expanded.startswith("~"):
+        raise RequestError(f"{key}={show(text)}: there is no user {expanded.split('/')[0][1:]}")
+    try:
+        os.stat(expanded)
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        return  # whether it must exist is for its reader to check
+    except OSError as error:
+        raise RequestError(f"{key}={show(text)}: {error.strerror}") from error
 
 
 def _check_optim(config: Config) -> None:
@@ -69,6 +104,35 @@ def _check_optim(config: Config) -> None:
         )
 
 
+def _check_trainer(config: Config) -> None:
+    """Checks the lengths of a run and of its epochs, and that torchrun alone starts its processes."""
+    trainer = config.trainer
+    if trainer.max_steps == 0:
+        raise RequestError("trainer.max_steps=0 trains nothing: it must be at least 1, or -1 for no limit")
+    for split in ("train", "val", "test"):
+        key = f"limit_{split}_batches"
+        limit = getattr(trainer, key)
+        if isinstance(limit, float) and limit > 1:
+            raise RequestError(f"trainer.{key}={limit}: a number with a decimal point is a fraction, of at most 1.0")
+    if trainer.strategy.endswith(("spawn", "fork", "notebook")):
+        raise RequestError(
+            f"trainer.strategy={trainer.strategy} starts processes of its own: leave it out, trainer.devices=N starts "
+            "torchrun"
+        )
+    if trainer.limit_train_batches == 0:
+        raise RequestError("trainer.limit_train_batches=0 trains nothing: it must be above 0, or null for all batches")
+
+
+def _check_model_arguments(config: Config) -> None:
+    """Checks that `model.kwargs` has only names that can be arguments of an architecture."""
+    own = {field.name for field in dataclasses.fields(config.model)}
+    for name in map(str, config.model.kwargs):
+        if name in own:
+            raise RequestError(f"model.kwargs.{name} has a key of its own: model.{name}")
+        if name in LOADING_ARGUMENTS:
+            raise RequestError(f"model.kwargs.{name} is no argument of an architecture; init_from=MODEL loads weights")
+
+
 def _check_images(config: Config) -> None:
     data, model = config.data, config.model
     for key in ("mean", "std"):
@@ -77,3 +141,14 @@ def _check_images(config: Config) -> None:
     for key in ("in_chans", "img_size"):
         if getattr(model, key) != getattr(data, key):
             raise RequestError(f"model.{key}={getattr(model, key)}, but data.{key}={getattr(data, key)}")
+    for key in ("mixup", "cutmix"):
+        if 0 < getattr(data.augment, key) < SMALLEST_ALPHA:
+            raise RequestError(
+                f"data.augment.{key}={getattr(data.augment, key)} is out of range: it must be 0 or at least "
+                f"{SMALLEST_ALPHA:g}"
+            )
+    if data.augment.crop_padding > data.img_size:
+        raise RequestError(
+            f"data.augment.crop_padding={data.augment.crop_padding} is more than data.img_size={data.img_size}: crops "
+            "could miss the image"
+        )

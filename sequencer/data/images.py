@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from sequencer.config.errors import first_line
 from sequencer.files import check_regular
+from sequencer.printing import first_line
 
 # of Pillow; any other decoder is code that an image would start, Ghostscript for example
 FORMATS = ("JPEG", "PNG", "WEBP", "PPM", "BMP", "TIFF", "GIF")

@@ -14,6 +14,7 @@ from sequencer.config.errors import RequestError
 from sequencer.data.images import UnreadableImage, reason_of
 from sequencer.data.streams import REMOTE, open_stream
 from sequencer.declared import parse_json
+from sequencer.names import MOST_CLASSES
 from sequencer.printing import printable
 
 ATTEMPTS = 3  # to read a shard whose stream breaks off
@@ -21,7 +22,6 @@ SCHEMES = ("", "file", *REMOTE)
 IMAGES = ("jpg", "jpeg", "png", "webp", "ppm", "bmp", "tif", "tiff", "gif")
 MOST_INDEX = 2**27  # bytes of an index
 MOST_FILE = 2**30  # bytes of a file in a shard
-MOST_CLASSES = 10**6
 MOST_IN_SHARD = 10**7  # samples; those of ImageNet in a single shard are a tenth of that
 
 

@@ -17,8 +17,12 @@ from torch import Tensor
 from torchvision.transforms import Compose, RandomCrop, Resize
 from torchvision.transforms.functional import to_pil_image
 
-from sequencer.config.errors import RequestError
+from sequencer.config.errors import RequestError, show
 from sequencer.config.schema import DataConfig
+from sequencer.data.seeding import own_random_states
+from sequencer.printing import first_line
+
+MOST_OPERATIONS = 100  # of an augmentation policy in a row
 
 
 def eval_transform(config: DataConfig) -> Compose:
@@ -46,7 +50,8 @@ def train_transform(config: DataConfig) -> Compose:
         A transform whose results are float32 `C H W`.
 
     Raises:
-        RequestError: as in `eval_transform`, or a range or policy that timm does not understand.
+        RequestError: as in `eval_transform`, or a range or policy that timm does not understand or that fails on an
+            image.
     """
     augment = config.augment
     geometry, colour, finish = _timm_train_stages(config)
@@ -56,9 +61,12 @@ def train_transform(config: DataConfig) -> Compose:
     if augment.crop_padding > 0:
         geometry.append(RandomCrop(config.img_size, padding=augment.crop_padding))
     if augment.auto_augment:
+        _check_policy(augment.auto_augment, colour[0])
         _allow_posterize_to_black(colour[0])
         colour.insert(0, to_8bit)
-    return Compose([partial(to_channels, in_chans=config.in_chans), *geometry, *colour, *finish])
+    transform = Compose([partial(to_channels, in_chans=config.in_chans), *geometry, *colour, *finish])
+    _try_out(transform)
+    return transform
 
 
 def resized_side(config: DataConfig) -> int:
@@ -76,6 +84,24 @@ def to_channels(image: Image.Image | Tensor, in_chans: int) -> Image.Image | Ten
 def to_8bit(image: Image.Image | Tensor) -> Image.Image:
     """Converts a tensor in [0, 1] to an eight-bit image, as timm's policies need; other images are unchanged."""
     return to_pil_image(image.mul(255).round().byte()) if isinstance(image, Tensor) else image
+
+
+def _check_policy(name: str, policy: Any) -> None:
+    """Checks that a policy applies no more operations to an image than one that is meant."""
+    for attribute, what in (("num_layers", "operations in a row"), ("width", "chains"), ("depth", "operations")):
+        if (number := getattr(policy, attribute, 0)) > MOST_OPERATIONS:
+            raise RequestError(
+                f"data.augment.auto_augment={show(name)}: {number} {what} are too many, of at most {MOST_OPERATIONS}"
+            )
+
+
+def _try_out(transform: Compose) -> None:
+    """Transforms a black image: some settings fail only when random numbers are drawn; no random state changes."""
+    with own_random_states():
+        try:
+            transform(Image.new("RGB", (16, 16)))
+        except Exception as error:  # of timm, torchvision, NumPy or Pillow
+            raise RequestError(f"data.augment: an image cannot be augmented like this: {first_line(error)}") from error
 
 
 def _allow_posterize_to_black(policy: Any) -> None:
@@ -111,9 +137,10 @@ def _timm_train_stages(config: DataConfig) -> tuple[list[Any], list[Any], list[A
             re_prob=augment.reprob,
             re_mode=augment.remode,
         )
-    except (AssertionError, ValueError) as error:  # how timm reports a policy that it cannot parse
+    except Exception as error:  # timm reports a policy that it cannot parse in many ways
         raise RequestError(
-            f"data.augment.auto_augment={augment.auto_augment}: {error}; a policy is, e.g., rand-m9-mstd0.5-inc1"
+            f"data.augment.auto_augment={augment.auto_augment}: {first_line(error)}; a policy is, e.g., "
+            "rand-m9-mstd0.5-inc1"
         ) from error
     geometry, colour, finish = (list(stage.transforms) for stage in stages)
     return geometry, colour, finish

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from sequencer.config.errors import first_line
 from sequencer.measure.contenders import Contender
 from sequencer.measure.machine import peak_memory, timed
 from sequencer.ops import configure
+from sequencer.printing import first_line
 
 TOLERANCES = {torch.float32: 1e-6, torch.float16: 5e-3, torch.bfloat16: 2e-2}  # relative RMS error
 WARMUP = 3  # passes

@@ -3,6 +3,8 @@
 import difflib
 import inspect
 import math
+import re
+import sys
 from collections import deque
 from collections.abc import Mapping
 from typing import Any
@@ -11,6 +13,7 @@ import timm
 from timm.models import build_model_with_cfg, get_arch_name
 
 from sequencer.models.sequencer import Sequencer, Sequencer2d, VSequencer
+from sequencer.names import LOADING_ARGUMENTS
 from sequencer.variants import VARIANTS
 
 LARGEST = 2**20  # integer; no dimension, depth or image size of an architecture is larger
@@ -18,11 +21,11 @@ MOST_VALUES = 10_000  # of all arguments together
 LONGEST = 1000  # characters of a string
 
 # timm interprets these instead of passing them on to an architecture: where weights come from, what is made of the
-# model, and how or where it runs
+# model, and how or where it runs; versions of timm that are newer than the list of names may have more
 RESERVED = {
+    *LOADING_ARGUMENTS,
     *inspect.signature(timm.create_model).parameters,
     *inspect.signature(build_model_with_cfg).parameters,
-    *("pruned", "features_only", "out_indices", "feature_cls", "device", "dtype"),
 }
 
 
@@ -46,10 +49,33 @@ def check_model_args(arch: str, args: Mapping[str, Any]) -> None:
     variant = VARIANTS.get(get_arch_name(arch))
     for name in map(str, args):
         if name not in ACCEPTED[variant.model] if variant else name in RESERVED:
-            nearest = difflib.get_close_matches(name, ACCEPTED[variant.model], n=1) if variant else []
-            hint = f"; did you mean {nearest[0]}?" if nearest else ""
-            raise ArgumentError(f"{_shown(name)}: not an argument of the architecture {arch}{hint}")
+            raise ArgumentError(_unknown(arch, name, ACCEPTED[variant.model] if variant else set()))
     _check_values({_shown(name): value for name, value in args.items()})
+
+
+def describe_unknown(arch: str, error: Exception) -> str | None:
+    """Describes an argument that a model of timm does not have, from the error of its constructor.
+
+    Returns:
+        One line with the arguments that it has, or None if the error is another one.
+    """
+    found = re.search(r"(?:(\w+)\.__init__\(\) )?got an unexpected keyword argument '(\w+)'", str(error))
+    if not isinstance(error, TypeError) or found is None:
+        return None
+    model = getattr(sys.modules[timm.model_entrypoint(get_arch_name(arch)).__module__], found[1] or "", None)
+    known = {
+        parameter.name
+        for base in getattr(model, "__mro__", ())
+        for parameter in inspect.signature(base.__init__).parameters.values()
+        if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+    }
+    return _unknown(arch, found[2], known - RESERVED - {"self"})
+
+
+def _unknown(arch: str, name: str, known: set[str]) -> str:
+    nearest = difflib.get_close_matches(name, known, n=1)
+    hint = f"; did you mean {nearest[0]}?" if nearest else f"; there are {', '.join(sorted(known))}" if known else ""
+    return f"{_shown(name)}: not an argument of the architecture {arch}{hint}"
 
 
 def _accepted(model: type[Sequencer]) -> set[str]:

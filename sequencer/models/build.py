@@ -15,8 +15,9 @@ from torch.nn.modules.module import (
     register_module_parameter_registration_hook,
 )
 
-from sequencer.models.arguments import check_model_args
-from sequencer.models.checkpoint import CheckpointError, first_line
+from sequencer.models.arguments import check_model_args, describe_unknown
+from sequencer.models.checkpoint import CheckpointError
+from sequencer.printing import first_line
 from sequencer.variants import VARIANTS
 
 # what a model may have besides what its file holds, such as buffers that are not stored
@@ -53,7 +54,8 @@ def create_model(
     except CheckpointError:
         raise
     except Exception as error:  # timm's models and the hub client raise errors of many types
-        raise _Unbuildable(f"{name} cannot be built: {first_line(error)}") from error
+        reason = describe_unknown(name, error) or first_line(error)
+        raise _Unbuildable(f"{name} cannot be built: {reason}") from error
 
 
 class _Unbuildable(CheckpointError):

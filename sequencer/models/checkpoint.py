@@ -24,11 +24,6 @@ class CheckpointError(ValueError):
     """A model that cannot be read or does not fit its architecture; the message has one or two lines."""
 
 
-def first_line(error: BaseException) -> str:
-    """Returns the first line of an error's message, or the name of its class if it has none."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """Reads a `.safetensors`, `.pth` or `.ckpt` file; tensors are placed on the CPU.
 

@@ -11,9 +11,8 @@ from timm.data.constants import DEFAULT_CROP_PCT, IMAGENET_DEFAULT_MEAN, IMAGENE
 from sequencer.declared import UndeclaredContent, check_type
 from sequencer.models.arguments import ArgumentError, check_model_args
 from sequencer.models.checkpoint import CheckpointError
+from sequencer.names import LARGEST_IMAGE, MOST_CLASSES
 
-MOST_CLASSES = 2**20
-LARGEST_IMAGE = 8192  # height and width, pixels
 LONGEST_JSON = 2**24  # bytes
 LONGEST_NAME = 1000  # characters
 

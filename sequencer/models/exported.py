@@ -12,8 +12,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from sequencer.models.checkpoint import CheckpointError, first_line
+from sequencer.models.checkpoint import CheckpointError
 from sequencer.models.declarations import ExportDescription, parse_description
+from sequencer.printing import first_line
 
 SUFFIXES = (".onnx", ".pt2")
 ENTRY = "sequencer.json"  # key of the description in the metadata of an exported file

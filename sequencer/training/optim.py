@@ -1,5 +1,6 @@
 """Parameter groups, optimizer and schedule, from timm's factories."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -30,6 +31,34 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
     for group in optimizer.param_groups:
         group["lr"] *= group.pop("lr_scale", 1.0)
     return optimizer
+
+
+def try_optimizer(config: OptimConfig) -> None:
+    """Makes two updates of a tiny model, in which settings fail that an optimizer accepts when it is built.
+
+    The kernels that some optimizers compile are not compiled, and the random state of torch is restored.
+
+    Raises:
+        ValueError: the optimizer takes another number of betas.
+        Exception: what the optimizer or the schedule raises.
+    """
+    with torch.random.fork_rng(devices=[]), torch.compiler.set_stance("force_eager"):
+        model = nn.Sequential(nn.Conv2d(1, 4, 2), nn.Flatten(), nn.LayerNorm(4), nn.Linear(4, 2))
+        own = build_optimizer(model, replace(config, layer_decay=None, opt_betas=None)).defaults.get("betas")
+        if config.opt_betas is not None and own is not None and len(config.opt_betas) != len(own):
+            raise ValueError(f"it takes {len(own)} betas, not {len(config.opt_betas)}")
+        optimizer = build_optimizer(model, replace(config, layer_decay=None))
+        schedule = build_schedule(optimizer, config, updates=2, updates_per_epoch=1)
+
+        def loss() -> float:
+            optimizer.zero_grad()
+            value = model(torch.ones(2, 1, 2, 2)).square().mean()
+            value.backward()
+            return value.item()
+
+        for update in (1, 2):
+            optimizer.step(loss)
+            schedule.step_update(update)
 
 
 def build_schedule(

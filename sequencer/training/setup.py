@@ -10,25 +10,27 @@ from pathlib import Path
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback, EarlyStopping, RichProgressBar
-from pytorch_lightning.utilities.exceptions import MisconfigurationException
-from torch import nn
+from torch import Tensor, nn
 
 from sequencer import distributed
 from sequencer.config.errors import RequestError
 from sequencer.config.request import describe_differences
 from sequencer.config.schema import Config, lightning_settings, lower_is_better
 from sequencer.data import DataModule
+from sequencer.data.seeding import own_random_states
 from sequencer.layers import RNN
 from sequencer.models import CheckpointError, create_model, load_weights, read_weights
 from sequencer.ops import configure, explain
+from sequencer.printing import first_line
 from sequencer.training.checkpoints import CHECKPOINTS, RunCheckpoints, SafeCheckpointIO
 from sequencer.training.divergence import DivergenceGuard
 from sequencer.training.ema import WeightEma
 from sequencer.training.launch import trainer_settings, training_device
 from sequencer.training.loss import build_teacher
 from sequencer.training.module import Classifier, parameters_of
-from sequencer.training.optim import build_optimizer, describe_groups
+from sequencer.training.optim import build_optimizer, describe_groups, try_optimizer
 from sequencer.training.report import EpochReport
+from sequencer.training.result import limited
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,7 @@ def build_parts(config: Config, *callbacks: Callback, data: DataModule | None = 
     _check_ranks(data)
     configure(config.model.backend, config.model.recompute)
     model = distributed.one_by_one(lambda: _build_model(config, data.num_classes))
+    _try_model(config, model, data.num_classes)
     groups = _describe_groups(config, model)
     teacher = distributed.one_by_one(lambda: build_teacher(config.optim, config.data, data.class_names))
     module = Classifier(model, config, data.class_names, teacher, log_to_loggers=False)  # EpochReport does
@@ -81,6 +84,7 @@ def build_parts(config: Config, *callbacks: Callback, data: DataModule | None = 
     )
     guard = DivergenceGuard(run_dir, config.trainer.max_loss, data)
     trainer = _build_trainer(config, [*ema, guard, report, checkpoints, *callbacks])
+    _check_limits(config, data)
     description = [
         f"{config.model.name}, {parameters_of(model):,} parameters; {run_dir}",
         f"{config.data.name}: {len(data.train_set)} images to train, {len(data.val_set)} to validate, "
@@ -125,11 +129,54 @@ def _build_model(config: Config, num_classes: int) -> nn.Module:
     return model
 
 
+def _try_model(config: Config, model: nn.Module, num_classes: int) -> None:
+    """Checks by a forward pass on the CPU that the model trains on images of this size and returns logits.
+
+    Neither the model nor a random state changes.
+
+    Raises:
+        RequestError: It does not.
+    """
+    size, chans = config.data.img_size, config.data.in_chans
+    images = torch.zeros(min(config.data.batch_size // distributed.world_size(), 2), chans, size, size)
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    try:
+        with own_random_states(), torch.no_grad():
+            logits = torch.func.functional_call(model, buffers, (images,))
+    except Exception as error:  # timm's models refuse sizes by errors of many types
+        raise RequestError(
+            f"{config.model.name} cannot train on batches of {len(images)} images of {size} px: {first_line(error)}"
+        ) from error
+    if not isinstance(logits, Tensor) or logits.shape != (len(images), num_classes):
+        found = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise RequestError(
+            f"{config.model.name} with model.kwargs={config.model.kwargs} is no classifier: for {len(images)} images "
+            f"and {num_classes} classes it returns {found}"
+        )
+
+
+def _check_limits(config: Config, data: DataModule) -> None:
+    """Checks that a fraction of the batches of a split is one batch or more, where it is above 0.
+
+    Raises:
+        RequestError: It is less.
+    """
+    loaders = {"train": data.train_dataloader, "val": data.val_dataloader, "test": data.test_dataloader}
+    for name in data.splits:
+        limit = getattr(config.trainer, f"limit_{name}_batches")
+        if isinstance(limit, float) and limit > 0 and limited(batches := len(loaders[name]()), limit) == 0:
+            raise RequestError(
+                f"trainer.limit_{name}_batches={limit} of {batches} batches is less than one batch: give a larger "
+                "fraction, or a number of batches without a decimal point"
+            )
+
+
 def _describe_groups(config: Config, model: nn.Module) -> list[str]:
     try:
+        try_optimizer(config.optim)
         rows = describe_groups(model, build_optimizer(model, config.optim))
-    except (ValueError, TypeError, AssertionError) as error:
-        raise RequestError(f"optim.opt={config.optim.opt} cannot be built: {error}") from error
+    except Exception as error:  # of timm's factory, torch's optimizers and their plug-ins
+        raise RequestError(f"optim.opt={config.optim.opt} cannot be built: {first_line(error)}") from error
     return [
         f"parameter group {i}: {row['parameters']:,} in {row['tensors']} tensors from {row['first']}, "
         f"lr {row['lr']:.3g}, weight decay {row['weight_decay']:.3g}"
@@ -174,8 +221,7 @@ def _build_trainer(config: Config, callbacks: list[Callback]) -> pl.Trainer:
     if bar:
         callbacks.append(RichProgressBar(leave=False))
     settings = lightning_settings(section)
-    if distributed.world_size() > 1:
-        settings |= trainer_settings(config)
+    settings |= trainer_settings(config) if distributed.world_size() > 1 else {"devices": 1}
     try:
         return pl.Trainer(
             **settings,
@@ -188,8 +234,8 @@ def _build_trainer(config: Config, callbacks: list[Callback]) -> pl.Trainer:
             num_sanity_val_steps=0,
             default_root_dir=config.run_dir,
         )
-    except (MisconfigurationException, ValueError) as error:
-        raise RequestError(f"the trainer settings cannot be met: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # Lightning's own, and those of packages that a device or a strategy needs
+        raise RequestError(f"the trainer settings cannot be met: {first_line(error)}") from error
 
 
 def quieten() -> None:
