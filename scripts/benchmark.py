@@ -13,7 +13,6 @@ take turns. `of floor` is the least time that the operations or bytes need, at t
 large copy in the same run, divided by the measured time.
 """
 
-import json
 import time
 from argparse import Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterable
@@ -26,6 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sequencer.config import compose
+from sequencer.files import write_json
 
 if TYPE_CHECKING:
     import torch
@@ -176,7 +176,7 @@ def contest(
     arguments = {name: value for name, value in vars(args).items() if name != "work"} | {"output": str(output)}
     about = {"machine": machine, "dtype": args.dtype, "arguments": arguments}
     about |= {"ceilings": {"flops_per_s": flop_rate, "bytes_per_s": byte_rate}, "results": records}
-    (output / "benchmark.json").write_text(json.dumps(about, indent=2) + "\n")
+    write_json(output / "benchmark.json", about)
     print(f"written to {output}")
     return output, records
 

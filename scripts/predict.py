@@ -9,7 +9,6 @@ cannot be read gives the reason; the other images are predicted, and the exit co
 """
 
 import csv
-import json
 import os
 import sys
 from argparse import Namespace, RawDescriptionHelpFormatter
@@ -23,7 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TimeRemainingColumn
 
 from sequencer.config.errors import RequestError
-from sequencer.files import write_atomically
+from sequencer.files import to_json, write_atomically
 
 if TYPE_CHECKING:
     from sequencer.evaluation import Prediction
@@ -143,7 +142,7 @@ def write_jsonl(found: "Iterator[Prediction]", file: IO[str], top: int) -> None:
     for prediction in found:
         classes = [{"class": name, "probability": probability} for name, probability in prediction.classes]
         answer = {"error": prediction.error} if prediction.error else {"classes": classes}
-        print(json.dumps({"path": prediction.path} | answer), file=file)
+        print(to_json({"path": prediction.path} | answer), file=file)
 
 
 def write_csv(found: "Iterator[Prediction]", file: IO[str], top: int) -> None:

@@ -1,7 +1,6 @@
 """The result table of a sweep: the settings that its trials varied, and their results."""
 
 import csv
-import json
 import math
 import re
 from collections.abc import Sequence
@@ -15,7 +14,7 @@ from rich import get_console
 from rich.table import Table
 
 from sequencer.analysis.plots import plot_sweep
-from sequencer.config.request import load_run
+from sequencer.config.request import load_run, load_summary
 from sequencer.config.schema import leaves
 from sequencer.files import write_atomically
 
@@ -74,7 +73,7 @@ def _natural(path: Path) -> list[list[tuple[str, int]]]:
 def _read(path: Path) -> tuple[str, dict[str, Any], dict[str, Any]]:
     config = leaves(OmegaConf.to_container(load_run(path.parent)))
     del config["run_dir"]
-    return path.parent.name, config, json.loads(path.read_text())
+    return path.parent.name, config, load_summary(path.parent)
 
 
 def _rows(records: list[dict[str, Any]], varied: list[str], outcome: str) -> list[Row]:

@@ -1,5 +1,7 @@
 """A run to start or to resume, checked before torch is imported and before anything is written."""
 
+import json
+import math
 import os
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
@@ -97,6 +99,12 @@ def load_run(run_dir: Path) -> DictConfig:
         raise RequestError(f"{path} is damaged or of another version: {first_line(error)}") from error
     assert isinstance(loaded, DictConfig)
     return loaded
+
+
+def load_summary(run_dir: Path) -> dict[str, Any]:
+    """Loads the summary of a finished run, with NaN for null, which stands for a number that is not finite."""
+    summary = json.loads((run_dir / "summary.json").read_text())
+    return {key: math.nan if value is None else value for key, value in summary.items()}
 
 
 def _changeable(node: type, prefix: str = "") -> list[str]:

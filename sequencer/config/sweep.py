@@ -7,7 +7,6 @@ same command resumes an interrupted sweep: finished trials return their results 
 
 import ctypes
 import hashlib
-import json
 import math
 import os
 import re
@@ -26,6 +25,7 @@ from sequencer.config.command import CommandLine
 from sequencer.config.composition import Composed, compose_lines, to_config
 from sequencer.config.errors import RequestError
 from sequencer.config.overrides import parse_overrides, quoted, swept_values, to_line
+from sequencer.config.request import load_summary
 from sequencer.config.schema import Config, lower_is_better
 
 LONGEST_NAME = 150  # characters; file systems allow 255
@@ -138,7 +138,7 @@ def run_trial(script: str, composed: DictConfig) -> float | None:
     command = [sys.executable, script, *_flags(hydra), *overrides, f"run_dir={quoted(str(folder))}", "hydra.mode=RUN"]
     code = _run(command)
     if code == 0:
-        return _value(json.loads((folder / "summary.json").read_text()), composed.trainer)
+        return _value(load_summary(folder), composed.trainer)
     if code in INTERRUPTED:
         raise SystemExit(code if code > 0 else 128 - code)
     if code == 2 and hydra.job.num == 0 and hydra.runtime.choices["hydra/launcher"] == "basic":

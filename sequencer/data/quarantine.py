@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import IO
 
 from sequencer.data.images import UnreadableImage
+from sequencer.files import writing
 
 log = logging.getLogger("sequencer")
 
@@ -37,6 +38,7 @@ class Quarantine:
 
         Raises:
             TooManyBadImages: the file now lists more images of the split than allowed.
+            WriteError: The file cannot be written.
         """
         with self._locked() as file:
             bad = {row["path"] for row in csv.DictReader(file) if row["split"] == self.split and row["reason"]}
@@ -52,11 +54,12 @@ class Quarantine:
 
     @contextmanager
     def _locked(self) -> Iterator[IO[str]]:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path, "a+", newline="") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            file.seek(0)
-            yield file
+        with writing(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.path, "a+", newline="") as file:
+                fcntl.flock(file, fcntl.LOCK_EX)
+                file.seek(0)
+                yield file
 
     def _append(self, file: IO[str], found: UnreadableImage) -> None:
         writer = csv.writer(file)

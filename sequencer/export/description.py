@@ -75,7 +75,7 @@ def model_card(loaded: LoadedModel, name: str) -> dict[str, Any]:
             f"{split} {metric}": f"{metrics[f'{split}/{key}']:.2%}"
             for split in ("test", "val_ema", "val")
             for key, metric in (("top1", "top-1"), ("top5", "top-5"))
-            if f"{split}/{key}" in metrics
+            if metrics.get(f"{split}/{key}") is not None
         },
         "Commit": loaded.about.get("commit"),
         "Made with": loaded.about.get("versions"),

@@ -1,6 +1,5 @@
 """The life of a run, from its configuration to its result."""
 
-import json
 import logging
 import sys
 from collections import Counter
@@ -13,14 +12,15 @@ from pytorch_lightning.trainer.states import TrainerStatus
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 from sequencer import distributed
-from sequencer.config.errors import RequestError
+from sequencer.config.errors import RequestError, summarise_error
+from sequencer.config.request import load_summary
 from sequencer.config.schema import Config
 from sequencer.data import DataModule
-from sequencer.files import write_atomically
+from sequencer.files import WriteError, is_full, write_atomically
 from sequencer.lightning_internals import stop_loader_workers
 from sequencer.models import read_checkpoint
 from sequencer.tracking.loggers import build_loggers, close_log, close_loggers, start_log
-from sequencer.training.checkpoints import CHECKPOINTS, find_checkpoint
+from sequencer.training.checkpoints import CHECKPOINTS, describe_rescue, find_checkpoint
 from sequencer.training.divergence import Diverged
 from sequencer.training.launch import launch, uses_gpu
 from sequencer.training.module import Classifier, compile_in_place
@@ -46,6 +46,7 @@ def run(config: Config, resume: bool = False) -> dict[str, Any]:
 
     Raises:
         RequestError: the configuration cannot be realised; nothing was written.
+        WriteError: a file of the run cannot be written, as on a full disk; the last good checkpoint stays.
         Diverged: training has diverged, with `trainer.on_divergence=stop` or after the last rollback.
         KeyboardInterrupt: interrupted; the run can be resumed.
         SystemExit: with 143, on SIGTERM; the run can be resumed.
@@ -81,6 +82,8 @@ def _run(config: Config, resume: bool) -> dict[str, Any]:
                     reshuffles,
                     MOST_ROLLBACKS,
                 )
+    except WriteError as error:
+        raise WriteError(f"{summarise_error(error)}\n{describe_rescue(run_dir)}") from error
     finally:
         close_log()
 
@@ -122,10 +125,9 @@ def _train(config: Config, resume: bool, reshuffles: int) -> dict[str, Any]:
 
 def _finished(run_dir: Path, config: Config) -> dict[str, Any] | None:
     """Returns the summary of a run that has done all the epochs it is asked for, otherwise None."""
-    path = run_dir / "summary.json"
-    if not path.exists():
+    if not (run_dir / "summary.json").exists():
         return None
-    summary = json.loads(path.read_text())
+    summary = load_summary(run_dir)
     done = OmegaConf.load(run_dir / "config.yaml").trainer.max_epochs
     return summary if config.trainer.max_epochs <= done else None
 
@@ -134,13 +136,15 @@ def _start_folder(config: Config, run_dir: Path) -> None:
     """Creates the run folder with its `config.yaml`.
 
     Raises:
-        RequestError: the folder cannot be written.
+        RequestError: The folder cannot be written.
+        WriteError: The disk is full.
     """
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
         write_atomically(run_dir / "config.yaml", lambda path: OmegaConf.save(OmegaConf.structured(config), path))
-    except OSError as error:
-        raise RequestError(f"run_dir={run_dir} cannot be written: {error.strerror}") from error
+    except WriteError as error:
+        if is_full(error):
+            raise
+        raise RequestError(f"run_dir={run_dir} cannot be used: {error}") from error
 
 
 def _fit(trainer: pl.Trainer, module: Classifier, data: DataModule, checkpoint: Path | None) -> None:
