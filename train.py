@@ -14,6 +14,7 @@ from sequencer.config.request import Request, refuse_sweep, request, resume_requ
 from sequencer.config.schema import Config
 from sequencer.config.sources import Sources
 from sequencer.config.sweep import Sweep, check_trials, prepare_sweep, run_trial, start_folder
+from sequencer.output import drop_unread_output
 
 
 def main(command: CommandLine) -> None:
@@ -62,6 +63,7 @@ def sweep(wanted: Sweep) -> None:
 
 
 def trial(composed: DictConfig) -> float | None:
+    drop_unread_output("stdout", "stderr")  # some launchers call this in a process of their own
     return run_trial(__file__, composed)
 
 
@@ -76,6 +78,7 @@ def exit_code(error: Exception) -> int:
 
 
 if __name__ == "__main__":
+    drop_unread_output("stdout", "stderr")
     try:
         main(parse_command(sys.argv[1:]))
     except KeyboardInterrupt:
