@@ -72,7 +72,7 @@ def test_what_is_read_arrives_in_the_encoding_of_the_stream(tmp_path):
 
 
 def train(overrides: list[str], streams: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    arguments = [sys.executable, str(ROOT / "train.py"), *SMALL, SMALL_MODEL, *overrides]
+    arguments = [sys.executable, str(ROOT / "train.py"), *overrides, *SMALL, SMALL_MODEL]
     return shell(f"{shlex.join(arguments)} {streams}", cwd)
 
 
@@ -95,7 +95,7 @@ def test_training_goes_on_without_streams(streams, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("streams", ["| head -1", ">&- 2>&-"])
 def test_a_sweep_goes_on(streams, tmp_path):
-    result = train(["-m", "seed=1,2", "run_dir=runs"], streams, tmp_path)
+    result = train(["-m", "run_dir=runs", "seed=1,2"], streams, tmp_path)
     assert result.returncode == 0, result.stderr
     assert len(list(tmp_path.glob("runs/*/summary.json"))) == 2
     assert (tmp_path / "runs" / "sweep.csv").exists()
@@ -111,7 +111,7 @@ def test_two_ranks_go_on(tmp_path):
 @pytest.mark.slow
 def test_a_sweep_by_joblib_goes_on(tmp_path):
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
-    result = train(["-m", "seed=1,2", "run_dir=runs", "hydra/launcher=joblib"], "2>&1 | head -1", tmp_path)
+    result = train(["-m", "run_dir=runs", "seed=1,2", "hydra/launcher=joblib"], "2>&1 | head -1", tmp_path)
     assert result.returncode == 0, result.stdout + result.stderr
     assert len(list(tmp_path.glob("runs/*/summary.json"))) == 2
 

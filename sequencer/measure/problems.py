@@ -33,6 +33,16 @@ def _find_bad_images(split: Split) -> list[str]:
     return [f"{len(bad)} of {decoded} images examined cannot be read, e.g. {bad[0]}"] if bad else []
 
 
+def find_memory_problems(needed: int, available: int) -> list[str]:
+    """Describes the problem if training is estimated to need more memory than is available, in bytes."""
+    if needed <= available:
+        return []
+    return [
+        f"memory: about {needed / 2**30:.1f} GiB are needed on each device, {available / 2**30:.1f} GiB are available: "
+        "lower data.batch_size, raise trainer.accumulate_grad_batches, or set model.grad_checkpointing=true"
+    ]
+
+
 def find_disk_problems(run_dir: Path, needed: int) -> list[str]:
     """Describes the problem if fewer than `needed` bytes are free on the disk of `run_dir`."""
     folder = run_dir.absolute()

@@ -359,7 +359,7 @@ def test_random_states_are_restored():
 
 def test_numbers_that_are_not_finite_are_null_in_json(config, tmp_path, capsys):
     """A run without validation: its metrics are NaN, which JSON does not have."""
-    wanted = config("trainer.limit_val_batches=0", "trainer.max_loss=.inf", "trainer.best_metric=epoch")
+    wanted = config("trainer.limit_val_batches=0", "trainer.max_loss=inf", "trainer.best_metric=epoch")
     summary = run(wanted)
     assert math.isnan(summary["val/loss"])
     read = {
