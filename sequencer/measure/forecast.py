@@ -23,17 +23,22 @@ from sequencer.data import DataModule
 from sequencer.measure.budget import OutOfTime, available_memory, until
 from sequencer.measure.machine import timed
 from sequencer.measure.plan_result import RATES, Measured, Plan, print_plan, print_values
-from sequencer.measure.problems import find_data_problems, find_disk_problems, find_memory_problems
+from sequencer.measure.problems import (
+    find_data_problems,
+    find_disk_problems,
+    find_memory_problems,
+    find_weights_problems,
+)
 from sequencer.measure.short_run import Clock, without_end
-from sequencer.measure.size import Size, estimate_size, measure_size
+from sequencer.measure.size import Size, estimate_size
 from sequencer.training.launch import launch, training_device, uses_gpu
 from sequencer.training.module import compile_in_place
 from sequencer.training.optim import build_optimizer, build_schedule
 from sequencer.training.result import limited
-from sequencer.training.setup import Parts, build_data, build_model, build_parts
+from sequencer.training.setup import Parts, build_data, build_parts
 
-LIMIT = 45.0  # s that a plan may take, after which it is printed without what is missing; imports come on top
-OPENING, SIZING, EXAMINING = 25.0, 12.0, 6.0  # s of these for opening the data, the size of a step, and the images
+LIMIT = 40.0  # s that a plan may take, after which it is printed without what is missing; imports come on top
+OPENING, SIZING, EXAMINING = 20.0, 10.0, 5.0  # s of these for opening the data, the size of a step, and the images
 PILOT_BATCHES = 4
 SECONDS = 8.0  # of training steps in each of three epochs, the first of which is a warm-up
 FIRST_STEP = 0.3  # s of the pilot's steps at the rate of a matrix product, several times that in fact
@@ -56,6 +61,9 @@ def plan(config: Config, sources: Sources, trials: int = 1) -> Plan:
     launch(config)
     distributed.join(uses_gpu(config))
     deadline = time.monotonic() + LIMIT
+    problems = find_weights_problems(config)
+    asked, model = config, dataclasses.replace(config.model, pretrained=False)  # no download
+    config = dataclasses.replace(config, model=model)
     available = available_memory(training_device(config))
     with TemporaryDirectory(prefix="plan", ignore_cleanup_errors=True) as folder:
         folder = distributed.from_first(folder)
@@ -64,8 +72,8 @@ def plan(config: Config, sources: Sources, trials: int = 1) -> Plan:
         size = _size(config, data.num_classes, deadline)
         images = _images_per_batch(config, data)
         needed = size.memory(config, images)
-        parts = _build(whole, data, deadline, size.memory(config, 0) < available)
-        problems = _examine(data, config, deadline)
+        parts = _build(whole, data, deadline, size.memory(config, 0) < LARGEST_SHARE * available)
+        problems += _examine(data, config, deadline)
         problems += find_memory_problems(needed, available)
         batches, val_batches, test_batches = _count_batches(data, config)
         updates, per_epoch = _count_updates(config, batches)
@@ -87,7 +95,7 @@ def plan(config: Config, sources: Sources, trials: int = 1) -> Plan:
         problems=problems + find_disk_problems(Path(config.run_dir), trials * measured.disk),
     )
     if distributed.is_first():
-        print_values(config, sources)
+        print_values(asked, sources)
         print_plan(result, config, parts.description, trials)
     return result
 
@@ -134,17 +142,20 @@ def _open_data(config: Config, deadline: float) -> DataModule:
 
 
 def _size(config: Config, num_classes: int, deadline: float) -> Size:
-    """Returns the size of a step, without computing it unless the model has many small operations."""
-    try:
-        with until(min(deadline, time.monotonic() + SIZING)):
-            return estimate_size(config, num_classes)
-    except OutOfTime:
-        pass
-    try:
-        with until(min(deadline, time.monotonic() + SIZING)):
-            return measure_size(build_model(config, num_classes), config)
-    except OutOfTime:
-        raise RuntimeError(f"the size of {config.model.name} could not be found in time") from None
+    """Returns the size of a step, if need be from images of a quarter of the height and width.
+
+    Recurrences other than the LSTM have several operations per step. Their cost is proportional to the number of
+    tokens; the memory is an upper bound, since it counts copies of weights as well.
+
+    Raises:
+        RuntimeError: It could not be found in time.
+    """
+    quarter = config.model.img_size // 4
+    for img_size, factor in ((config.model.img_size, 1), (quarter, 16)):
+        with suppress(OutOfTime), until(min(deadline, time.monotonic() + SIZING)):
+            size = estimate_size(config, num_classes, img_size)
+            return Size(size.parameters, size.flops * factor, size.activations * factor)
+    raise RuntimeError(f"the size of a step of {config.model.name} could not be found within {2 * SIZING:.0f} s")
 
 
 def _images_per_batch(config: Config, data: DataModule) -> int:
@@ -161,9 +172,8 @@ def _build(config: Config, data: DataModule, deadline: float, fits: bool) -> Par
         except OutOfTime:
             pass
     optim = dataclasses.replace(config.optim, distill_from=None)
-    model = dataclasses.replace(config.model, pretrained=False)
     with torch.device("meta"):
-        return build_parts(dataclasses.replace(config, optim=optim, model=model, init_from=None), data=data)
+        return build_parts(dataclasses.replace(config, optim=optim, init_from=None), data=data)
 
 
 def _examine(data: DataModule, config: Config, deadline: float) -> list[str]:

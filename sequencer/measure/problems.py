@@ -3,6 +3,8 @@
 import shutil
 from pathlib import Path
 
+import timm
+
 from sequencer.config.schema import Config
 from sequencer.data import DataModule, Split, TooManyBadImages
 
@@ -31,6 +33,13 @@ def _find_bad_images(split: Split) -> list[str]:
     except TooManyBadImages as error:
         return [str(error)]
     return [f"{len(bad)} of {decoded} images examined cannot be read, e.g. {bad[0]}"] if bad else []
+
+
+def find_weights_problems(config: Config) -> list[str]:
+    """Describes the problem if published weights are asked for and there are none; downloads nothing."""
+    if not config.model.pretrained or timm.is_model_pretrained(config.model.name):
+        return []
+    return [f"model.pretrained=true: there are no published weights of {config.model.name}"]
 
 
 def find_memory_problems(needed: int, available: int) -> list[str]:

@@ -46,8 +46,13 @@ class Size:
         return 4 * states * self.parameters + images * self.activations + loaded
 
 
-def estimate_size(config: Config, num_classes: int) -> Size:
+def estimate_size(config: Config, num_classes: int, img_size: int) -> Size:
     """Runs the model of a run forward and backward on tensors without storage.
+
+    Args:
+        config: The run.
+        num_classes: Number of classes.
+        img_size: Height and width of the images, in pixels.
 
     Raises:
         RequestError: The model cannot be built.
@@ -57,7 +62,7 @@ def estimate_size(config: Config, num_classes: int) -> Size:
         with torch.device("meta"):
             model = create_model(
                 section.name,
-                img_size=section.img_size,
+                img_size=img_size,
                 in_chans=section.in_chans,
                 num_classes=num_classes,
                 **section.kwargs,
@@ -67,15 +72,16 @@ def estimate_size(config: Config, num_classes: int) -> Size:
     if section.grad_checkpointing:
         model.set_grad_checkpointing()  # type: ignore[operator]
     with FakeTensorMode(allow_non_fake_inputs=True):
-        return measure_size(model.to_empty(device="cpu"), config)
+        return measure_size(model.to_empty(device="cpu"), config.data.in_chans, img_size)
 
 
-def measure_size(model: nn.Module, config: Config) -> Size:
+def measure_size(model: nn.Module, in_chans: int, img_size: int) -> Size:
     """Runs a model on the CPU forward and backward on two images.
 
     Args:
-        model: The model of the run, which is left without gradients.
-        config: The run.
+        model: A model, which is left without gradients.
+        in_chans: Channels of the images.
+        img_size: Height and width of the images, in pixels.
     """
     kept: dict[int, Tensor] = {}  # by storage
 
@@ -83,7 +89,7 @@ def measure_size(model: nn.Module, config: Config) -> Size:
         kept[tensor.untyped_storage()._cdata] = tensor
         return tensor
 
-    images = torch.ones(2, config.data.in_chans, config.data.img_size, config.data.img_size)
+    images = torch.ones(2, in_chans, img_size, img_size)
     with FlopCounterMode(display=False) as counter:
         with torch.autograd.graph.saved_tensors_hooks(keep, _same):
             loss = model(images).sum()

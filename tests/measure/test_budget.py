@@ -54,18 +54,18 @@ def test_a_deadline_ends_waiting_and_computing():
 def test_the_estimated_size_is_that_of_a_real_step(tmp_path):
     config = small_config(tmp_path / "run")
     model = create_model(config.model.name, img_size=8, in_chans=1, num_classes=10, **config.model.kwargs)
-    assert estimate_size(config, 10) == measure_size(model, config)
+    assert estimate_size(config, 10, 8) == measure_size(model, 1, 8)
 
 
 @pytest.mark.parametrize("name", ["sequencer2d_s", "convnext_tiny", "swin_tiny_patch4_window7_224"])
 def test_size_of_models(name):
     """The activations of 224 px grow with the image, and checkpointing drops most of them."""
     config = compose([f"model.name={name}", "data=imagefolder", "data.root=x"])
-    found = estimate_size(config, 1000)
+    found = estimate_size(config, 1000, 224)
     assert found.parameters == pytest.approx(28e6, rel=0.05)
     assert 50e6 < found.activations < 400e6
     config.model.grad_checkpointing = True
-    assert estimate_size(config, 1000).activations < found.activations / 2
+    assert estimate_size(config, 1000, 224).activations < found.activations / 2
 
 
 def test_large_batches_are_measured_with_small_ones(photos, capsys, monkeypatch):
@@ -141,3 +141,30 @@ def test_a_plan_answers_within_a_minute(overrides, photographs_root, tmp_path):
     started = time.monotonic()
     planned("data=imagefolder", f"data.root={photographs_root}", f"run_dir={tmp_path / 'run'}", *overrides)
     assert time.monotonic() - started < 60
+
+
+def test_published_weights_are_not_downloaded(photos, capsys, monkeypatch):
+    monkeypatch.setattr("timm.models._builder.load_pretrained", pytest.fail)
+    monkeypatch.setattr(forecast, "_fit", lambda config, clock, data: clock.steps.append([1.0]))
+    options = ["data.img_size=224", "data.batch_size=2", "model.pretrained=true"]
+    assert on_photos(photos, "model.name=sequencer2d_s", *options).problems == []
+    assert "model.pretrained                   True" in capsys.readouterr().out
+    found = on_photos(photos, "model.name=v_sequencer_s", *options).problems
+    assert found == ["model.pretrained=true: there are no published weights of v_sequencer_s"]
+
+
+def test_recurrences_of_many_operations_are_sized_by_smaller_images(monkeypatch):
+    config = compose(["model.name=sequencer2d_s", "data=imagefolder", "data.root=x"])
+    whole = estimate_size(config, 1000, 224)
+    original = estimate_size
+
+    def slow(config, num_classes, img_size):
+        if img_size == 224:
+            raise OutOfTime
+        return original(config, num_classes, img_size)
+
+    monkeypatch.setattr(forecast, "estimate_size", slow)
+    found = forecast._size(config, 1000, time.monotonic() + 60)
+    assert found.parameters == whole.parameters
+    assert found.flops == pytest.approx(whole.flops, rel=0.05)
+    assert found.activations >= whole.activations  # copies of weights count as well

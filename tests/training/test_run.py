@@ -357,7 +357,7 @@ def test_random_states_are_restored():
     assert (draw(), draw()) == (first, second)
 
 
-def test_numbers_that_are_not_finite_are_null_in_json(config, tmp_path, capsys):
+def test_numbers_that_are_not_finite_are_null_in_json(config, tmp_path):
     """A run without validation: its metrics are NaN, which JSON does not have."""
     wanted = config("trainer.limit_val_batches=0", "trainer.max_loss=inf", "trainer.best_metric=epoch")
     summary = run(wanted)
@@ -373,6 +373,4 @@ def test_numbers_that_are_not_finite_are_null_in_json(config, tmp_path, capsys):
     assert math.isnan(again["val/loss"])
     assert again.keys() == summary.keys()
     model_card(load_model(tmp_path / "run"), "name")
-    capsys.readouterr()
-    write_sweep(tmp_path, "title")
-    assert "nan" in capsys.readouterr().out
+    assert len(write_sweep(tmp_path, "title")) == 1
