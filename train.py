@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 import traceback
 
 from omegaconf import DictConfig
@@ -44,9 +45,10 @@ def train(wanted: Request) -> None:
 
 
 def show_plan(command: CommandLine, config: Config, trials: int = 1) -> None:
+    started = time.monotonic()
     from sequencer.measure import plan  # imports torch
 
-    plan(config, Sources(command), trials)
+    plan(config, Sources(command), trials, started)
 
 
 def sweep(wanted: Sweep) -> None:

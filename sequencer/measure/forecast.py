@@ -37,8 +37,9 @@ from sequencer.training.optim import build_optimizer, build_schedule
 from sequencer.training.result import limited
 from sequencer.training.setup import Parts, build_data, build_parts
 
-LIMIT = 40.0  # s that a plan may take, after which it is printed without what is missing; imports come on top
-OPENING, SIZING, EXAMINING = 20.0, 10.0, 5.0  # s of these for opening the data, the size of a step, and the images
+LIMIT = 45.0  # s that a plan may take, imports included, after which it is printed without what is missing
+LEAST = 15.0  # s that it has after the imports
+OPENING, SIZING, EXAMINING = 20.0, 9.0, 5.0  # s of these for opening the data, the size of a step, and the images
 PILOT_BATCHES = 4
 SECONDS = 8.0  # of training steps in each of three epochs, the first of which is a warm-up
 FIRST_STEP = 0.3  # s of the pilot's steps at the rate of a matrix product, several times that in fact
@@ -46,13 +47,14 @@ SLOWEST_STEP = 4.0  # s, likewise, of a step with two images; a slower one is no
 LARGEST_SHARE = 0.5  # of the available memory that a measurement may take
 
 
-def plan(config: Config, sources: Sources, trials: int = 1) -> Plan:
+def plan(config: Config, sources: Sources, trials: int = 1, started: float | None = None) -> Plan:
     """Prints the plan of a run and returns it; nothing that is trained or written is kept.
 
     Args:
         config: The run.
         sources: Where its values come from.
         trials: Number of trials, if the run is the first trial of a sweep.
+        started: When the command started, before its imports, in seconds of `time.monotonic`; by default now.
 
     Raises:
         RequestError: As for the run itself.
@@ -60,7 +62,8 @@ def plan(config: Config, sources: Sources, trials: int = 1) -> Plan:
     """
     launch(config)
     distributed.join(uses_gpu(config))
-    deadline = time.monotonic() + LIMIT
+    now = time.monotonic()
+    deadline = max((now if started is None else started) + LIMIT, now + LEAST)
     problems = find_weights_problems(config)
     asked, model = config, dataclasses.replace(config.model, pretrained=False)  # no download
     config = dataclasses.replace(config, model=model)
@@ -142,7 +145,7 @@ def _open_data(config: Config, deadline: float) -> DataModule:
 
 
 def _size(config: Config, num_classes: int, deadline: float) -> Size:
-    """Returns the size of a step, if need be from images of a quarter of the height and width.
+    """Returns the size of a step, if need be from images of a fraction of the height and width.
 
     Recurrences other than the LSTM have several operations per step. Their cost is proportional to the number of
     tokens; the memory is an upper bound, since it counts copies of weights as well.
@@ -150,12 +153,11 @@ def _size(config: Config, num_classes: int, deadline: float) -> Size:
     Raises:
         RuntimeError: It could not be found in time.
     """
-    quarter = config.model.img_size // 4
-    for img_size, factor in ((config.model.img_size, 1), (quarter, 16)):
+    for part in (1, 4, 8):
         with suppress(OutOfTime), until(min(deadline, time.monotonic() + SIZING)):
-            size = estimate_size(config, num_classes, img_size)
-            return Size(size.parameters, size.flops * factor, size.activations * factor)
-    raise RuntimeError(f"the size of a step of {config.model.name} could not be found within {2 * SIZING:.0f} s")
+            size = estimate_size(config, num_classes, config.model.img_size // part)
+            return Size(size.parameters, size.flops * part**2, size.activations * part**2)
+    raise RuntimeError(f"the size of a step of {config.model.name} could not be found within {3 * SIZING:.0f} s")
 
 
 def _images_per_batch(config: Config, data: DataModule) -> int:

@@ -100,6 +100,7 @@ def test_data_that_is_read_slowly(photos, capsys, monkeypatch):
     """No image arrives: the plan says so, and estimates."""
     monkeypatch.setattr(FileSplit, "load", lambda self, index: time.sleep(60))
     monkeypatch.setattr(forecast, "LIMIT", 6.0)
+    monkeypatch.setattr(forecast, "LEAST", 0.0)
     monkeypatch.setattr(forecast, "EXAMINING", 0.3)
     started = time.monotonic()
     found = on_photos(photos, SMALL_MODEL, "model.name=sequencer2d_t_8", "data.img_size=16", "data.batch_size=4")
