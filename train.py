@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 import traceback
 
 from omegaconf import DictConfig
@@ -14,6 +15,7 @@ from sequencer.config.request import Request, refuse_sweep, request, resume_requ
 from sequencer.config.schema import Config
 from sequencer.config.sources import Sources
 from sequencer.config.sweep import Sweep, check_trials, prepare_sweep, run_trial, start_folder
+from sequencer.output import drop_unread_output
 
 
 def main(command: CommandLine) -> None:
@@ -43,9 +45,10 @@ def train(wanted: Request) -> None:
 
 
 def show_plan(command: CommandLine, config: Config, trials: int = 1) -> None:
+    started = time.monotonic()
     from sequencer.measure import plan  # imports torch
 
-    plan(config, Sources(command), trials)
+    plan(config, Sources(command), trials, started)
 
 
 def sweep(wanted: Sweep) -> None:
@@ -62,6 +65,7 @@ def sweep(wanted: Sweep) -> None:
 
 
 def trial(composed: DictConfig) -> float | None:
+    drop_unread_output("stdout", "stderr")  # some launchers call this in a process of their own
     return run_trial(__file__, composed)
 
 
@@ -76,6 +80,7 @@ def exit_code(error: Exception) -> int:
 
 
 if __name__ == "__main__":
+    drop_unread_output("stdout", "stderr")
     try:
         main(parse_command(sys.argv[1:]))
     except KeyboardInterrupt:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from sequencer.config.command import check_environment
 from sequencer.config.errors import RequestError, SharedError, show, summarise_error
 from sequencer.config.schema import LARGEST_INTEGER
+from sequencer.output import drop_unread_output
 from sequencer.printing import printable
 
 if TYPE_CHECKING:
@@ -74,14 +75,21 @@ def run(work: Callable[[argparse.Namespace], int | None], args: argparse.Namespa
     """Calls `work(args)` and returns the exit code: that of `work`, 0 if it returns None, or that of its error.
 
     Errors are printed on standard error, after a traceback if `args.debug` is set. An error that is raised on every
-    rank is printed by rank 0 only.
+    rank is printed by rank 0 only. A command whose standard output nobody reads any more ends, with exit code 0.
     """
+    drop_unread_output("stderr")
     try:
         check_environment()
-        return work(args) or 0
+        code = work(args) or 0
+        sys.stdout.flush()
+        return code
     except BrokenPipeError:  # the reader has closed the pipe; without this Python would fail when it flushes
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except SystemExit as exit:
+        if isinstance(exit.__context__, BrokenPipeError):  # rich's answer, which has also replaced standard output
+            return 0
+        raise
     except (Exception, KeyboardInterrupt) as error:
         if args.debug:
             traceback.print_exc()

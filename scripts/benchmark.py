@@ -13,7 +13,6 @@ take turns. `of floor` is the least time that the operations or bytes need, at t
 large copy in the same run, divided by the measured time.
 """
 
-import json
 import time
 from argparse import Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterable
@@ -26,6 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sequencer.config import compose
+from sequencer.files import write_json
 from sequencer.names import LARGEST_IMAGE
 from sequencer.printing import printable
 
@@ -192,7 +192,7 @@ def contest(
         "results": records,
         "failures": failures,
     }
-    (output / "benchmark.json").write_text(json.dumps(about, indent=2) + "\n")
+    write_json(output / "benchmark.json", about)
     print(f"written to {printable(output)}")
     return output, records
 

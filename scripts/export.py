@@ -9,7 +9,6 @@ repository). Graphs take any batch of images of one size. Each export comes with
 its outputs from the model's on real images, in batches of 1, 3 and 8. An export with too large differences is not kept.
 """
 
-import json
 from argparse import Namespace, RawDescriptionHelpFormatter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from _cli import Parser, add_model_options, integer, load_original, need_onnx, prepared, run
 
 from sequencer.config.errors import RequestError
+from sequencer.files import write_json
 from sequencer.names import EXPORTED_GRAPHS, EXPORTED_WEIGHTS, LARGEST_IMAGE
 from sequencer.printing import printable
 
@@ -77,7 +77,7 @@ def work(args: Namespace) -> None:
             name = f"hf-hub:{args.push_to}" if args.push_to else f"local-dir:{args.output}"
             result = export_weights(loaded, folder, args.format, name)
         certificate = {"model": args.model, "format": args.format} | result
-        (folder / "certificate.json").write_text(json.dumps(certificate, indent=2) + "\n")
+        write_json(folder / "certificate.json", certificate)
     show(certificate, args.output)
     if args.push_to:
         print(f"pushed to {push(loaded, args.push_to)}")

@@ -11,7 +11,6 @@ control characters of names, and bytes that are not UTF-8, escaped; JSON lines h
 
 import csv
 import io
-import json
 import os
 import sys
 from argparse import Namespace, RawDescriptionHelpFormatter
@@ -26,7 +25,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressC
 
 from sequencer.config.errors import RequestError
 from sequencer.config.schema import MOST_WORKERS
-from sequencer.files import write_atomically
+from sequencer.files import to_json, write_atomically
 from sequencer.printing import printable
 
 if TYPE_CHECKING:
@@ -159,7 +158,7 @@ def write_jsonl(found: "Iterator[Prediction]", file: IO[str], top: int) -> None:
     for prediction in found:
         classes = [{"class": name, "probability": probability} for name, probability in prediction.classes]
         answer = {"error": prediction.error} if prediction.error else {"classes": classes}
-        print(json.dumps({"path": prediction.path} | answer), file=file)
+        print(to_json({"path": prediction.path} | answer), file=file)
 
 
 def write_csv(found: "Iterator[Prediction]", file: IO[str], top: int) -> None:

@@ -18,6 +18,7 @@ from sequencer.config.command import parse_command
 from sequencer.config.errors import RequestError
 from sequencer.config.request import resume_request
 from sequencer.config.schema import Config
+from sequencer.files import to_json
 
 EQUAL = ("reason", "epoch", "update", "batches", "gradient_norm", "weight_norm", "lr")
 
@@ -95,8 +96,8 @@ def prepare(run_dir: Path, config: Config, reshuffles: list[int]) -> None:
 
 
 def comparable(value: Any) -> str:
-    """Encodes a value so that NaN equals NaN."""
-    return json.dumps(value)
+    """Encodes a value as `divergence.json` does, in which null stands for a number that is not finite."""
+    return to_json(value)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@
 """
 
 import glob
-import json
 from argparse import Namespace, RawDescriptionHelpFormatter
 from pathlib import Path
 from tarfile import TarError
@@ -129,11 +128,11 @@ def read_names(path: Path) -> list[str]:
 
 def write_index(path: Path, counts: dict[Path, int], classes: list[str]) -> None:
     """Writes WebDataset's index of shards with their numbers of samples, and the names of the classes."""
-    from sequencer.files import write_atomically
+    from sequencer.files import write_json
 
     shards = [{"url": shard.name, "nsamples": count} for shard, count in counts.items()]
     index = {"__kind__": "wids-shard-index-v1", "wids_version": 1, "shardlist": shards, "classes": classes}
-    write_atomically(path, lambda temporary: temporary.write_text(json.dumps(index, indent=1) + "\n"))
+    write_json(path, index)
 
 
 if __name__ == "__main__":

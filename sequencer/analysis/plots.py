@@ -19,6 +19,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator, PercentFormatter
 from numpy.typing import ArrayLike, NDArray
 
+from sequencer.files import write_atomically
 from sequencer.printing import printable
 
 Array = NDArray[np.float64]
@@ -96,7 +97,7 @@ def plot_curves(metrics_csv: Path, output: Path) -> Figure:
         margin = 0.5 if len(epochs) == 1 else 0.03 * (epochs[-1] - epochs[0])
         axes.set_xlim(epochs[0] - margin, epochs[-1] + margin)
         axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
-    figure.savefig(output)
+    _save(figure, output)
     return figure
 
 
@@ -173,7 +174,7 @@ def plot_growth(records: Sequence[dict[str, Any]], output: Path) -> Figure:
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             axes.yaxis.set_minor_formatter(NullFormatter())
     panels[0][0].legend()
-    figure.savefig(output)
+    _save(figure, output)
     return figure
 
 
@@ -223,7 +224,7 @@ def plot_sweep(rows: Sequence[tuple[str, str, int, Sequence[float]]], title: str
         axes[1].margins(x=0.15)
         axes[1].yaxis.set_major_formatter(per_cents)
         axes[1].set_xlabel("parameters")
-    figure.savefig(output)
+    _save(figure, output)
     return figure
 
 
@@ -273,7 +274,7 @@ def plot_confusion(confusion: ArrayLike, class_names: Sequence[str], output: Pat
     result = f"top-1 {counts.trace() / total:.2%} of {total:,} images" if total else "no image has a prediction"
     axes.set_title(printable(title), pad=24)
     axes.annotate(result, (0, 1), (0, 8), xycoords="axes fraction", textcoords="offset points")
-    figure.savefig(output)
+    _save(figure, output)
     return figure
 
 
@@ -317,3 +318,7 @@ def _add_colour_bar(figure: Figure, axes: Axes, image: Any, numbered: bool) -> N
     bar.set_label("share of the true class (in the cells: %)" if numbered else "share of the true class")
     bar.ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     bar.outline.set_visible(False)  # type: ignore[operator]  # a Spine, which the stubs type as a function
+
+
+def _save(figure: Figure, output: Path) -> None:
+    write_atomically(output, lambda path: figure.savefig(path, format=output.suffix[1:]))

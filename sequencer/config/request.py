@@ -1,5 +1,6 @@
 """A run to start or to resume, checked before torch is imported and before anything is written."""
 
+import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -141,7 +142,10 @@ class _Summary(BaseModel):
 
 
 def load_summary(run_dir: Path) -> dict[str, Any] | None:
-    """Loads the result of a run; None if there is none.
+    """Loads the result of a run, with NaN for null, which stands for a number that is not finite.
+
+    Returns:
+        The content of its `summary.json`, or None if there is none.
 
     Raises:
         RequestError: `summary.json` cannot be read or is damaged.
@@ -150,10 +154,11 @@ def load_summary(run_dir: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        return parse_json(_Summary, path.read_bytes(), str(path)).model_dump(by_alias=True)
+        summary = parse_json(_Summary, path.read_bytes(), str(path)).model_dump(by_alias=True)
     except (OSError, UndeclaredContent) as error:
         reason = f"{path} cannot be read: {error.strerror}" if isinstance(error, OSError) else str(error)
         raise RequestError(f"{reason}\nwithout this file, python train.py resume={run_dir} writes it again") from error
+    return {key: math.nan if value is None else value for key, value in summary.items()}
 
 
 def differing_settings(saved: DictConfig | dict[str, Any], config: Config, path: Path) -> str:

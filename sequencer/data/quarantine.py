@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import IO
 
 from sequencer.data.images import UnreadableImage
+from sequencer.files import writing
 from sequencer.printing import printable
 
 log = logging.getLogger("sequencer")
@@ -42,6 +43,7 @@ class Quarantine:
 
         Raises:
             TooManyBadImages: the file now lists more images of the split than allowed.
+            WriteError: The file cannot be written.
         """
         path, reason = printable(found.path), printable(found.reason)
         with self._locked() as file:
@@ -58,10 +60,11 @@ class Quarantine:
 
     @contextmanager
     def _locked(self) -> Iterator[IO[str]]:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path, "a+", encoding="utf-8", errors="surrogateescape", newline="") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            yield file
+        with writing(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.path, "a+", encoding="utf-8", errors="surrogateescape", newline="") as file:
+                fcntl.flock(file, fcntl.LOCK_EX)
+                yield file
 
     def _read(self, file: IO[str]) -> None:
         """Reads what has been added to the file, by this process or another, since it was read last."""

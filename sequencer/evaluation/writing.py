@@ -1,14 +1,12 @@
 """The files of an evaluation: evaluation.json, per_class.csv and predictions.csv."""
 
 import csv
-import json
-import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from sequencer.evaluation.split import Evaluation
-from sequencer.files import write_atomically
+from sequencer.files import write_atomically, write_json
 from sequencer.printing import printable
 
 
@@ -31,10 +29,7 @@ def write_evaluation(evaluation: Evaluation, folder: Path, model: str) -> None:
     _write_csv(folder / "predictions.csv", ("id", "class", "predicted", "probability", "rank"), rows)
     classes = [(printable(row.name), *row[1:]) for row in evaluation.per_class]
     _write_csv(folder / "per_class.csv", ("class", "support", "precision", "recall"), classes)
-    record = {"model": model} | evaluation.record()
-    # JSON has no NaN
-    plain = {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in record.items()}
-    write_atomically(folder / "evaluation.json", lambda path: path.write_text(json.dumps(plain, indent=2) + "\n"))
+    write_json(folder / "evaluation.json", {"model": model} | evaluation.record())
 
 
 def _write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:

@@ -4,9 +4,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from timm.models import push_to_hf_hub, save_for_hf
 
 from sequencer.export.description import model_card
+from sequencer.files import finite, writing
 from sequencer.models import PREPROCESSING, LoadedModel
 
 
@@ -16,12 +18,19 @@ def save_model_folder(loaded: LoadedModel, folder: Path) -> None:
     Args:
         loaded: The model, on the CPU.
         folder: The folder, which need not exist.
+
+    Raises:
+        WriteError: The folder cannot be written; an existing one is unchanged.
     """
     partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    write_model_folder(loaded, partial)
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
+    with writing(folder, SafetensorError):
+        shutil.rmtree(partial, ignore_errors=True)
+        try:
+            write_model_folder(loaded, partial)
+            shutil.rmtree(folder, ignore_errors=True)
+            partial.rename(folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def write_model_folder(loaded: LoadedModel, folder: Path) -> None:
@@ -51,10 +60,11 @@ def push(loaded: LoadedModel, repo_id: str) -> str:
 def _configuration(loaded: LoadedModel) -> dict[str, Any]:
     """Returns the arguments of timm's functions that write `config.json`.
 
-    This package's own entries are at the top level, because timm rejects unknown keys inside `pretrained_cfg`.
+    This package's own entries are at the top level, because timm rejects unknown keys inside `pretrained_cfg`. Numbers
+    that are not finite become null, because timm would write them as JSON that only Python reads.
     """
     cfg = {key: loaded.pretrained_cfg[key] for key in PREPROCESSING}
     config = {"pretrained_cfg": cfg, "slot": loaded.slot} | loaded.about
     if loaded.class_names:
         config["label_names"] = list(loaded.class_names)
-    return {"model_config": config, "model_args": loaded.model_args}
+    return finite({"model_config": config, "model_args": loaded.model_args})

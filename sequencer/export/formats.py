@@ -1,7 +1,6 @@
 """Conversion of models to ONNX graphs and torch.export programs."""
 
 import copy
-import json
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +11,7 @@ from timm.layers import resample_abs_pos_embed_nhwc
 from torch import Tensor, nn
 
 from sequencer.export.recurrence import use_lstms, use_nodes
+from sequencer.files import to_json
 from sequencer.models import VSequencer
 from sequencer.models.exported import ENTRY
 
@@ -79,7 +79,7 @@ def to_onnx(
             dynamic_shapes=({0: torch.export.Dim("batch")},),
         )
     assert program is not None
-    program.model.metadata_props[ENTRY] = json.dumps(description)
+    program.model.metadata_props[ENTRY] = to_json(description)
     program.save(path)
 
 
@@ -97,7 +97,7 @@ def to_program(model: nn.Module, path: Path, description: dict[str, Any], dtype:
     module, example = _prepare(model, description, dtype, use_lstms)
     shapes = ({0: torch.export.Dim("batch")},)
     program = torch.export.export(module, (example,), dynamic_shapes=shapes)
-    torch.export.save(program, path, extra_files={ENTRY: json.dumps(description)})
+    torch.export.save(program, path, extra_files={ENTRY: to_json(description)})
 
 
 def _prepare(

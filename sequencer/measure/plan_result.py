@@ -22,6 +22,7 @@ class Measured:
     start_s: float  # what the first epoch takes longer than a later one
     memory: int  # peak: of the GPU, otherwise of the process
     disk: int  # the run folder at its largest
+    note: str = "measured: "  # how the times were found
 
 
 @dataclass(frozen=True)
@@ -87,8 +88,9 @@ def print_plan(plan: Plan, config: Config, description: list[str], trials: int) 
         f" {plan.flops * plan.images / 1e12:.3g} TFLOP per epoch"
     )
     say(
-        f"measured: {1e3 * measured.step_s:.1f} ms per training batch,"
-        f" {config.data.batch_size / measured.step_s:.0f} images/s; peak memory {measured.memory / 2**20:.0f} MiB",
+        f"{measured.note}{1e3 * measured.step_s:.1f} ms per training batch,"
+        f" {plan.images / max(plan.batches, 1) / measured.step_s:.3g} images/s;"
+        f" peak memory {measured.memory / 2**20:.0f} MiB",
         soft_wrap=True,
     )
     at_most = "at most " if config.trainer.early_stopping_patience else ""

@@ -3,6 +3,8 @@
 import shutil
 from pathlib import Path
 
+import timm
+
 from sequencer.config.schema import Config
 from sequencer.data import DataModule, Split, TooManyBadImages
 from sequencer.printing import printable
@@ -32,6 +34,23 @@ def _find_bad_images(split: Split) -> list[str]:
     except TooManyBadImages as error:
         return [str(error)]
     return [f"{len(bad)} of {decoded} images examined cannot be read, e.g. {printable(bad[0])}"] if bad else []
+
+
+def find_weights_problems(config: Config) -> list[str]:
+    """Describes the problem if published weights are asked for and there are none; downloads nothing."""
+    if not config.model.pretrained or timm.is_model_pretrained(config.model.name):
+        return []
+    return [f"model.pretrained=true: there are no published weights of {config.model.name}"]
+
+
+def find_memory_problems(needed: int, available: int) -> list[str]:
+    """Describes the problem if training is estimated to need more memory than is available, in bytes."""
+    if needed <= available:
+        return []
+    return [
+        f"memory: about {needed / 2**30:.1f} GiB are needed on each device, {available / 2**30:.1f} GiB are available: "
+        "lower data.batch_size, raise trainer.accumulate_grad_batches, or set model.grad_checkpointing=true"
+    ]
 
 
 def find_disk_problems(run_dir: Path, needed: int) -> list[str]:

@@ -2,14 +2,18 @@
 
 import logging
 import os
+import threading
+from contextlib import suppress
 from dataclasses import asdict
 from netrc import NetrcParseError, netrc
 from pathlib import Path
+from typing import Any
 
 from pytorch_lightning.loggers import Logger, TensorBoardLogger
 from rich.logging import RichHandler
 
 from sequencer.config.schema import Config
+from sequencer.files import is_full, write_atomically, writing
 from sequencer.tracking.wandb_guard import WandbGuard
 
 log = logging.getLogger("sequencer")
@@ -19,10 +23,54 @@ def start_log(path: Path) -> None:
     """Sends the package's log to the console, above a progress bar, and appends it with timestamps to `path`."""
     close_log()
     console = RichHandler(show_time=False, show_level=False, show_path=False, markup=False, highlighter=None)
-    file = logging.FileHandler(path)
+    file = LogFile(path)
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     log.handlers, log.propagate = [console, file], False
     log.setLevel(logging.INFO)
+
+
+class LogFile(logging.FileHandler):
+    """A log file whose first failed write raises `WriteError` in the main thread; later records are dropped.
+
+    logging itself would print a traceback for every record that it cannot write.
+    """
+
+    failed = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if self.failed or threading.current_thread() is not threading.main_thread():
+            return
+        self.failed = True
+        with writing(Path(self.baseFilename)):
+            raise  # the error that `emit` has caught
+
+    def close(self) -> None:
+        with suppress(OSError):  # of what could not be written before
+            super().close()
+
+
+class EventFiles(TensorBoardLogger):
+    """TensorBoard's event files; one that cannot be written raises `WriteError`, which names their folder.
+
+    The writer's thread ends with an error that the writer raises again at the next call: the thread prints nothing.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder.parent, name=folder.name, version="")
+        threading.excepthook = _print_unless_full
+
+    def log_metrics(self, *args: Any, **kwargs: Any) -> None:
+        with writing(Path(self.log_dir), ValueError):  # by which Lightning replaces any error
+            super().log_metrics(*args, **kwargs)
+
+    def finalize(self, status: str) -> None:
+        with writing(Path(self.log_dir)):
+            super().finalize(status)
+
+
+def _print_unless_full(arguments: threading.ExceptHookArgs) -> None:
+    if arguments.exc_value is None or not is_full(arguments.exc_value):
+        threading.__excepthook__(arguments)
 
 
 def close_log() -> None:
@@ -39,7 +87,7 @@ def build_loggers(config: Config, run_dir: Path) -> list[Logger]:
     """
     loggers: list[Logger] = []
     if config.logger.tensorboard:
-        loggers.append(TensorBoardLogger(run_dir, name="tensorboard", version=""))
+        loggers.append(EventFiles(run_dir / "tensorboard"))
     if config.logger.wandb:
         guard = WandbGuard(
             mode=os.environ.get("WANDB_MODE") or ("online" if _has_wandb_key() else "offline"),
@@ -77,5 +125,5 @@ def _wandb_id(run_dir: Path) -> str:
     """Returns the W&B id of a run, which is kept in its folder so that a resumed run continues the same W&B run."""
     path = run_dir / "wandb_id"
     if not path.exists():
-        path.write_text(os.urandom(4).hex())
+        write_atomically(path, lambda temporary: temporary.write_text(os.urandom(4).hex()))
     return path.read_text()

@@ -16,7 +16,7 @@ from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 from sequencer import distributed
 from sequencer.config.schema import lower_is_better
-from sequencer.files import write_atomically
+from sequencer.files import write_atomically, writing
 from sequencer.lightning_internals import restart_validation
 from sequencer.models import read_checkpoint
 from sequencer.training.interruption import Interruption
@@ -27,25 +27,16 @@ CHECKPOINTS = "checkpoints"  # folder of a run
 RANKS_KEY = "ranks"  # in a checkpoint: the random states of every rank
 
 
-class SaveError(RuntimeError):
-    """A checkpoint could not be written; earlier ones are unchanged."""
-
-
 class SafeCheckpointIO(CheckpointIO):
     """Writes the Trainer's checkpoints atomically and verifies them when they are read."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Writes a checkpoint; on failure an existing file at `path` stays.
+        """Writes a checkpoint.
 
         Raises:
-            SaveError: the checkpoint cannot be written, as on a full disk.
+            WriteError: The checkpoint cannot be written, as on a full disk; an existing one is unchanged.
         """
-        path = Path(path)
-        try:
-            write_atomically(path, partial(torch.save, checkpoint))
-        except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError of several lines
-            reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
-            raise SaveError(f"{path} could not be written: {reason}\n{_remedy(path.parent)}") from error
+        write_atomically(Path(path), partial(_write, checkpoint))
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         return read_checkpoint(path)
@@ -54,12 +45,17 @@ class SafeCheckpointIO(CheckpointIO):
         Path(path).unlink(missing_ok=True)
 
 
-def _remedy(folder: Path) -> str:
-    """Says which checkpoint is intact and how to resume from it, if there is one."""
-    last = folder / "last.ckpt"
-    return (
-        f"{last} is the last good one; free disk space and resume with resume={folder.parent}" if last.exists() else ""
-    )
+def _write(checkpoint: dict[str, Any], path: Path) -> None:
+    with open(path, "wb") as file:  # given a path, torch reports a full disk without saying that it is full
+        torch.save(checkpoint, file)
+
+
+def describe_rescue(run_dir: Path) -> str:
+    """Says how a run continues after a file could not be written."""
+    last = run_dir / CHECKPOINTS / "last.ckpt"
+    if not last.exists():
+        return "no checkpoint has been written; free disk space and repeat the command"
+    return f"{last} is the last good checkpoint; free disk space and resume with resume={run_dir}"
 
 
 class RunCheckpoints(Checkpoint):
@@ -166,13 +162,18 @@ class RunCheckpoints(Checkpoint):
 
 
 def keep(last: Path, previous: Path) -> None:
-    """Gives a checkpoint a second name, under which it survives when the first name is written again."""
+    """Gives a checkpoint a second name, under which it survives when the first name is written again.
+
+    Raises:
+        WriteError: The file system refuses.
+    """
     if not last.exists():
         return
     link = previous.with_name(f".{previous.name}.partial")
-    link.unlink(missing_ok=True)
-    try:
-        os.link(last, link)
-    except OSError:  # the file system has no hard links
-        link = last
-    os.replace(link, previous)
+    with writing(previous):
+        link.unlink(missing_ok=True)
+        try:
+            os.link(last, link)
+        except OSError:  # the file system has no hard links
+            link = last
+        os.replace(link, previous)

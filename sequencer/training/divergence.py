@@ -1,6 +1,5 @@
 """Detection of divergence before an update is applied: a loss or gradient that is not finite, or a large loss."""
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from torch.nn.utils import get_total_norm
 from sequencer import distributed
 from sequencer.config.errors import SharedError
 from sequencer.data import DataModule
-from sequencer.files import write_atomically
+from sequencer.files import write_json
 from sequencer.training.checkpoints import keep
 from sequencer.training.module import Classifier
 
@@ -99,6 +98,5 @@ class DivergenceGuard(Callback):
             folder = self.run_dir / "checkpoints"
             (folder / BEFORE).unlink(missing_ok=True)
             keep(folder / "last.ckpt", folder / BEFORE)
-            text = json.dumps(record, indent=2) + "\n"
-            write_atomically(self.run_dir / RECORD, lambda path: path.write_text(text))
+            write_json(self.run_dir / RECORD, record)
         return record

@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 
 from sequencer.config.errors import RequestError
 from sequencer.config.schema import Config
-from sequencer.files import write_atomically
+from sequencer.files import WriteError, is_full, write_atomically, writing
 from sequencer.tracking.loggers import close_log, log, start_log
 
 LOCK = ".lock"  # file in the folder; it stays, since deleting it would let two processes lock two files of this name
@@ -29,14 +29,18 @@ class RunFolder:
 
         Raises:
             RequestError: The folder cannot be written, or another process trains in it.
+            WriteError: The disk is full.
         """
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            locked = self._lock is not None or self._take_lock()
-            (self.path / "summary.json").unlink(missing_ok=True)  # of fewer epochs than config.yaml is about to say
+            with writing(self.path):
+                self.path.mkdir(parents=True, exist_ok=True)
+                locked = self._lock is not None or self._take_lock()
+                (self.path / "summary.json").unlink(missing_ok=True)  # of fewer epochs than config.yaml is about to say
             write_atomically(self.path / "config.yaml", lambda path: OmegaConf.save(OmegaConf.structured(config), path))
-        except OSError as error:
-            raise RequestError(f"run_dir={self.path} cannot be written: {error.strerror}") from error
+        except WriteError as error:
+            if is_full(error):
+                raise
+            raise RequestError(f"run_dir={self.path} cannot be used: {error}") from error
         start_log(self.path / "train.log")
         if not locked:
             log.warning("%s: this file system has no locks; start no second process with this run_dir", self.path)

@@ -11,11 +11,14 @@ from pytorch_lightning.trainer.states import TrainerStatus
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 from sequencer import distributed
+from sequencer.config.errors import summarise_error
 from sequencer.config.request import load_run, load_summary
 from sequencer.config.schema import Config
 from sequencer.data import DataModule
+from sequencer.files import WriteError
 from sequencer.lightning_internals import stop_loader_workers
 from sequencer.tracking.loggers import build_loggers, close_loggers
+from sequencer.training.checkpoints import describe_rescue
 from sequencer.training.divergence import Diverged
 from sequencer.training.folder import RunFolder
 from sequencer.training.launch import launch, uses_gpu
@@ -44,6 +47,7 @@ def run(config: Config, resume: bool = False) -> dict[str, Any]:
     Raises:
         RequestError: the configuration cannot be realised, or the run in the folder is in use, another one, or one with
             other data; nothing was written.
+        WriteError: a file of the run cannot be written, as on a full disk; the last good checkpoint stays.
         Diverged: training has diverged, with `trainer.on_divergence=stop` or after the last rollback.
         KeyboardInterrupt: interrupted; the run can be resumed.
         SystemExit: with 143, on SIGTERM; the run can be resumed.
@@ -81,6 +85,8 @@ def _run(config: Config, resume: bool) -> dict[str, Any]:
                     reshuffles,
                     MOST_ROLLBACKS,
                 )
+    except WriteError as error:
+        raise WriteError(f"{summarise_error(error)}\n{describe_rescue(folder.path)}") from error
     finally:
         folder.close()
 
@@ -137,6 +143,7 @@ def _start(config: Config, folder: RunFolder, data: DataModule, resume: bool) ->
 
     Raises:
         RequestError: the run cannot be resumed as it is asked for, or the folder cannot be written.
+        WriteError: the disk is full.
     """
     saved = find_checkpoint(folder.path) if resume else None
     if saved is not None:

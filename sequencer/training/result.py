@@ -1,7 +1,6 @@
 """The result of a finished run: test metrics, model folder, pictures and summary."""
 
 import itertools
-import json
 import logging
 from dataclasses import asdict
 from pathlib import Path
@@ -18,7 +17,7 @@ from sequencer.data import DataModule
 from sequencer.distributed import is_first
 from sequencer.evaluation import evaluate
 from sequencer.export import commit, save_model_folder, versions
-from sequencer.files import write_atomically
+from sequencer.files import write_json
 from sequencer.models import LoadedModel, load_weights, read_checkpoint, select_weights, timm_preprocessing
 from sequencer.training.checkpoints import RunCheckpoints
 from sequencer.training.module import parameters_of
@@ -89,7 +88,7 @@ def finish(
     plot_curves(run_dir / "metrics.csv", run_dir / "curves.png")
     title = f"{config.name}: {split} split"
     plot_confusion(metrics.confusion.cpu(), data.class_names, run_dir / "confusion.png", title)
-    write_atomically(run_dir / "summary.json", lambda path: path.write_text(json.dumps(summary, indent=2) + "\n"))
+    write_json(run_dir / "summary.json", summary)
     return summary
 
 

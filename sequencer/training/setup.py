@@ -4,6 +4,7 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,8 +17,9 @@ from sequencer import distributed
 from sequencer.config.errors import RequestError
 from sequencer.config.request import describe_differences
 from sequencer.config.schema import Config, lightning_settings, lower_is_better
-from sequencer.data import DataModule
+from sequencer.data import DataModule, Split
 from sequencer.data.seeding import own_random_states
+from sequencer.data.split import SplitName
 from sequencer.layers import RNN
 from sequencer.models import CheckpointError, create_model, load_weights, read_weights
 from sequencer.ops import configure, explain
@@ -59,18 +61,11 @@ def build_parts(config: Config, *callbacks: Callback, data: DataModule | None = 
     run_dir = Path(config.run_dir)
     quieten()
     pl.seed_everything(config.seed, verbose=False)
-    data = data or DataModule(
-        config.data,
-        config.seed,
-        rank=distributed.rank(),
-        world_size=distributed.world_size(),
-        device=training_device(config),
-        bad_samples=run_dir / "bad_samples.csv",
-    )
+    data = data or build_data(config)
     distributed.one_by_one(data.setup)
     _check_ranks(data)
     configure(config.model.backend, config.model.recompute)
-    model = distributed.one_by_one(lambda: _build_model(config, data.num_classes))
+    model = distributed.one_by_one(lambda: build_model(config, data.num_classes))
     _try_model(config, model, data.num_classes)
     groups = _describe_groups(config, model)
     teacher = distributed.one_by_one(lambda: build_teacher(config.optim, config.data, data.class_names))
@@ -105,7 +100,25 @@ def _check_ranks(data: DataModule) -> None:
             raise RequestError(f"the data of rank {rank} differ from those of rank 0: {differences}")
 
 
-def _build_model(config: Config, num_classes: int) -> nn.Module:
+def build_data(config: Config, splits: Mapping[SplitName, Split] | None = None) -> DataModule:
+    """Builds this rank's DataModule of a run, which opens the splits in its `setup` unless they are given."""
+    return DataModule(
+        config.data,
+        config.seed,
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
+        device=training_device(config),
+        bad_samples=Path(config.run_dir, "bad_samples.csv"),
+        splits=splits,
+    )
+
+
+def build_model(config: Config, num_classes: int) -> nn.Module:
+    """Builds the model of a run with its first weights.
+
+    Raises:
+        RequestError: The model cannot be built.
+    """
     section = config.model
     if section.num_classes not in (None, num_classes):
         raise RequestError(f"model.num_classes={section.num_classes}, but the data has {num_classes} classes")
@@ -132,11 +145,13 @@ def _build_model(config: Config, num_classes: int) -> nn.Module:
 def _try_model(config: Config, model: nn.Module, num_classes: int) -> None:
     """Checks by a forward pass on the CPU that the model trains on images of this size and returns logits.
 
-    Neither the model nor a random state changes.
+    Neither the model nor a random state changes. A model on the meta device, which has no memory, is not tried.
 
     Raises:
         RequestError: It does not.
     """
+    if any(parameter.is_meta for parameter in model.parameters()):
+        return
     size, chans = config.data.img_size, config.data.in_chans
     images = torch.zeros(min(config.data.batch_size // distributed.world_size(), 2), chans, size, size)
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}

@@ -260,7 +260,7 @@ def test_refused_before_torch_is_imported(override, message):
         ("optim.opt_betas=[]", "it takes 2 betas, not 0"),
         ("optim.opt_betas=[0.9]", "it takes 2 betas, not 1"),
         ("optim.opt_betas=[0.9,0.9,0.9]", "it takes 2 betas, not 3"),
-        ("model.kwargs={celll: gru}", "it has no argument celll; did you mean cell?\nThere are bidirectional, cell,"),
+        ("model.kwargs={celll: gru}", "celll: not an argument of the architecture sequencer2d_t_8; did you mean cell?"),
         ("model.kwargs={global_pool: ''}", "is no classifier: for 2 images and 10 classes it returns [2, 4, 4, 10]"),
         ("model.name=vit_tiny_patch16_224", "cannot train on batches of 2 images of 8 px"),
         ("data.augment.auto_augment=augmix-a0", "an image cannot be augmented like this"),

@@ -2,15 +2,15 @@
 
 import os
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 
 from sequencer.config import RequestError
+from sequencer.files import WriteError
 from sequencer.training import run
-from sequencer.training.checkpoints import SafeCheckpointIO, SaveError
+from sequencer.training.checkpoints import SafeCheckpointIO
 from sequencer.training.resumption import find_checkpoint
 from tests.helpers import SMALL, SMALL_MODEL, STATEFUL, assert_same_run, fail, read_last, run_interrupted, small_config
 from tests.processes import Command
@@ -89,18 +89,6 @@ def test_a_checkpoint_that_carries_code_is_refused(config, tmp_path, monkeypatch
     assert not (tmp_path / "payload").exists()
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 300 KiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(folder)]
-    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("no small file system can be mounted here: it takes root")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
-
-
 def test_a_full_disk_leaves_the_last_good_checkpoint(small_disk, tmp_path):
     """The run ends with two lines and can be resumed once there is room."""
     options = [*SMALL, SMALL_MODEL, SAVE_ALWAYS, "trainer.max_epochs=3"]
@@ -110,7 +98,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(small_disk, tmp_path):
     last = small_disk / "run" / "checkpoints" / "last.ckpt"
     assert command.returncode == 1
     assert "could not be written" in errors
-    assert f"{last} is the last good one" in errors
+    assert f"{last} is the last good checkpoint" in errors
     assert len(errors.splitlines()) == 2
     assert not list(small_disk.rglob("*.partial"))
     updates = read_last(small_disk / "run")["global_step"]
@@ -124,5 +112,5 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(small_disk, tmp_path):
 
 def test_a_checkpoint_that_cannot_be_written(tmp_path):
     (tmp_path / "checkpoints").touch()
-    with pytest.raises(SaveError, match="could not be written"):
+    with pytest.raises(WriteError, match="could not be written"):
         SafeCheckpointIO().save_checkpoint({}, tmp_path / "checkpoints" / "last.ckpt")

@@ -1,6 +1,7 @@
 """What a run writes, and how it is resumed."""
 
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -13,7 +14,9 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from sequencer.analysis import write_sweep
 from sequencer.config import Config, RequestError
+from sequencer.export.description import model_card
 from sequencer.models import load_model, read_checkpoint
 from sequencer.training import Classifier, run
 from sequencer.training.divergence import DivergenceGuard
@@ -352,3 +355,22 @@ def test_random_states_are_restored():
     assert first != second
     set_random_state(state)
     assert (draw(), draw()) == (first, second)
+
+
+def test_numbers_that_are_not_finite_are_null_in_json(config, tmp_path):
+    """A run without validation: its metrics are NaN, which JSON does not have."""
+    wanted = config("trainer.limit_val_batches=0", "trainer.max_loss=inf", "trainer.best_metric=epoch")
+    summary = run(wanted)
+    assert math.isnan(summary["val/loss"])
+    read = {
+        name: json.loads((tmp_path / "run" / name).read_text(), parse_constant=pytest.fail)
+        for name in ("summary.json", "model/config.json")
+    }
+    assert read["summary.json"]["val/loss"] is None
+    assert read["model/config.json"]["metrics"]["val/loss"] is None
+    assert read["model/config.json"]["config"]["trainer"]["max_loss"] is None
+    again = run(wanted, resume=True)
+    assert math.isnan(again["val/loss"])
+    assert again.keys() == summary.keys()
+    model_card(load_model(tmp_path / "run"), "name")
+    assert len(write_sweep(tmp_path, "title")) == 1
