@@ -49,7 +49,7 @@ def _problem(argument: str) -> str | None:
         if "=" not in argument:  # an override of train.py may be long
             os.stat(argument)
     except OSError as error:
-        if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+        if error.errno == errno.ENAMETOOLONG:
             return os.strerror(error.errno).lower()
     return None
 

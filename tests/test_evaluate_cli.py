@@ -204,7 +204,7 @@ def check_error(capsys) -> str:
         (["RUN", "--data", "digit"], "invalid choice: 'digit'"),
         (["RUN", "--batch-size", "0"], "--batch-size: 0 is less than 1"),
         (["RUN", "--num-workers", "two"], "--num-workers: two is not an integer"),
-        (["RUN", "--img-size", "9"], "takes no images of 9 px"),
+        (["RUN", "--img-size", "1"], "takes no images of 1 px"),
         (["RUN", "--crop-pct", "87.5"], "--crop-pct: 87.5 is not a number above 0 and up to 1"),
         (["RUN", "--slot", "ema"], "holds the raw weights alone, not the ema ones"),
         (["RUN", "--splitt", "val"], "unrecognized arguments: --splitt"),

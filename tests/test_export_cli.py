@@ -129,7 +129,7 @@ def test_a_mismatch_keeps_nothing(script, run_folder, monkeypatch, capsys):
         (["weights.safetensors", "--format", "onnx", "--arch", "sequencer2d_t_32"], "does not fit Sequencer2d"),
         (["damaged.pth", "--format", "onnx", "--arch", "sequencer2d_t_8"], "damaged.pth"),
         (["RUN", "--format", "onnxx"], "invalid choice: 'onnxx'"),
-        (["RUN", "--format", "onnx", "--img-size", "9"], "input height 9 is not a multiple of the total stride 2"),
+        (["RUN", "--format", "onnx", "--img-size", "1"], "input height 1 is smaller than the total stride 2"),
         (["RUN", "--format", "onnx", "--slot", "ema"], "holds the raw weights alone, not the ema ones"),
         (["RUN", "--format", "timm", "--img-size", "8"], "--img-size, --dtype and --with-preprocessing are for"),
         (["RUN", "--format", "onnx", "--push-to", "a/b"], "--push-to is for --format hub"),

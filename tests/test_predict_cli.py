@@ -109,12 +109,13 @@ def test_paths_patterns_and_a_list(script, run_folder, images, monkeypatch, caps
     ]
 
 
-def test_what_is_no_image_file_is_an_error_of_its_line(script, run_folder, images, tmp_path, capsys):
+def test_what_is_no_image_file_is_an_error_of_its_line(script, run_folder, images, tmp_path, capsys, monkeypatch):
     os.mkfifo(tmp_path / "set" / "a" / "fifo.png")
     (tmp_path / "set" / "a" / "zero.png").symlink_to("/dev/zero")
     (tmp_path / "eps.jpg").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n")
     Image.new("1", (1, 10**6)).save(tmp_path / "thin.png")
-    arguments = ["set/a", "set/a/fifo.png", "/dev/zero", "set/**/zero.png", "eps.jpg", "thin.png", "\0.png"]
+    arguments = ["set/a", "set/a/fifo.png", "/dev/zero", "set/**/zero.png", "eps.jpg", "thin.png", "-"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\0.png\n"))
     assert script.main([str(run_folder), *arguments, "--format", "jsonl"]) == 1
     rows = lines(capsys.readouterr().out)
     reasons = [(Path(row["path"]).name, row.get("error", "")) for row in rows]

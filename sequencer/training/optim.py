@@ -42,7 +42,7 @@ def try_optimizer(config: OptimConfig) -> None:
         ValueError: the optimizer takes another number of betas.
         Exception: what the optimizer or the schedule raises.
     """
-    with torch.random.fork_rng(devices=[]), torch.compiler.set_stance("force_eager"):
+    with torch.device("cpu"), torch.random.fork_rng(devices=[]), torch.compiler.set_stance("force_eager"):
         model = nn.Sequential(nn.Conv2d(1, 4, 2), nn.Flatten(), nn.LayerNorm(4), nn.Linear(4, 2))
         own = build_optimizer(model, replace(config, layer_decay=None, opt_betas=None)).defaults.get("betas")
         if config.opt_betas is not None and own is not None and len(config.opt_betas) != len(own):

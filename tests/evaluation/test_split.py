@@ -58,8 +58,8 @@ def test_wrong_requests(loaded):
         evaluation_data(other)
     with pytest.raises(RequestError, match="the model has 1000 classes, the data set 10"):
         evaluate_model(other, evaluation_data(other, "digits"))
-    with pytest.raises(RequestError, match="takes no images of 9 px"):
-        evaluate_model(loaded, replace(data, img_size=9))
+    with pytest.raises(RequestError, match="takes no images of 1 px"):
+        evaluate_model(loaded, replace(data, img_size=1))
 
 
 def test_files_of_unusual_results(loaded, tmp_path):

@@ -14,7 +14,7 @@ from sequencer.data import DataModule
 from sequencer.training import Classifier, Diverged, run
 from tests.helpers import EMA, RANDOM, read_last, read_rows
 
-EXPLODING = ["optim.opt=sgd", "optim.lr=3e5", "trainer.gradient_clip_val=null", "trainer.checkpoint_interval=0"]
+EXPLODING = ["optim.opt=sgd", "optim.lr=1000", "trainer.gradient_clip_val=null", "trainer.checkpoint_interval=0"]
 
 
 def poison(monkeypatch, value: float, epoch: int = 1, gradient: bool = False) -> list[int]:

@@ -13,7 +13,7 @@ from sequencer.files import WriteError
 from sequencer.models import read_checkpoint
 from sequencer.tracking import loggers
 from sequencer.tracking.loggers import EventFiles
-from sequencer.training import divergence, lifecycle, result, run
+from sequencer.training import divergence, folder, result, run
 from sequencer.training.checkpoints import SafeCheckpointIO
 from sequencer.training.report import EpochReport
 from tests.helpers import DIGITS, small_config
@@ -44,8 +44,8 @@ def fill(folder: Path) -> None:
 
 
 CASES = {  # file in the run folder: function before whose call the disk is filled, number of that call, overrides
-    "config.yaml": (lifecycle, "_start_folder", 1, []),
-    "train.log": (lifecycle, "start_log", 1, []),
+    "config.yaml": (folder, "write_atomically", 1, []),
+    "train.log": (folder, "start_log", 1, []),
     "metrics.csv": (EpochReport, "_write", 2, []),
     "checkpoints/last.ckpt": (SafeCheckpointIO, "save_checkpoint", 4, []),
     "checkpoints/best.ckpt": (SafeCheckpointIO, "save_checkpoint", 1, []),
@@ -66,8 +66,8 @@ def test_a_full_disk_is_reported_in_two_lines_and_the_run_resumes(name, fill_bef
         original = EventFiles.finalize
         monkeypatch.setattr(EventFiles, "finalize", lambda self, status: (write_events(self), original(self, status)))
     fill_before(owner, function, call)
-    folder = small_disk / "run"
-    config = small_config(folder, "trainer.best_metric=epoch", *overrides)
+    run_dir = small_disk / "run"
+    config = small_config(run_dir, "trainer.best_metric=epoch", *overrides)
     with pytest.raises(WriteError) as error:
         run(config)
     assert train.exit_code(error.value) == 1
@@ -75,11 +75,11 @@ def test_a_full_disk_is_reported_in_two_lines_and_the_run_resumes(name, fill_bef
     if name == "model":
         reason = f"Error while serializing: I/O error: {reason} (os error 28)"
     first, second = capfd.readouterr().err.splitlines()
-    assert first == f"train.py: {folder / name} could not be written: {reason}"
+    assert first == f"train.py: {run_dir / name} could not be written: {reason}"
     assert not list(small_disk.rglob("*.partial"))
-    last = folder / "checkpoints" / "last.ckpt"
+    last = run_dir / "checkpoints" / "last.ckpt"
     if last.exists():
-        assert second == f"{last} is the last good checkpoint; free disk space and resume with resume={folder}"
+        assert second == f"{last} is the last good checkpoint; free disk space and resume with resume={run_dir}"
         read_checkpoint(last)
     else:
         assert second == "no checkpoint has been written; free disk space and repeat the command"

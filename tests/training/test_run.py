@@ -328,7 +328,7 @@ def test_wandb_without_a_key_logs_offline(config, tmp_path, monkeypatch):
     ("options", "message"),
     [
         (["model.name=sequencer2d_x"], "sequencer2d_"),
-        (["data.img_size=9"], "8 and 10"),
+        (["data.img_size=1"], "smaller than the total stride 2"),
         (["model.kwargs={cell: lstmm}"], "lstmm"),
         (["model.kwargs={depth: 3}"], "depth"),
         (["init_from=nowhere"], "nowhere"),
