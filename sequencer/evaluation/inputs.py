@@ -13,8 +13,10 @@ from sequencer.config.validation import check_bounds
 from sequencer.declared import UndeclaredContent, check_type
 from sequencer.models import LoadedModel
 
-# a run of another version may have other keys; the augmentation of training images is not needed here
-KNOWN: dict[str, Any] = {field.name: field.type for field in fields(DataConfig) if field.name != "augment"}
+# a run of another version may have other keys; the augmentation of training images is not needed here, and a file of
+# others must not start a download
+UNUSED = ("augment", "download")
+KNOWN: dict[str, Any] = {field.name: field.type for field in fields(DataConfig) if field.name not in UNUSED}
 DataSection = create_model("DataSection", **{name: (kind | None, None) for name, kind in KNOWN.items()})  # type: ignore[call-overload]
 
 

@@ -56,13 +56,18 @@ def evaluation_data(loaded: LoadedModel, name: str | None = None, **changes: Any
         changes: Keys of `DataConfig` with values in place of those found; None leaves a key as it is.
 
     Raises:
-        RequestError: No name is given and the model's data set is not known.
+        RequestError: No name is given and the model's data set is not known; or the file of the model names data at a
+            remote address, which `root` does not repeat.
     """
     section = data_section(loaded)
     if section is None or name not in (None, section.name):
         if name is None:
             raise RequestError(f"the data set that {loaded.arch} was trained on is not known: name one (--data NAME)")
         section = replace(compose([f"data={name}"]).data, **data_settings(loaded.pretrained_cfg))
+    elif "://" in section.root and changes.get("root") is None:  # the file may be that of somebody else
+        raise RequestError(
+            f"{loaded.arch} was trained on data at {printable(section.root)}\nto connect to it, add --data-root ADDRESS"
+        )
     return replace(section, **{key: value for key, value in changes.items() if value is not None})
 
 

@@ -51,6 +51,17 @@ def test_split_and_data_set_are_those_of_the_run(loaded):
     assert evaluate_model(loaded, data).split == "test"
 
 
+@pytest.mark.parametrize("address", ["https://host/shards", "s3://bucket/shards"])
+def test_the_file_of_a_model_opens_no_connection(tmp_path, address):
+    """The address must be repeated, and its `data.download` counts for nothing."""
+    data = replace(DIGITS, name="webdataset", root=address, download=True)
+    loaded = load_model(save_run(tmp_path / "run", data, list("0123456789")))
+    with pytest.raises(RequestError, match=f"trained on data at {address}\nto connect to it, add --data-root"):
+        evaluation_data(loaded)
+    found = evaluation_data(loaded, root=address)
+    assert (found.root, found.download) == (address, False)
+
+
 def test_wrong_requests(loaded):
     data = evaluation_data(loaded)
     other = LoadedModel(create_model("sequencer2d_t_8", **ARGS), "sequencer2d_t_8", "raw", None, loaded.pretrained_cfg)
