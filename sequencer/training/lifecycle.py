@@ -24,7 +24,7 @@ from sequencer.training.folder import RunFolder
 from sequencer.training.launch import launch, uses_gpu
 from sequencer.training.module import Classifier, compile_in_place
 from sequencer.training.result import finish, print_summary
-from sequencer.training.resumption import check_resumption, find_checkpoint
+from sequencer.training.resumption import check_resumption, find_checkpoint, has_checkpoint
 from sequencer.training.setup import build_parts
 
 log = logging.getLogger("sequencer")
@@ -103,7 +103,8 @@ def _train(config: Config, folder: RunFolder, resume: bool, reshuffles: int) -> 
     Returns:
         The content of the run's `summary.json`.
     """
-    parts = build_parts(config)
+    resumed = distributed.on_first(lambda: resume and has_checkpoint(folder.path))
+    parts = build_parts(config, resumed=resumed)
     data, model, trainer = parts.data, parts.model, parts.trainer
     checkpoint = distributed.on_first(lambda: _start(config, folder, data, resume))  # the first to write
     try:

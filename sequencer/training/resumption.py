@@ -18,6 +18,8 @@ from sequencer.declared import UndeclaredContent, check_type
 from sequencer.models import CheckpointError, read_checkpoint
 from sequencer.training.checkpoints import CHECKPOINTS
 
+NAMES = ("last.ckpt", "previous.ckpt")  # newest first
+
 
 class _Data(BaseModel):
     """State of the `DataModule`."""
@@ -102,6 +104,11 @@ def read_run(path: Path, *warnings: str) -> SavedRun:
     )
 
 
+def has_checkpoint(run_dir: Path) -> bool:
+    """Whether a run has saved a checkpoint, which need not be intact."""
+    return any((run_dir / CHECKPOINTS / name).exists() for name in NAMES)
+
+
 def find_checkpoint(run_dir: Path) -> SavedRun | None:
     """Finds the newest intact checkpoint of a run.
 
@@ -113,7 +120,7 @@ def find_checkpoint(run_dir: Path) -> SavedRun | None:
     """
     folder = run_dir / CHECKPOINTS
     damaged: list[str] = []
-    for path in (folder / "last.ckpt", folder / "previous.ckpt"):
+    for path in (folder / name for name in NAMES):
         if not path.exists():
             continue
         try:

@@ -48,12 +48,13 @@ class Parts:
     description: list[str]
 
 
-def build_parts(config: Config, *callbacks: Callback, data: DataModule | None = None) -> Parts:
+def build_parts(config: Config, *callbacks: Callback, data: DataModule | None = None, resumed: bool = False) -> Parts:
     """Builds the components of a run; writes nothing.
 
     Args:
         callbacks: added to those of every run.
         data: used in place of the DataModule that `config.data` describes.
+        resumed: whether a checkpoint holds the weights, so that those of `init_from` or timm need not be there any more.
 
     Raises:
         RequestError: the configuration cannot be realised.
@@ -65,7 +66,7 @@ def build_parts(config: Config, *callbacks: Callback, data: DataModule | None = 
     distributed.one_by_one(data.setup)
     _check_ranks(data)
     configure(config.model.backend, config.model.recompute)
-    model = distributed.one_by_one(lambda: build_model(config, data.num_classes))
+    model = distributed.one_by_one(lambda: build_model(config, data.num_classes, resumed))
     _try_model(config, model, data.num_classes)
     groups = _describe_groups(config, model)
     teacher = distributed.one_by_one(lambda: build_teacher(config.optim, config.data, data.class_names))
@@ -113,8 +114,8 @@ def build_data(config: Config, splits: Mapping[SplitName, Split] | None = None) 
     )
 
 
-def build_model(config: Config, num_classes: int) -> nn.Module:
-    """Builds the model of a run with its first weights.
+def build_model(config: Config, num_classes: int, resumed: bool = False) -> nn.Module:
+    """Builds the model of a run with its first weights, or with random ones if it is resumed.
 
     Raises:
         RequestError: The model cannot be built.
@@ -129,13 +130,13 @@ def build_model(config: Config, num_classes: int) -> nn.Module:
             img_size=section.img_size,
             in_chans=section.in_chans,
             num_classes=num_classes,
-            pretrained=section.pretrained,
+            pretrained=section.pretrained and not resumed,
             **{name: rate for name, rate in optional.items() if rate},
             **section.kwargs,
         )
         if section.grad_checkpointing:
             model.set_grad_checkpointing()  # type: ignore[operator]
-        if config.init_from:
+        if config.init_from and not resumed:
             load_weights(model, read_weights(config.init_from), source=config.init_from, replace_head=True)
     except CheckpointError as error:
         raise RequestError(str(error)) from error

@@ -17,7 +17,7 @@ from sequencer import distributed
 from sequencer.config import RequestError
 from sequencer.config.command import parse_command
 from sequencer.config.request import describe_differences, request, resume_request
-from sequencer.models import read_checkpoint
+from sequencer.models import load_model, read_checkpoint
 from sequencer.training import run
 from sequencer.training.resumption import find_checkpoint
 from tests.helpers import STATEFUL, assert_same_run, fail, read_rows, run_interrupted, small_config
@@ -309,3 +309,15 @@ def test_several_machines_that_nothing_has_started_are_refused(config, tmp_path,
     with pytest.raises(RequestError, match=r"trainer.num_nodes=2, but .* on 1: start torchrun on every machine\n"):
         run(config("trainer.num_nodes=2"))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_fine_tuned_run_is_resumed_without_the_weights_that_it_started_from(tmp_path):
+    run(small_config(tmp_path / "first", "trainer.max_epochs=1"))
+    options = [f"init_from={tmp_path / 'first'}", "trainer.checkpoint_interval=0"]
+    whole = run(small_config(tmp_path / "whole", *options))
+    run_interrupted(small_config(tmp_path / "run", *options), fail, RuntimeError)
+    shutil.rmtree(tmp_path / "first")
+    resumed = resume(tmp_path / "run")
+    assert resumed["val/loss"] == whole["val/loss"]
+    weights, expected = (load_model(tmp_path / name).model.state_dict() for name in ("run", "whole"))
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
