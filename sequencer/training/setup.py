@@ -54,7 +54,7 @@ def build_parts(config: Config, *callbacks: Callback, data: DataModule | None = 
     Args:
         callbacks: added to those of every run.
         data: used in place of the DataModule that `config.data` describes.
-        resumed: whether a checkpoint holds the weights, so that those of `init_from` or timm need not be there any more.
+        resumed: whether a checkpoint holds the weights; those of `init_from` and timm are then not read.
 
     Raises:
         RequestError: the configuration cannot be realised.
