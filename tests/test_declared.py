@@ -18,6 +18,7 @@ class Means(BaseModel):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
+        ("[" * 100_000, "index.json: invalid JSON: it is nested too deeply"),
         ('{"url": "a.tar", "nsamples": "3"}', "index.json: nsamples: input should be a valid integer"),
         ('{"url": 5, "nsamples": 3}', "index.json: url: input should be a valid string"),
         ('{"url": "a.tar", "nsamples": 1e308}', "index.json: nsamples: input should be"),

@@ -46,6 +46,15 @@ def test_written_shards_hold_every_file(load_script, photos, tmp_path, capsys):
     assert {sample.label for sample in shards[0]} == {0, 1}  # the samples are shuffled, not sorted by class
 
 
+def test_class_names_that_are_not_utf8_are_read_back(load_script, photos, tmp_path):
+    name, source = os.fsdecode(b"d\xffg"), shutil.copytree(photos, tmp_path / "photos")
+    for split in ("train", "val"):
+        (source / split / "dog").rename(source / split / name)
+    assert load_script("shards").main(["write", str(source), "--output", str(tmp_path / "out")]) == 0
+    config = DataConfig(name="webdataset", root=str(tmp_path / "out"))
+    assert open_split(config, "train", lambda image: image).class_names == ["cat", name]
+
+
 def test_the_index_of_existing_shards(load_script, photos, tmp_path, capsys):
     script = load_script("shards")
     script.main(["write", str(photos), "--output", str(tmp_path / "out"), "--images", "5"])

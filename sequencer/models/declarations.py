@@ -1,6 +1,5 @@
 """Declared types of what files say of a model: model folders, checkpoints of runs, and exported files."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -8,7 +7,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat, field_validator, model_validator
 from timm.data.constants import DEFAULT_CROP_PCT, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from sequencer.declared import UndeclaredContent, check_type
+from sequencer.declared import UndeclaredContent, check_type, decode_json
 from sequencer.models.arguments import ArgumentError, check_model_args
 from sequencer.models.checkpoint import CheckpointError
 from sequencer.names import LARGEST_IMAGE, MOST_CLASSES
@@ -223,9 +222,6 @@ def describe_folder(folder: Path) -> FolderDescription:
 def parse_description(model: type[Declared], text: str | bytes, name: str) -> Declared:
     """Parses JSON that describes a model.
 
-    Unlike `sequencer.declared.parse_json` it accepts names with bytes that are not UTF-8, which JSON stores as lone
-    surrogates.
-
     Args:
         model: The declared type.
         text: The JSON.
@@ -237,8 +233,8 @@ def parse_description(model: type[Declared], text: str | bytes, name: str) -> De
     if len(text) > LONGEST_JSON:
         raise CheckpointError(f"{name}: the description of a model is never longer than {LONGEST_JSON:,} bytes")
     try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        value = decode_json(text)
+    except ValueError as error:
         raise CheckpointError(f"{name} is damaged: its description is not JSON") from error
     return check_description(model, value, name)
 
