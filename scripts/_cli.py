@@ -43,8 +43,10 @@ class Parser(argparse.ArgumentParser):
 
 def _problem(argument: str) -> str | None:
     """Says why an argument can be neither text nor the name of a file, or returns None."""
-    if not argument or "\0" in argument:
-        return "it is empty" if not argument else "it has a NUL byte"
+    if not argument:
+        return "it is empty"
+    if "\0" in argument:
+        return "it has a NUL byte"
     try:
         if "=" not in argument:  # an override of train.py may be long
             os.stat(argument)

@@ -105,6 +105,14 @@ def finite(content: Any) -> Any:
     return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
+def nearest_existing(path: Path) -> Path:
+    """Returns `path` or, if it does not exist, the nearest of its parents that does."""
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return path
+
+
 def check_regular(path: str | Path) -> None:
     """Checks, without opening it, that a path leads to a regular file: reading a FIFO or a device may never end.
 

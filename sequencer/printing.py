@@ -20,6 +20,12 @@ def printable(text: object) -> str:
     return _UNSAFE.sub(_escape, str(text))
 
 
+def quote_odd(name: object) -> str:
+    """Returns a name as it is, or quoted, escaped and cut to 100 characters if it is longer or would break the line."""
+    text = str(name)
+    return text if text.isprintable() and len(text) < 100 else ascii(text[:100])
+
+
 def first_line(error: object) -> str:
     """Returns the first line of an error's message as `printable` shows it, or the name of its class if it has none."""
     return printable((str(error).strip().splitlines() or [type(error).__name__])[0])

@@ -17,6 +17,7 @@ from sequencer.config.errors import RequestError
 from sequencer.config.overrides import check_key, swept_values
 from sequencer.config.schema import Config, leaves
 from sequencer.declared import UndeclaredContent, parse_json
+from sequencer.files import nearest_existing
 from sequencer.printing import first_line
 
 
@@ -53,9 +54,7 @@ def _check_writable(folder: Path) -> None:
     Raises:
         RequestError: It cannot.
     """
-    nearest = folder.absolute()
-    while not nearest.exists():
-        nearest = nearest.parent
+    nearest = nearest_existing(folder)
     if not nearest.is_dir():
         raise RequestError(f"run_dir={folder} cannot be written: {nearest} is no folder")
     if not os.access(nearest, os.W_OK | os.X_OK):

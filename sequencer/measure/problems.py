@@ -7,6 +7,7 @@ import timm
 
 from sequencer.config.schema import Config
 from sequencer.data import DataModule, Split, TooManyBadImages
+from sequencer.files import nearest_existing
 from sequencer.printing import printable
 
 MOST_IMAGES = 500  # per split that are read
@@ -55,8 +56,6 @@ def find_memory_problems(needed: int, available: int) -> list[str]:
 
 def find_disk_problems(run_dir: Path, needed: int) -> list[str]:
     """Describes the problem if fewer than `needed` bytes are free on the disk of `run_dir`."""
-    folder = run_dir.absolute()
-    while not folder.exists():
-        folder = folder.parent
+    folder = nearest_existing(run_dir)
     free = shutil.disk_usage(folder).free
     return [f"disk: {free / 2**20:.0f} MiB are free in {folder}"] if free < needed else []

@@ -14,6 +14,7 @@ from timm.models import build_model_with_cfg, get_arch_name
 
 from sequencer.models.sequencer import Sequencer, Sequencer2d, VSequencer
 from sequencer.names import LOADING_ARGUMENTS
+from sequencer.printing import quote_odd
 from sequencer.variants import VARIANTS
 
 LARGEST = 2**20  # integer; no dimension, depth or image size of an architecture is larger
@@ -50,7 +51,7 @@ def check_model_args(arch: str, args: Mapping[str, Any]) -> None:
     for name in map(str, args):
         if name not in ACCEPTED[variant.model] if variant else name in RESERVED:
             raise ArgumentError(_unknown(arch, name, ACCEPTED[variant.model] if variant else set()))
-    _check_values({_shown(name): value for name, value in args.items()})
+    _check_values({quote_odd(name): value for name, value in args.items()})
 
 
 def describe_unknown(arch: str, error: Exception) -> str | None:
@@ -75,7 +76,7 @@ def describe_unknown(arch: str, error: Exception) -> str | None:
 def _unknown(arch: str, name: str, known: set[str]) -> str:
     nearest = difflib.get_close_matches(name, known, n=1)
     hint = f"; did you mean {nearest[0]}?" if nearest else f"; there are {', '.join(sorted(known))}" if known else ""
-    return f"{_shown(name)}: not an argument of the architecture {arch}{hint}"
+    return f"{quote_odd(name)}: not an argument of the architecture {arch}{hint}"
 
 
 def _accepted(model: type[Sequencer]) -> set[str]:
@@ -88,12 +89,6 @@ def _accepted(model: type[Sequencer]) -> set[str]:
 ACCEPTED = {model.__name__: _accepted(model) for model in (Sequencer2d, VSequencer)}
 
 
-def _shown(name: object) -> str:
-    """Returns the name of an entry as it is shown in messages, where a name of others may be long or break the line."""
-    text = str(name)
-    return text if text.isprintable() and len(text) < 100 else ascii(text[:100])
-
-
 def _check_values(args: Mapping[str, Any]) -> None:
     """Checks that the values are few, short and of the size that an architecture can have."""
     queue, number = deque(args.items()), len(args)
@@ -104,7 +99,7 @@ def _check_values(args: Mapping[str, Any]) -> None:
             if number > MOST_VALUES:  # before they are queued: a checkpoint may hold a list of itself
                 raise ArgumentError(f"{entry}: the arguments have more than {MOST_VALUES:,} values")
             items = value.items() if isinstance(value, dict) else enumerate(value)
-            queue.extend((f"{entry}.{_shown(key)}", item) for key, item in items)
+            queue.extend((f"{entry}.{quote_odd(key)}", item) for key, item in items)
         elif isinstance(value, int) and abs(value) > LARGEST:
             raise ArgumentError(f"{entry}: an integer beyond {LARGEST:,}")
         elif isinstance(value, float) and not math.isfinite(value):

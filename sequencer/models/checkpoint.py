@@ -14,6 +14,7 @@ from timm.layers import resample_abs_pos_embed_nhwc
 from torch import Tensor, nn
 
 from sequencer.models.layouts import strip_wrappers, to_timm_layout
+from sequencer.printing import quote_odd
 
 RAW_KEYS = ("state_dict", "model")
 EMA_KEYS = ("state_dict_ema", "model_ema")
@@ -171,5 +172,4 @@ def classifier_name(model: nn.Module) -> str:
 
 
 def _abridge(names: list[str], most: int = 3) -> str:
-    shown = [name if name.isprintable() and len(name) < 100 else ascii(name[:100]) for name in names[:most]]
-    return ", ".join(shown) + (f", and {len(names) - most} more" if len(names) > most else "")
+    return ", ".join(map(quote_odd, names[:most])) + (f", and {len(names) - most} more" if len(names) > most else "")

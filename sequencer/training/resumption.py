@@ -171,8 +171,8 @@ def _check_same_data(saved: SavedRun, config: Config, data: DataModule) -> None:
         {f"class {i}": repr(name) for i, name in enumerate(n)} for n in (saved.class_names, data.class_names)
     )
     if saved.fingerprints is not None:
-        before |= {f"{name} split": f"{text}" for name, text in saved.fingerprints.items()}
-        now |= {f"{name} split": f"{text}" for name, text in data.fingerprints.items()}
+        before |= {f"{name} split": text for name, text in saved.fingerprints.items()}
+        now |= {f"{name} split": text for name, text in data.fingerprints.items()}
     if differences := describe_differences(before, now):
         raise RequestError(
             f"data={config.data.name} has changed since {saved.path} was saved: {differences}\n"
