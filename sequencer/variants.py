@@ -152,7 +152,7 @@ def _entrypoint(name: str, variant: Variant) -> Callable[..., nn.Module]:
                 },
                 **arguments,
             )
-        return model.to(dtype=dtype)
+        return model if dtype is None else model.to(dtype)
 
     create.__name__, create.__qualname__, create.__module__ = name, name, __name__
     return create

@@ -181,6 +181,28 @@ class RNN2d(nn.Module):
         return super().train(mode)
 
     def forward(self, x: Float[Tensor, "B H W C"]) -> Float[Tensor, "B H W C"]:
+        if not all(rnn is None or _is_plain(rnn) for rnn in (self.rnn_v, self.rnn_h)):
+            return self.fc(self._call_modules(x))
         vertical = self.rnn_v.weights() if self.rnn_v is not None else None
         horizontal = self.rnn_h.weights() if self.rnn_h is not None else None
         return self.fc(rnn2d(x, vertical, horizontal, self.cell, self.union, packed=self.packed))
+
+    def _call_modules(self, x: Float[Tensor, "B H W C"]) -> Float[Tensor, "B H W K"]:
+        """Computes what `rnn2d` does by calling `rnn_v` and `rnn_h` as modules, one after the other."""
+        outputs = []
+        if self.rnn_v is not None:
+            columns = x.transpose(1, 2)
+            outputs.append(self.rnn_v(columns.flatten(0, 1)).unflatten(0, columns.shape[:2]).transpose(1, 2))
+        if self.rnn_h is not None:
+            outputs.append(self.rnn_h(x.flatten(0, 1)).unflatten(0, x.shape[:2]))
+        return outputs[0] + outputs[1] if self.union == "add" else torch.cat(outputs, dim=-1)
+
+
+def _is_plain(rnn: nn.Module) -> bool:
+    """Whether a recurrence is computed by its weights alone: a user may have wrapped it or registered hooks.
+
+    `torch.nn.utils.prune`, `weight_norm` and `spectral_norm` compute the weights in such a hook. The attributes are
+    private, as read in torch 2.14.
+    """
+    hooks = (rnn._forward_pre_hooks, rnn._forward_hooks, rnn._backward_pre_hooks, rnn._backward_hooks)
+    return isinstance(rnn, RNN) and not any(hooks)

@@ -75,9 +75,9 @@ def rnn2d(
         forward direction first. `K` is the channels of one axis, or twice that where `cat` joins both.
 
     Raises:
-        ValueError: The cell or the backend is unknown, or `backend` does not support the inputs, or torch.func and
-            forward-mode derivatives, which are left to the reference.
-        RuntimeError: torch.jit.trace calls this function.
+        ValueError: The map has no tokens, the cell or the backend is unknown, or `backend` does not support the inputs,
+            or torch.func and forward-mode derivatives, which are left to the reference.
+        RuntimeError: torch.jit.trace calls this function, or the weights are on another device than the inputs.
     """
     if torch.jit.is_tracing():
         raise RuntimeError(
@@ -85,9 +85,10 @@ def rnn2d(
         )
     # an axis is identified by its forward direction: 0 down the columns, 2 along the rows; see `sequencer.ops.fused`
     axes = {axis: layers for axis, layers in ((0, vertical), (2, horizontal)) if layers is not None}
+    _check(x, axes)
     first = next(iter(axes.values()))[0][0]
     hidden_size = first.weight_hh.shape[0] // CELLS[cell].gates
-    dtype = autocast_dtype(x.device.type) or x.dtype
+    dtype = autocast_dtype(x) or x.dtype
     name = _backend(cell, hidden_size, dtype, x.device.type, backend)
     if torch.compiler.is_exporting():
         name = "torch" if cell in torch_rnn.FUNCTIONS else "reference"  # these run without this package
@@ -108,6 +109,21 @@ def rnn2d(
     if len(outputs) == 1:
         return outputs[0]
     return outputs[0] + outputs[1] if union == "add" else torch.cat(outputs, dim=-1)
+
+
+def _check(x: Tensor, axes: dict[int, Layers]) -> None:
+    """Checks that a token map has tokens, and that the weights are on its device, whose memory the kernels access.
+
+    Raises:
+        ValueError: The map has no rows or no columns.
+        RuntimeError: A weight is on another device.
+    """
+    height, width = x.shape[1:3]
+    if height == 0 or width == 0:
+        raise ValueError(f"a recurrence needs at least one step: the token map has {height} rows and {width} columns")
+    for tensor in (t for layers in axes.values() for directions in layers for w in directions for t in w):
+        if tensor is not None and tensor.device != x.device:
+            raise RuntimeError(f"weights of a recurrence are on {tensor.device}, its inputs on {x.device}")
 
 
 def _is_transforming() -> bool:
@@ -141,7 +157,7 @@ def _run_fused(x: Tensor, axes: dict[int, Layers], backend: str, packed: PackedW
         if packed is None or torch.is_grad_enabled() or torch.compiler.is_compiling() or type(x) is not Tensor:
             weight = fused.pack(weights)
         else:
-            weight = packed.get((depth, *chosen), weights, backend, autocast_dtype(x.device.type) or x.dtype)
+            weight = packed.get((depth, *chosen), weights, backend, autocast_dtype(x) or x.dtype)
         return fused.run(x, weight, directions, backend, Settings.recompute)
 
     y = run(x, 0, list(axes))

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from sequencer.ops import cpu, triton_kernels
-from sequencer.ops.reference import Weights, autocast_dtype
+from sequencer.ops.reference import Weights, autocast_dtype, scan
 
 CELLS = ("lstm", "indylstm")
 _BACKENDS: dict[str, ModuleType] = {"fused": cpu, "triton": triton_kernels}
@@ -63,8 +63,7 @@ def run(x: Float[Tensor, "B H W C"], packed: Packed, directions: list[int], back
     Returns:
         Outputs `[B, H, W, S D]`.
     """
-    device = x.device.type
-    dtype = autocast_dtype(device) or x.dtype
+    dtype = autocast_dtype(x) or x.dtype
     *tensors, panels = packed
     weight_ih, weight_hh, bias = (t.to(dtype) for t in tensors)
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *tensors)) and not recompute
@@ -150,15 +149,39 @@ def _backward(ctx: Any, grad_out: Tensor | None, *_: Any) -> tuple[Tensor | None
     return *grads, None, None, None, None
 
 
-def _refuse_second_derivative(ctx: Any, *_: Any) -> None:
-    raise RuntimeError(
-        "the fused recurrences are differentiable once; for higher derivatives choose the reference backend: "
-        "SEQUENCER_BACKEND=reference"
-    )
+def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, _, _, _, ctx.directions, _ = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _double_backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+    """Differentiates the gradients by the reference, which is differentiable any number of times."""
+    further = torch.is_grad_enabled()
+    with torch.enable_grad(), torch.autocast(upstream[0].device.type, enabled=False):
+        # views, since the upstream gradient may itself be a function of the other tensors
+        saved = [t.view_as(t) if t.requires_grad else t.detach().requires_grad_() for t in ctx.saved_tensors]
+        grad_out, *inputs = saved
+        out = _scan_by_reference(*inputs, ctx.directions)
+        gradients = torch.autograd.grad(out, inputs, grad_out, create_graph=True)
+        grads = torch.autograd.grad(gradients, saved, upstream, create_graph=further, allow_unused=True)
+    return *grads, None, None, None, None, None
+
+
+def _scan_by_reference(
+    x: Tensor, weight_ih: Tensor, weight_hh: Tensor, bias: Tensor, directions: Sequence[int]
+) -> Tensor:
+    """Returns the outputs of `scan2d`."""
+    cell, outputs = "indylstm" if weight_hh.dim() == 2 else "lstm", []
+    for direction, *weights in zip(directions, weight_ih.chunk(len(directions)), weight_hh, bias, strict=True):
+        tokens = x.transpose(1, 2) if direction < 2 else x
+        y = scan(tokens.flatten(0, 1), Weights(*weights), cell, reverse=direction % 2 == 1)
+        y = y.unflatten(0, tokens.shape[:2])
+        outputs.append(y.transpose(1, 2) if direction < 2 else y)
+    return torch.cat(outputs, dim=-1)
 
 
 scan2d.register_autograd(_backward, setup_context=_save)
-scan2d_backward.register_autograd(_refuse_second_derivative)
+scan2d_backward.register_autograd(_double_backward, setup_context=_save_backward)
 
 
 Shape: TypeAlias = Sequence[int]

@@ -18,7 +18,7 @@ class PackedWeights:
     """
 
     def __init__(self) -> None:
-        self._slots: dict[Hashable, tuple[Any, fused.Packed]] = {}
+        self._slots: dict[Hashable, tuple[Any, fused.Packed, list[torch.Tensor]]] = {}
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return PackedWeights, ()  # a copied or unpickled cache starts empty
@@ -40,9 +40,12 @@ class PackedWeights:
         if any(tensor.is_inference() for tensor in tensors):  # these have no version counter
             return fused.pack(weights)
         bits = cpu.checksum([tensor.contiguous() for tensor in tensors]) if backend == "fused" else None
+        # without a checksum the parameters' memory is kept, lest new parameters get the same address; computed ones,
+        # as those of torch.nn.utils.parametrize, are new at each call
+        owners = [tensor.detach() for tensor in tensors] if bits is None else []
         key = (backend, dtype, *((t.data_ptr(), t._version) for t in tensors), bits)
         kept = self._slots.get(slot)
         if kept is None or kept[0] != key:
             with torch.inference_mode(False):  # usable outside of inference mode too
-                kept = self._slots[slot] = (key, fused.pack_once(weights, backend, dtype))
+                kept = self._slots[slot] = (key, fused.pack_once(weights, backend, dtype), owners)
         return kept[1]

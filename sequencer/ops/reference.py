@@ -131,12 +131,20 @@ CELLS = {
 }
 
 
-def autocast_dtype(device_type: str) -> torch.dtype | None:
-    """Returns autocast's dtype, or None where it is disabled or does not support the device (e.g. meta)."""
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """Returns the dtype to which autocast converts `x`.
+
+    Returns:
+        The dtype, or None where autocast is disabled, does not support the device (e.g. meta), or leaves `x` as it is,
+        as torch does with float64.
+    """
+    device_type = x.device.type
     # torch 2.11 cannot trace the check, which is for devices that are not compiled for, such as meta
     if not torch.compiler.is_compiling() and not torch.amp.is_autocast_available(device_type):
         return None
-    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
+    if x.dtype == torch.float64 or not torch.is_autocast_enabled(device_type):
+        return None
+    return torch.get_autocast_dtype(device_type)
 
 
 def scan(x: Float[Tensor, "N T C"], w: Weights, cell: str, reverse: bool = False) -> Float[Tensor, "N T D"]:
@@ -156,7 +164,7 @@ def scan(x: Float[Tensor, "N T C"], w: Weights, cell: str, reverse: bool = False
     state_dtype = torch.promote_types(gates.dtype, torch.float32)
     hidden_size = w.weight_hh.shape[0] // CELLS[cell].gates
     h = c = torch.zeros(x.shape[0], hidden_size, dtype=state_dtype, device=x.device)
-    if autocast_dtype(x.device.type) is None:
+    if autocast_dtype(x) is None:
         w = Weights._make(t if t is None else t.to(state_dtype) for t in w)
     step, steps = CELLS[cell].step, range(x.shape[1])
     outputs = []

@@ -29,7 +29,7 @@ def rnn(x: Float[Tensor, "N T C"], layers: list[tuple[Weights, ...]], cell: str)
     Only the cells in `FUNCTIONS` are supported. On a GPU the result is differentiable once.
     """
     flat = [tensor for directions in layers for w in directions for tensor in w if tensor is not None]
-    dtype = autocast_dtype(x.device.type)
+    dtype = autocast_dtype(x)
     if dtype is not None:  # torch's own autocast wrapper casts to float16, whatever dtype is set
         with torch.autocast(x.device.type, enabled=False):
             return _call(cell, x.to(dtype), [tensor.to(dtype) for tensor in flat], layers)

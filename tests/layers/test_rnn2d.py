@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune, spectral_norm, weight_norm
 
 from sequencer.layers import RNN, UNIONS, RNN1d, RNN2d
 from sequencer.ops import CELLS
@@ -78,6 +79,39 @@ def test_parameter_counts(cell):
         "peephole_lstm": 4 * (C * D + D * D + 2 * D) + 3 * D,
     }.get(cell, gates * (C * D + D * D + 2 * D))
     assert sum(parameter.numel() for parameter in RNN(C, D, cell).parameters()) == 2 * per_direction
+
+
+@pytest.mark.parametrize("union", UNIONS)
+@pytest.mark.parametrize("bidirectional", [True, False])
+def test_hooks_and_wrappers_of_the_recurrences_run(union, bidirectional):
+    torch.manual_seed(0)
+    mixer, x = RNN2d(6, 4, bidirectional=bidirectional, union=union), torch.randn(2, 3, 5, 6)
+    expected, shapes = mixer(x), []
+    for name in ("rnn_v", "rnn_h"):
+        if (rnn := getattr(mixer, name)) is not None:
+            rnn.register_forward_hook(lambda rnn, inputs, output: shapes.append(tuple(inputs[0].shape)))
+    torch.testing.assert_close(mixer(x), expected)
+    axes = {"vertical": [(10, 3, 6)], "horizontal": [(6, 5, 6)]}
+    assert shapes == axes.get(union, [(10, 3, 6), (6, 5, 6)])
+    if union == "cat":
+        mixer.rnn_v = nn.Sequential(mixer.rnn_v, nn.Dropout(0.0))
+        torch.testing.assert_close(mixer(x), expected)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
+@pytest.mark.parametrize("how", [lambda *a: prune.l1_unstructured(*a, amount=0.5), weight_norm, spectral_norm])
+def test_weights_that_a_hook_computes_are_trained(how):
+    """The hooks of `torch.nn.utils` set a weight before each call of the module that has it."""
+    torch.manual_seed(0)
+    mixer, x = RNN2d(6, 4), torch.randn(2, 3, 5, 6)
+    how(mixer.rnn_h, "weight_hh_l0")
+    optimizer, losses = torch.optim.SGD(mixer.parameters(), lr=0.1), []
+    for _ in range(3):
+        optimizer.zero_grad()
+        losses.append(mixer(x).square().mean())
+        losses[-1].backward()
+        optimizer.step()
+    assert losses[0] > losses[1] > losses[2]
 
 
 def test_invalid_arguments_raise():

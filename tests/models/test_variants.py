@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 from timm.models import group_parameters
+from torch._subclasses import FakeTensorMode
 
 from sequencer.variants import VARIANTS
 
@@ -181,6 +182,13 @@ def test_device_and_dtype(name):
     model.reset_classifier(7, "max")
     assert {tensor.dtype for tensor in model.state_dict().values()} == {torch.bfloat16}
     assert not any(module.training for module in model.modules())
+
+
+def test_models_are_built_of_fake_tensors():
+    with FakeTensorMode():
+        model = timm.create_model("sequencer2d_t_8", num_classes=5)
+        with torch.no_grad():
+            assert model(torch.randn(2, 1, 8, 8)).shape == (2, 5)
 
 
 @pytest.mark.parametrize("name", VARIANTS)

@@ -190,6 +190,36 @@ def test_autocast(cell):
 
 
 @pytest.mark.parametrize("cell", CELLS)
+def test_autocast_leaves_float64(cell):
+    """As in torch, whose autocast converts narrower dtypes alone."""
+    torch.manual_seed(0)
+    layer, x = RNN(8, 6, cell).double(), torch.randn(3, 7, 8, dtype=torch.float64)
+    exact = layer(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(layer(x), exact)
+        with torch.no_grad():
+            torch.testing.assert_close(layer(x), exact, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("size", [(2, 0, 4), (2, 4, 0), (0, 0, 0)])
+@pytest.mark.parametrize("cell", ["lstm", "gru", "lstm1997"])
+def test_a_map_without_tokens(cell, size):
+    _, rows, columns = size
+    with pytest.raises(ValueError, match=f"at least one step: the token map has {rows} rows and {columns} columns"):
+        RNN2d(8, 4, cell)(torch.ones(*size, 8))
+
+
+@pytest.mark.parametrize("name", ["weight_hh_l0", "bias_hh_l0_reverse"])
+@pytest.mark.parametrize("gradients", [True, False])
+def test_weights_on_another_device(gradients, name):
+    """The kernels would read memory that is not there."""
+    layer = RNN2d(8, 4).eval()
+    setattr(layer.rnn_h, name, nn.Parameter(getattr(layer.rnn_h, name).to("meta")))
+    with torch.set_grad_enabled(gradients), pytest.raises(RuntimeError, match=r"are on meta, its inputs on cpu"):
+        layer(torch.ones(2, 3, 4, 8))
+
+
+@pytest.mark.parametrize("cell", CELLS)
 def test_weights_in_bfloat16(cell):
     torch.manual_seed(0)
     layer, x = RNN(8, 6, cell), torch.randn(3, 7, 8)

@@ -12,7 +12,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 from sequencer.layers import RNN, RNN1d, RNN2d
-from sequencer.ops import Weights, cpu, fused, rnn2d, triton_kernels
+from sequencer.ops import PackedWeights, Weights, cpu, fused, rnn2d, triton_kernels
 
 # of the interpreter of Triton 3.6, with NumPy 2.3
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0 to a scalar:DeprecationWarning")
@@ -222,13 +222,45 @@ def test_nan_propagates_and_extremes_stay_finite(backend):
     assert y.isfinite().all()
 
 
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("cell", fused.CELLS)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_second_derivatives_raise(backend):
-    flat, _ = problem("lstm", 1, 2, 2, 8, device=DEVICE[backend])
-    y = fused.run(flat[0], fused.pack(weights_of(flat)), ALL, backend, False)
-    (gradient,) = torch.autograd.grad(y.square().sum(), flat[0], create_graph=True)
-    with pytest.raises(RuntimeError, match=r"differentiable once.*SEQUENCER_BACKEND=reference"):
-        gradient.sum().backward()
+def test_higher_derivatives(backend, cell, recompute):
+    """Second and third derivatives by all tensors, the upstream gradient included, are those of the reference."""
+    flat, upstream = problem(cell, 2, 3, 2, 8, device=DEVICE[backend])
+    upstream.requires_grad_()
+
+    def derivatives(y, tensors, upstream):
+        first = torch.autograd.grad(y, tensors, upstream, create_graph=True)
+        second = torch.autograd.grad(
+            sum(g.square().sum() for g in first), [*tensors, upstream], create_graph=True, allow_unused=True
+        )
+        third = torch.autograd.grad(sum(g.square().sum() for g in second), tensors)
+        return [*second, *third]
+
+    actual = derivatives(fused.run(flat[0], fused.pack(weights_of(flat)), ALL, backend, recompute), flat, upstream)
+    double = [t.detach().double().cpu().requires_grad_() for t in flat]
+    vertical, horizontal = ([tuple(weights_of(double)[first : first + 2])] for first in (0, 2))
+    y = rnn2d(double[0], vertical, horizontal, cell, backend="reference")
+    exact = derivatives(y, double, upstream.detach().double().cpu().requires_grad_())
+    assert max(errors([t.detach() for t in actual], [t.detach() for t in exact])) < 1e-4
+
+
+@pytest.mark.parametrize("part", ["input", "weight"])
+def test_second_derivatives_by_one_tensor(part):
+    """As in a gradient penalty, where the other tensors need no gradient."""
+    flat, _ = problem("lstm", 2, 3, 2, 8)
+    chosen = flat[0 if part == "input" else 1]
+    results = []
+    for backend in ("fused", "reference"):
+        tensors = [t.detach().requires_grad_(t is chosen) for t in flat]
+        vertical, horizontal = ([tuple(weights_of(tensors)[first : first + 2])] for first in (0, 2))
+        y = rnn2d(tensors[0], vertical, horizontal, backend=backend)
+        (target,) = (t for t in tensors if t.requires_grad)
+        (gradient,) = torch.autograd.grad(y.square().sum(), target, create_graph=True)
+        gradient.square().sum().backward()
+        results.append(target.grad)
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # raised by opcheck itself
@@ -326,6 +358,19 @@ def test_weights_packed_in_inference_mode_are_usable_outside():
         inside = layer(x)
     with torch.no_grad():
         assert torch.equal(layer(x), inside)
+
+
+@pytest.mark.parametrize("backend", ["fused", "triton"])
+def test_weights_that_are_computed_anew_are_packed_anew(backend):
+    """They may have the address and version of the former ones, whose memory has been freed."""
+    if backend == "fused" and cpu.unavailable():
+        pytest.skip(f"no kernel: {cpu.unavailable()}")
+    packed = PackedWeights()
+    for value in range(20):
+        weights = Weights(torch.full((16, 4), value), torch.full((16, 4), value), torch.full((16,), value))
+        weights = Weights._make(t if t is None else t.float() for t in weights)
+        assert packed.get(0, [weights], backend, torch.float32).weight_ih.unique() == value
+        del weights
 
 
 def test_copied_and_unpickled_modules_start_with_an_empty_cache():
