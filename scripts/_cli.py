@@ -137,10 +137,12 @@ def load_original(source: str, args: argparse.Namespace) -> "LoadedModel":
     Raises:
         RequestError: MODEL is an exported file, or cannot be loaded.
     """
-    from sequencer.models import is_export
+    from sequencer.models import CheckpointError, check_original
 
-    if is_export(source):
-        raise RequestError(f"{source} is an export: name the model that it was made from")
+    try:
+        check_original(source)
+    except CheckpointError as error:
+        raise RequestError(str(error)) from error
     return load(source, args)
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import importlib
+import json
 import os
 import signal
 from collections.abc import Callable
@@ -16,7 +17,14 @@ import torch
 
 from sequencer.config import Config, DataConfig, compose
 from sequencer.export import save_model_folder
-from sequencer.models import LoadedModel, create_model, read_checkpoint, timm_preprocessing
+from sequencer.models import (
+    CheckpointError,
+    LoadedModel,
+    create_model,
+    load_model,
+    read_checkpoint,
+    timm_preprocessing,
+)
 from sequencer.training import run
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
@@ -66,6 +74,23 @@ def save_run(folder: Path, data: DataConfig, class_names: list[str], **entries) 
     save_model_folder(loaded, folder / "model")
     (folder / "config.yaml").touch()
     return folder
+
+
+def refused(source: Path, *said: str, **options) -> str:
+    """The message with which a model is refused, in at most two lines that contain all texts of `said`."""
+    with pytest.raises(CheckpointError) as error:
+        load_model(source, **options)
+    message = str(error.value)
+    assert len(message.splitlines()) <= 2
+    for text in (str(source), *said):
+        assert text in message
+    return message
+
+
+def edit(folder: Path, **entries: Any) -> None:
+    """Replaces entries of a model folder's `config.json`."""
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | entries))
 
 
 def exit_code(script: ModuleType, arguments: list[str]) -> int:

@@ -9,7 +9,7 @@ from sequencer.models.checkpoint import (
     read_checkpoint,
     select_weights,
 )
-from sequencer.models.exported import Exported, is_export, load_exported
+from sequencer.models.exported import Exported, check_original, load_exported
 from sequencer.models.layouts import to_paper_layout, to_timm_layout
 from sequencer.models.load import PREPROCESSING, LoadedModel, load_model, read_weights, timm_preprocessing
 from sequencer.models.sequencer import Sequencer, Sequencer2d, VSequencer
@@ -23,8 +23,8 @@ __all__ = [
     "Sequencer2d",
     "VSequencer",
     "average_models",
+    "check_original",
     "create_model",
-    "is_export",
     "load_exported",
     "load_model",
     "load_weights",

@@ -125,6 +125,16 @@ def is_export(source: str | Path) -> bool:
     return Path(source).suffix in SUFFIXES and os.path.isfile(source)
 
 
+def check_original(source: str | Path) -> None:
+    """Checks that `source` is no exported file, of whose weights no other model can be made.
+
+    Raises:
+        CheckpointError: It is one.
+    """
+    if is_export(source):
+        raise CheckpointError(f"{source} is an export: name the model that it was made from")
+
+
 def load_exported(path: Path, trust: bool = False) -> Exported:
     """Loads an `.onnx` or `.pt2` file that was written by this package.
 

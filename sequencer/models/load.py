@@ -18,7 +18,7 @@ from sequencer.models.checkpoint import (
     select_weights,
 )
 from sequencer.models.declarations import RunDescription, check_description, describe_folder
-from sequencer.models.exported import is_export, load_exported
+from sequencer.models.exported import check_original, is_export, load_exported
 
 PREPROCESSING = ("input_size", "mean", "std", "crop_pct", "interpolation")  # keys of timm's pretrained_cfg
 
@@ -172,8 +172,7 @@ def read_weights(source: str | Path) -> dict[str, Tensor]:
         CheckpointError: As `load_model`, or `source` is an exported file.
     """
     path = Path(source)
-    if is_export(path):
-        raise CheckpointError(f"{path} is an export: name the model that it was made from")
+    check_original(path)
     if os.path.isfile(path):
         return select_weights(read_checkpoint(path))
     return load_model(source).model.state_dict()

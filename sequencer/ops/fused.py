@@ -35,12 +35,21 @@ class Packed(NamedTuple):
 
 
 def pack(weights: Sequence[Weights]) -> Packed:
-    """Stacks the parameters of all directions of a layer, given as one `Weights` a direction; differentiable."""
-    return Packed(
+    """Stacks the parameters of all directions of a layer, given as one `Weights` a direction; differentiable.
+
+    Raises:
+        ValueError: Their shapes are not those of one layer; the kernels do not check them again.
+    """
+    packed = Packed(
         torch.cat([w.weight_ih for w in weights]),
         torch.stack([w.weight_hh for w in weights]),
         torch.stack([w.bias_ih if w.bias_hh is None else w.bias_ih + w.bias_hh for w in weights]),
     )
+    rows, D = packed.weight_hh.shape[1], packed.weight_hh.shape[1] // 4
+    shapes = [tuple(t.shape) for t in packed[:3]]
+    if rows % 4 or shapes[1][2:] not in ((), (D,)) or shapes[2][1:] != (rows,) or shapes[0][0] != len(weights) * rows:
+        raise ValueError(f"weights of a recurrence that do not fit together: stacked shapes {shapes}")
+    return packed
 
 
 def pack_once(weights: Sequence[Weights], backend: str, dtype: torch.dtype) -> Packed:

@@ -1,8 +1,12 @@
-"""Random weights for models, whose heads are initialised to zero, so that all logits would be equal."""
+"""A model folder, and random weights for models, whose heads are initialised to zero: all logits would be equal."""
+
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+
+from tests.helpers import DIGITS, save_run
 
 
 def randomise(model: nn.Module) -> nn.Module:
@@ -20,3 +24,9 @@ def randomise(model: nn.Module) -> nn.Module:
 def _randomise():
     torch.manual_seed(0)
     return randomise
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """A model folder."""
+    return save_run(tmp_path / "run", DIGITS, list("0123456789")) / "model"

@@ -219,6 +219,21 @@ def test_weights_on_another_device(gradients, name):
         layer(torch.ones(2, 3, 4, 8))
 
 
+@pytest.mark.parametrize(
+    ("cell", "kind", "shape"),
+    [("lstm", "bias", (4000,)), ("lstm", "bias", (8,)), ("indylstm", "bias", (4000,)), ("lstm", "weight_hh", (4, 4))],
+)
+@pytest.mark.parametrize("gradients", [True, False])
+def test_weights_that_do_not_fit_together(gradients, cell, kind, shape):
+    """The kernels would read memory that is not theirs."""
+    layer = RNN2d(8, 4, cell).eval()
+    for rnn in (layer.rnn_v, layer.rnn_h):
+        for name in [name for name, _ in rnn.named_parameters() if name.startswith(kind)]:
+            setattr(rnn, name, nn.Parameter(torch.zeros(shape)))
+    with torch.set_grad_enabled(gradients), pytest.raises(ValueError, match="weights of a recurrence that do not fit"):
+        rnn2d(torch.ones(2, 3, 4, 8), layer.rnn_v.weights(), layer.rnn_h.weights(), cell, backend="fused")
+
+
 @pytest.mark.parametrize("cell", CELLS)
 def test_weights_in_bfloat16(cell):
     torch.manual_seed(0)
