@@ -74,6 +74,18 @@ def test_models_that_cannot_be_averaged(script, runs, tmp_path, capsys, make, me
     assert not Path("soup").exists()
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("diverged", [0, 2])
+def test_a_run_that_has_diverged(script, runs, capsys, diverged, value):
+    loaded = load_model(runs[diverged])
+    loaded.model.norm.bias.data[3] = value
+    save_model_folder(loaded, Path(runs[diverged]) / "model")
+    assert script.main([*runs, "--output", "soup"]) == 2
+    expected = f"error: {runs[diverged]} cannot be averaged: norm.bias has values that are not finite\n"
+    assert capsys.readouterr().err == expected
+    assert not Path("soup").exists()
+
+
 def test_the_same_shapes_in_another_cell(script, runs, capsys):
     loaded = load_model(runs[0])
     for cell in ("rnn", "rnn_relu"):

@@ -23,14 +23,17 @@ def average_models(models: Iterable[tuple[str, LoadedModel]]) -> LoadedModel:
         The first model, whose weights are replaced by the means. Its `about` lists the sources and has no metrics.
 
     Raises:
-        CheckpointError: There are fewer than two models, or one of them differs in kind from the first.
+        CheckpointError: There are fewer than two models, one of them differs in kind from the first, or a weight is not
+            finite.
     """
     models = iter(models)
     first_source, first = next(models)
     probe = copy.deepcopy(first.model)
     sums: dict[str, Tensor] = {name: tensor.double() for name, tensor in first.model.state_dict().items()}
     sources = [first_source]
+    _check_finite(first_source, first)
     for source, other in models:
+        _check_finite(source, other)
         if difference := _difference(first, other, probe):
             raise CheckpointError(f"{source} cannot be averaged with {first_source}: {difference}")
         for name, tensor in other.model.state_dict().items():
@@ -44,6 +47,17 @@ def average_models(models: Iterable[tuple[str, LoadedModel]]) -> LoadedModel:
                 tensor.copy_(sums[name] / len(sources))
     about = {key: value for key, value in first.about.items() if key != "metrics"}
     return replace(first, about=about | {"averaged": sources})
+
+
+def _check_finite(source: str, loaded: LoadedModel) -> None:
+    """Checks the weights of a model, which those of a diverged run do not pass.
+
+    Raises:
+        CheckpointError: A weight is NaN or infinite.
+    """
+    for name, tensor in loaded.model.state_dict().items():
+        if not tensor.isfinite().all():
+            raise CheckpointError(f"{source} cannot be averaged: {name} has values that are not finite")
 
 
 @torch.inference_mode()

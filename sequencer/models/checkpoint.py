@@ -111,7 +111,8 @@ def load_weights(
         The names of the head's parameters that were not loaded.
 
     Raises:
-        CheckpointError: Keys are missing or unexpected, or shapes differ. The model is unchanged in this case.
+        CheckpointError: Keys are missing or unexpected, shapes differ, or integers stand for floating-point numbers or
+            the reverse. The model is unchanged in this case.
     """
     own, weights = model.state_dict(), dict(weights)
     if POSITION in weights and POSITION in own and _can_resample(weights[POSITION], own[POSITION]):
@@ -132,6 +133,11 @@ def load_weights(
             f"{name} {tuple(weights[name].shape)} for {tuple(own[name].shape)}"
             for name in own
             if name in weights and weights[name].shape != own[name].shape
+        ],
+        "of another kind": [
+            f"{name} {str(weights[name].dtype).removeprefix('torch.')} for {str(own[name].dtype).removeprefix('torch.')}"
+            for name in own
+            if name in weights and weights[name].is_floating_point() != own[name].is_floating_point()
         ],
         "not dense real numbers": [name for name in own if name in weights and not _is_dense(weights[name])],
     }

@@ -75,6 +75,15 @@ def test_weights_that_are_no_numbers_in_memory(checkpoint, kind, tmp_path):
     refused(write(checkpoint, tmp_path), "1 not dense real numbers: norm.weight")
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.bool])
+def test_integers_in_place_of_weights(checkpoint, dtype, tmp_path):
+    """As in the file of a quantised model, whose scales are elsewhere."""
+    name = "model.norm.weight"
+    checkpoint["state_dict"][name] = checkpoint["state_dict"][name].to(dtype)
+    said = f"1 of another kind: norm.weight {str(dtype).removeprefix('torch.')} for float32"
+    refused(write(checkpoint, tmp_path), said)
+
+
 def test_names_that_are_no_text(tmp_path):
     assert select_weights({"state_dict": {1: torch.zeros(1), "w": torch.zeros(1)}}).keys() == {"w"}
     torch.save({1: torch.zeros(1)}, tmp_path / "w.pth")
