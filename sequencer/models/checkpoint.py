@@ -135,7 +135,7 @@ def load_weights(
             if name in weights and weights[name].shape != own[name].shape
         ],
         "of another kind": [
-            f"{name} {str(weights[name].dtype).removeprefix('torch.')} for {str(own[name].dtype).removeprefix('torch.')}"
+            f"{name} {weights[name].dtype} for {own[name].dtype}"
             for name in own
             if name in weights and weights[name].is_floating_point() != own[name].is_floating_point()
         ],

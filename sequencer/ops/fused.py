@@ -170,7 +170,7 @@ def _double_backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         # views, since the upstream gradient may itself be a function of the other tensors
         saved = [t.view_as(t) if t.requires_grad else t.detach().requires_grad_() for t in ctx.saved_tensors]
         grad_out, *inputs = saved
-        out = _scan_by_reference(*inputs, ctx.directions)
+        out = _scan_by_reference(*inputs, directions=ctx.directions)
         gradients = torch.autograd.grad(out, inputs, grad_out, create_graph=True)
         grads = torch.autograd.grad(gradients, saved, upstream, create_graph=further, allow_unused=True)
     return *grads, None, None, None, None, None

@@ -80,8 +80,7 @@ def test_integers_in_place_of_weights(checkpoint, dtype, tmp_path):
     """As in the file of a quantised model, whose scales are elsewhere."""
     name = "model.norm.weight"
     checkpoint["state_dict"][name] = checkpoint["state_dict"][name].to(dtype)
-    said = f"1 of another kind: norm.weight {str(dtype).removeprefix('torch.')} for float32"
-    refused(write(checkpoint, tmp_path), said)
+    refused(write(checkpoint, tmp_path), f"1 of another kind: norm.weight {dtype} for torch.float32")
 
 
 def test_names_that_are_no_text(tmp_path):
