@@ -169,9 +169,9 @@ def _double_backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
     with torch.enable_grad(), torch.autocast(upstream[0].device.type, enabled=False):
         # views, since the upstream gradient may itself be a function of the other tensors
         saved = [t.view_as(t) if t.requires_grad else t.detach().requires_grad_() for t in ctx.saved_tensors]
-        grad_out, *inputs = saved
-        out = _scan_by_reference(*inputs, directions=ctx.directions)
-        gradients = torch.autograd.grad(out, inputs, grad_out, create_graph=True)
+        grad_out, x, weight_ih, weight_hh, bias = saved
+        out = _scan_by_reference(x, weight_ih, weight_hh, bias, ctx.directions)
+        gradients = torch.autograd.grad(out, saved[1:], grad_out, create_graph=True)
         grads = torch.autograd.grad(gradients, saved, upstream, create_graph=further, allow_unused=True)
     return *grads, None, None, None, None, None
 
