@@ -4,6 +4,7 @@ import os
 import sys
 import time
 import traceback
+from functools import partial, update_wrapper
 
 from omegaconf import DictConfig
 
@@ -14,7 +15,8 @@ from sequencer.config.hydra_internals import ask_hydra, run_hydra
 from sequencer.config.request import Request, refuse_sweep, request, resume_request
 from sequencer.config.schema import Config
 from sequencer.config.sources import Sources
-from sequencer.config.sweep import Sweep, check_trials, prepare_sweep, run_trial, start_folder
+from sequencer.config.sweep import Sweep, Trials, check_trials, prepare_sweep, start_folder
+from sequencer.console import say
 from sequencer.output import drop_unread_output
 
 
@@ -56,17 +58,20 @@ def sweep(wanted: Sweep) -> None:
     if wanted.command.plan:
         return show_plan(wanted.command, wanted.config, wanted.trials)
     start_folder(wanted.folder)
-    run_hydra(trial, wanted.command.flags, wanted.lines, wanted.command.files)
+    trials = partial(trial, trials=Trials(__file__, wanted.trials))
+    run_hydra(update_wrapper(trials, trial), wanted.command.flags, wanted.lines, wanted.command.files)
     from sequencer.analysis import write_sweep  # imports torch
 
     write_sweep(wanted.folder, wanted.folder.name)
-    print(f"sweep folder: {wanted.folder}")
+    say(f"sweep folder: {wanted.folder}")
     return check_trials(wanted.folder)
 
 
-def trial(composed: DictConfig) -> float | None:
+def trial(composed: DictConfig, trials: Trials | None = None) -> float | None:
+    """Runs a trial of a sweep. Hydra answers questions without calling its task."""
+    assert trials is not None
     drop_unread_output("stdout", "stderr")  # some launchers call this in a process of their own
-    return run_trial(__file__, composed)
+    return trials.run(composed)
 
 
 def exit_code(error: Exception) -> int:
@@ -84,7 +89,7 @@ if __name__ == "__main__":
     try:
         main(parse_command(sys.argv[1:]))
     except KeyboardInterrupt:
-        print("interrupted; resume with: python train.py resume=RUN_DIR", file=sys.stderr)
+        print("interrupted", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
         sys.exit(exit_code(error))

@@ -31,6 +31,13 @@ def first_line(error: object) -> str:
     return printable((str(error).strip().splitlines() or [type(error).__name__])[0])
 
 
+def duration(seconds: float) -> str:
+    """Returns a time as people say it: `90 s`, `12.5 min` or `3.2 h`."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
 def _escape(match: re.Match[str]) -> str:
     character = match.group()
     if short := _SHORT.get(character):

@@ -85,9 +85,14 @@ def test_run_resume_and_finish(tmp_path):
     more = train("resume=run", "trainer.max_epochs=2", cwd=tmp_path)
     assert more.returncode == 0, more.stderr
     assert "epoch 2/2" in more.stdout
+    assert more.stdout.startswith("resuming in epoch 2 of 2, after 2 updates, from\nrun/checkpoints/last.ckpt\n")
     again = train("resume=run", cwd=tmp_path)
     assert again.returncode == 0
-    assert "epoch" not in again.stdout.replace("best epoch", "")
+    assert again.stdout.startswith(
+        "nothing is left to do: this run has finished its 2 epochs; for more:\n"
+        "python train.py resume=run trainer.max_epochs=4\n"
+    )
+    assert "epoch 1/" not in again.stdout
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["epochs"] == 2
 
 
@@ -102,9 +107,10 @@ def test_ctrl_c(tmp_path):
     while "epoch   2/500" not in (line := process.stdout.readline()):
         assert line, process.stderr.read()
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    output, errors = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "resume=" in errors
+    assert "interrupted; resume with:\npython train.py resume=run\n" in output
+    assert errors == "interrupted\n"
     assert "Traceback" not in errors
     assert (tmp_path / "run" / "checkpoints" / "last.ckpt").exists()
     assert not list(tmp_path.rglob("*.partial"))

@@ -129,7 +129,7 @@ def test_a_sweep_leaves_its_trials_and_a_table(tmp_path):
 def trial(folder: Path, top1: float, seed: int, cell: str, parameters: int) -> None:
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(f"seed: {seed}\nrun_dir: {folder}\nmodel:\n  kwargs:\n    cell: {cell}\n")
-    summary = {"name": "cells", "model": "m", "slot": "raw", "epochs": 1, "best_epoch": 0, "time/train_s": 60.0}
+    summary = {"name": "cells", "model": "m", "slot": "raw", "epochs": 1, "best_epoch": 1, "time/train_s": 60.0}
     summary |= {"parameters": parameters, "test/top1": top1, "val/top1": 0.5}
     (folder / "summary.json").write_text(json.dumps(summary))
 
@@ -209,7 +209,7 @@ def test_a_killed_sweep_goes_on_with_each_trial_done_once(tmp_path):
     assert (trials[0] / "summary.json").stat().st_mtime_ns == first
     for folder in trials:
         with open(folder / "metrics.csv", newline="") as file:
-            assert [row["epoch"] for row in csv.DictReader(file)] == list("012345")
+            assert [row["epoch"] for row in csv.DictReader(file)] == list("123456")
         assert (folder / "train.log").read_text().count("epoch 2/6") == 1
     whole = start(*arguments, "run_dir=whole", cwd=tmp_path)
     whole.communicate()

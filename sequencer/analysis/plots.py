@@ -64,7 +64,7 @@ STYLE: dict[Any, Any] = {  # matplotlib's stubs type the keys as literals
 
 
 @rc_context(STYLE)
-def plot_curves(metrics_csv: Path, output: Path) -> Figure:
+def plot_curves(metrics_csv: Path, output: Path, best_epoch: int) -> Figure:
     """Plots loss, top-1 accuracy and learning rate of a run over epochs, counted from 1.
 
     A missing or non-finite value leaves a gap.
@@ -72,6 +72,7 @@ def plot_curves(metrics_csv: Path, output: Path) -> Figure:
     Args:
         metrics_csv: The run's `metrics.csv`.
         output: The image file that is written; its suffix decides the format.
+        best_epoch: The epoch of `best.ckpt`, whose accuracies are marked.
 
     Returns:
         The figure.
@@ -80,11 +81,11 @@ def plot_curves(metrics_csv: Path, output: Path) -> Figure:
         ValueError: The file has no row.
     """
     columns = _read_columns(metrics_csv)
-    epochs = columns["epoch"] + 1
+    epochs = columns["epoch"]
     figure = Figure(figsize=(12, 3.8), layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1))
     loss, top1, lr = figure.subplots(1, 3, width_ratios=[1.2, 1.2, 0.8])
     _draw_loss(loss, epochs, columns)
-    _draw_top1(top1, epochs, columns)
+    _draw_top1(top1, epochs, columns, best_epoch)
     _draw_line(lr, epochs, columns["lr"], GREEN)
     lr.set_ylim(bottom=0)
     lr.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -125,15 +126,15 @@ def _draw_loss(axes: Axes, epochs: Array, columns: dict[str, Array]) -> None:
     _draw_legend(axes, ncols=len(curves))
 
 
-def _draw_top1(axes: Axes, epochs: Array, columns: dict[str, Array]) -> None:
+def _draw_top1(axes: Axes, epochs: Array, columns: dict[str, Array], best_epoch: int) -> None:
+    best = int(np.flatnonzero(epochs == best_epoch)[0])
     for slot, (label, colour) in SLOTS.items():
         values = columns.get(f"{slot}/top1")
         if values is None:
             continue
-        if np.isfinite(values).any():
-            best = int(np.nanargmax(values))
-            label += f": best {values[best]:.2%}, epoch {epochs[best]:.0f}"
-            axes.plot(epochs[best], values[best], "o", color=colour, markersize=7, markeredgecolor="white", zorder=3)
+        if np.isfinite(values[best]):
+            label += f": {values[best]:.2%} in the best epoch, {best_epoch}"
+            axes.plot(best_epoch, values[best], "o", color=colour, markersize=7, markeredgecolor="white", zorder=3)
         _draw_line(axes, epochs, values, colour, label)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g}%"))
     _draw_legend(axes, ncols=1)

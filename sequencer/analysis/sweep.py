@@ -10,12 +10,11 @@ from statistics import mean, stdev
 from typing import Any
 
 from omegaconf import OmegaConf
-from rich import get_console
-from rich.table import Table
 
 from sequencer.analysis.plots import plot_sweep
 from sequencer.config.request import load_run, load_summary
 from sequencer.config.schema import leaves
+from sequencer.console import say, table_lines
 from sequencer.files import write_atomically
 
 OUTCOMES = ("parameters", "val/top1", "val/loss", "val_ema/top1", "test/top1", "test/loss", "time/train_s")
@@ -121,12 +120,8 @@ def _markdown(heading: str, rows: list[Row]) -> str:
 
 
 def _print(heading: str, rows: list[Row]) -> None:
-    table = Table(title=heading, title_justify="left")
-    for column in COLUMNS:
-        table.add_column(column, justify="left" if column == "trial" else "right")
-    for row in rows:
-        table.add_row(*_cells(row))
-    get_console().print(table)
+    for line in [f"\n{heading}", *table_lines(COLUMNS, map(_cells, rows))]:
+        say(line)
 
 
 def _write_csv(path: Path, records: list[dict[str, Any]]) -> None:

@@ -13,8 +13,10 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
@@ -27,6 +29,8 @@ from sequencer.config.errors import RequestError
 from sequencer.config.overrides import parse_overrides, quoted, swept_values, to_line
 from sequencer.config.request import load_summary
 from sequencer.config.schema import Config, lower_is_better
+from sequencer.console import say
+from sequencer.printing import duration
 
 LONGEST_NAME = 150  # characters; file systems allow 255
 INTERRUPTED = (130, 143, -signal.SIGINT, -signal.SIGTERM)
@@ -118,11 +122,34 @@ def check_trials(folder: Path) -> None:
         raise RuntimeError(f"{len(failed)} of the trials failed, and are tried again by the same command: {listed}")
 
 
-def run_trial(script: str, composed: DictConfig) -> float | None:
-    """Runs the trial that Hydra has composed, in a process of its own.
+class Trials:
+    """Runs the trials of a sweep, each in a process of its own.
 
     Args:
         script: path of `train.py`.
+        count: number of trials.
+    """
+
+    def __init__(self, script: str, count: int) -> None:
+        self.script, self.count = script, count
+        self._seconds: list[float] = []  # that each trial has taken which was not finished before
+
+    def run(self, composed: DictConfig) -> float | None:
+        """Runs the trial that Hydra has composed, as `_run_trial`; says which one it is and how long the rest takes."""
+        hydra = HydraConfig.get()
+        folder = Path(composed.run_dir, _folder_name(hydra.job.override_dirname))
+        finished, started = (folder / "summary.json").exists(), time.monotonic()
+        left = self.count - hydra.job.num
+        about = f", about {duration(left * mean(self._seconds))} left" if self._seconds and left > 0 else ""
+        say(f"\ntrial {hydra.job.num + 1} of {self.count}{about}\n{folder}")
+        result = _run_trial(self.script, composed, folder)
+        if not finished:
+            self._seconds.append(time.monotonic() - started)
+        return result
+
+
+def _run_trial(script: str, composed: DictConfig, folder: Path) -> float | None:
+    """Runs a trial in its folder.
 
     Returns:
         The best metric of the trial, or None if it failed.
@@ -132,9 +159,7 @@ def run_trial(script: str, composed: DictConfig) -> float | None:
             would be.
     """
     hydra = HydraConfig.get()
-    folder = Path(composed.run_dir, _folder_name(hydra.job.override_dirname))
     overrides = [override for override in hydra.overrides.task if not override.startswith("run_dir=")]
-    print(f"\n{folder}", flush=True)
     command = [sys.executable, script, *_flags(hydra), *overrides, f"run_dir={quoted(str(folder))}", "hydra.mode=RUN"]
     code = _run(command)
     if code == 0:
@@ -142,6 +167,7 @@ def run_trial(script: str, composed: DictConfig) -> float | None:
         assert summary is not None  # a trial that succeeds has written it
         return _value(summary, composed.trainer)
     if code in INTERRUPTED:
+        say("the same command resumes the sweep")
         raise SystemExit(code if code > 0 else 128 - code)
     if code == 2 and hydra.job.num == 0 and hydra.runtime.choices["hydra/launcher"] == "basic":
         raise SystemExit(code)

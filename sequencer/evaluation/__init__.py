@@ -2,7 +2,7 @@
 
 from sequencer.evaluation.inputs import check_img_size, data_section, data_settings, input_config
 from sequencer.evaluation.loop import FlipAveraged, evaluate
-from sequencer.evaluation.metrics import ClassificationMetrics, ClassResult, Outcome
+from sequencer.evaluation.metrics import ClassificationMetrics, ClassResult, Outcome, describe_unpredicted, metric_names
 from sequencer.evaluation.prediction import Prediction, find_images, predict, readable_names
 from sequencer.evaluation.split import Evaluation, evaluate_model, evaluation_data
 from sequencer.evaluation.writing import write_evaluation
@@ -17,11 +17,13 @@ __all__ = [
     "check_img_size",
     "data_section",
     "data_settings",
+    "describe_unpredicted",
     "evaluate",
     "evaluate_model",
     "evaluation_data",
     "find_images",
     "input_config",
+    "metric_names",
     "predict",
     "readable_names",
     "write_evaluation",

@@ -1,4 +1,4 @@
-"""Top-1, top-5, cross-entropy and the confusion matrix, computed from sums; `K` is the number of classes."""
+"""Accuracies, cross-entropy and the confusion matrix, computed from sums; `K` is the number of classes."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -11,6 +11,16 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from sequencer import distributed
+from sequencer.printing import printable
+
+
+UNBALANCED = 2  # images of the largest class for each image of the smallest one, from which classes are unbalanced
+TOP5_CLASSES = 6  # of fewer classes, the top 5 are all or nearly all
+
+
+def metric_names(num_classes: int) -> list[str]:
+    """Names of the metrics besides `total`; `top5` is left out below six classes, where it says next to nothing."""
+    return ["loss", "top1", *(["top5"] if num_classes >= TOP5_CLASSES else []), "balanced"]
 
 
 class ClassResult(NamedTuple):
@@ -74,17 +84,20 @@ class ClassificationMetrics(Metric):
         self.loss_sum = self.loss_sum + F.cross_entropy(logits.double(), labels, reduction="sum")
 
     def compute(self) -> dict[str, Tensor]:
-        """Returns scalars: `top1`, `top5` (fractions) and `loss` (mean, nats) in float64, `total` (images) in int64.
+        """Returns the metrics of `metric_names` as scalars in float64, and `total` (images) in int64.
 
-        Without images the first three are NaN.
+        `top1`, `top5` and `balanced` are fractions, `loss` is a mean in nats. `balanced` is the balanced accuracy, the
+        mean recall of the classes that have images. Without images all but `total` are NaN.
         """
-        total = self.counts.sum()
-        return {
+        total, support = self.counts.sum(), self.counts.sum(dim=1)
+        recalls = self.confusion.diagonal().double() / support
+        values = {
+            "loss": self.loss_sum / total,
             "top1": self.confusion.trace().double() / total,
             "top5": self.top5_hits.double() / total,
-            "loss": self.loss_sum / total,
-            "total": total,
+            "balanced": recalls.nanmean(),
         }
+        return {name: values[name] for name in metric_names(self.num_classes)} | {"total": total}
 
     def merge_processes(self) -> None:
         """Adds up the states of all ranks, on every rank, until the next `reset`.
@@ -100,6 +113,13 @@ class ClassificationMetrics(Metric):
         """Number of images by true class (row) and predicted class (column), of this rank until ranks are merged."""
         return self.counts[:, : self.num_classes]
 
+    @property
+    def unbalanced(self) -> bool:
+        """Whether the largest class has at least twice as many images as the smallest one that has any."""
+        support = self.counts.sum(dim=1)
+        support = support[support > 0]
+        return len(support) > 1 and bool(support.max() >= UNBALANCED * support.min())
+
     def per_class(self, class_names: Sequence[str]) -> list[ClassResult]:
         """Precision and recall of every class, in the order of the logits, of this rank until ranks are merged."""
         hits = self.confusion.diagonal().tolist()
@@ -109,6 +129,13 @@ class ClassificationMetrics(Metric):
             ClassResult(name, s, h / c if c else None, h / s if s else None)
             for name, h, s, c in zip(class_names, hits, support, called, strict=True)
         ]
+
+
+def describe_unpredicted(classes: Sequence[ClassResult], most: int = 5) -> str:
+    """Names the classes that have images and are predicted for none, at most `most` of them; empty if there are none."""
+    names = [printable(row.name) for row in classes if row.support and row.precision is None]
+    rest = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return f"never predicted: {', '.join(names[:most])}{rest}" if names else ""
 
 
 def outcomes(logits: Float[Tensor, "B K"], labels: Int[Tensor, " B"], indices: Int[Tensor, " B"]) -> list[Outcome]:

@@ -99,7 +99,7 @@ def plan(config: Config, sources: Sources, trials: int = 1, started: float | Non
     )
     if distributed.is_first():
         print_values(asked, sources)
-        print_plan(result, config, parts.description, trials)
+        print_plan(result, config, [*parts.description, *parts.details], trials)
     return result
 
 

@@ -3,10 +3,11 @@
 from dataclasses import dataclass
 
 from omegaconf import OmegaConf
-from rich import get_console
 
 from sequencer.config.schema import Config, leaves
 from sequencer.config.sources import SCHEMA, Sources
+from sequencer.console import say
+from sequencer.printing import duration
 
 BARS = "▁▂▃▄▅▆▇█"
 RATES = 60  # samples of the learning rate's schedule
@@ -61,7 +62,7 @@ def print_values(config: Config, sources: Sources) -> None:
     values = leaves(OmegaConf.to_container(OmegaConf.structured(config)))
     for key, value in values.items():
         line = f"{key:<34} {value!s:<28} {sources[key]}"
-        get_console().print(line, style=None if sources[key] != SCHEMA else "dim", soft_wrap=True, highlight=False)
+        say(line, style=None if sources[key] != SCHEMA else "dim")
 
 
 def print_plan(plan: Plan, config: Config, description: list[str], trials: int) -> None:
@@ -70,19 +71,19 @@ def print_plan(plan: Plan, config: Config, description: list[str], trials: int) 
     Args:
         plan: What to print.
         config: The run.
-        description: `Parts.description`, whose first line is left out, since the model is printed anyway.
+        description: what the log says of it, whose first line is left out, since the model is printed anyway.
         trials: Number of trials, if the run is the first trial of a sweep.
     """
-    say, measured, passes = get_console().print, plan.measured, config.trainer.accumulate_grad_batches
-    say(f"\n{config.model.name}, {plan.parameters:,} parameters", highlight=False)
+    measured, passes = plan.measured, config.trainer.accumulate_grad_batches
+    say(f"\n{config.model.name}, {plan.parameters:,} parameters")
     for line in description[1:]:
-        say(line, highlight=False, soft_wrap=True)
+        say(line)
     say(
         f"{plan.updates:,} updates in {plan.epochs:g} epochs of {plan.batches:,} batches"
         f"{f', {passes} batches per update' if passes > 1 else ''}; {plan.images:,} images per epoch"
     )
-    say(f"learning rate {_sparkline(plan.rates)}", highlight=False)
-    say(f"  first {plan.rates[0]:.3g}, highest {max(plan.rates):.3g}, last {plan.rates[-1]:.3g}", highlight=False)
+    say(f"learning rate {_sparkline(plan.rates)}")
+    say(f"  first {plan.rates[0]:.3g}, highest {max(plan.rates):.3g}, last {plan.rates[-1]:.3g}")
     say(
         f"{plan.flops / 1e9:.3g} GFLOP per image, forward and backward;"
         f" {plan.flops * plan.images / 1e12:.3g} TFLOP per epoch"
@@ -90,24 +91,17 @@ def print_plan(plan: Plan, config: Config, description: list[str], trials: int) 
     say(
         f"{measured.note}{1e3 * measured.step_s:.1f} ms per training batch,"
         f" {plan.images / max(plan.batches, 1) / measured.step_s:.3g} images/s;"
-        f" peak memory {measured.memory / 2**20:.0f} MiB",
-        soft_wrap=True,
+        f" peak memory {measured.memory / 2**20:.0f} MiB"
     )
     at_most = "at most " if config.trainer.early_stopping_patience else ""
-    whole = f"; {trials} trials {_duration(trials * (plan.train_s + plan.test_s))}" if trials > 1 else ""
-    say(f"forecast: {at_most}{_duration(plan.train_s)} of training, {_duration(plan.test_s)} of testing{whole}")
-    say(f"disk: {trials * measured.disk / 2**20:.0f} MiB in {config.run_dir}", soft_wrap=True)
+    whole = f"; {trials} trials {duration(trials * (plan.train_s + plan.test_s))}" if trials > 1 else ""
+    say(f"forecast: {at_most}{duration(plan.train_s)} of training, {duration(plan.test_s)} of testing{whole}")
+    say(f"disk: {trials * measured.disk / 2**20:.0f} MiB in {config.run_dir}")
     for problem in plan.problems or ["none found"]:
-        say(f"problems: {problem}", soft_wrap=True, highlight=False)
+        say(f"problems: {problem}")
 
 
 def _sparkline(values: list[float]) -> str:
     """A bar for each value, relative to the highest."""
     highest = max(values) or 1.0
     return "".join(BARS[round(value / highest * (len(BARS) - 1))] for value in values)
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from pytorch_lightning.loggers import Logger, TensorBoardLogger
-from rich.logging import RichHandler
 
 from sequencer.config.schema import Config
+from sequencer.console import ConsoleHandler
 from sequencer.files import is_full, write_atomically, writing
 from sequencer.tracking.wandb_guard import WandbGuard
 
@@ -20,13 +20,19 @@ log = logging.getLogger("sequencer")
 
 
 def start_log(path: Path) -> None:
-    """Sends the package's log to the console, above a progress bar, and appends it with timestamps to `path`."""
+    """Sends the package's log to the console, and appends it, details included, with timestamps to `path`."""
     close_log()
-    console = RichHandler(show_time=False, show_level=False, show_path=False, markup=False, highlighter=None)
     file = LogFile(path)
-    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    log.handlers, log.propagate = [console, file], False
-    log.setLevel(logging.INFO)
+    file.setFormatter(OneLine("%(asctime)s %(levelname)s %(message)s"))
+    log.handlers, log.propagate = [ConsoleHandler(), file], False
+    log.setLevel(logging.DEBUG)
+
+
+class OneLine(logging.Formatter):
+    """Formats a message of several lines as one line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return super().format(record).replace("\n", " ")
 
 
 class LogFile(logging.FileHandler):

@@ -96,8 +96,8 @@ class WandbGuard(Logger):
 
     @property
     def _sync(self) -> str:
-        """The end of a log message that names the command which sends missing rows."""
-        return f"; send what it lacks with: wandb sync {shlex.quote(str(self._folder))}"
+        """The end of a log message that names the command which sends missing rows, on a line of its own."""
+        return f"; send what it lacks with:\nwandb sync {shlex.quote(str(self._folder))}"
 
     def _serve(self) -> None:
         """Sends everything to a run in the given mode or, where that fails, to an offline run."""

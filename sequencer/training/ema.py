@@ -17,8 +17,8 @@ CHECKPOINT_KEY = "state_dict_ema"  # timm's name for the slot
 class WeightEma(Callback):
     """Updates the average after every update of the weights, validates it on the same batches and saves it.
 
-    Its metrics are logged as `val_ema/loss`, `val_ema/top1` and `val_ema/top5`; its weights stand in the checkpoint
-    under `state_dict_ema`.
+    Its metrics are logged as `val_ema/loss`, `val_ema/top1` and the like; its weights stand in the checkpoint under
+    `state_dict_ema`.
     """
 
     average: ModelEmaV3  # built in `on_fit_start`, when the model is on its device

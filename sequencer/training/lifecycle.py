@@ -1,6 +1,7 @@
 """The life of a run, from its configuration to its result."""
 
 import logging
+import shlex
 import sys
 from collections import Counter
 from pathlib import Path
@@ -14,6 +15,7 @@ from sequencer import distributed
 from sequencer.config.errors import summarise_error
 from sequencer.config.request import load_run, load_summary
 from sequencer.config.schema import Config
+from sequencer.console import say
 from sequencer.data import DataModule
 from sequencer.files import WriteError
 from sequencer.lightning_internals import stop_loader_workers
@@ -23,7 +25,7 @@ from sequencer.training.divergence import Diverged
 from sequencer.training.folder import RunFolder
 from sequencer.training.launch import launch, uses_gpu
 from sequencer.training.module import Classifier, compile_in_place
-from sequencer.training.result import finish, print_summary
+from sequencer.training.result import describe_result, finish
 from sequencer.training.resumption import check_resumption, find_checkpoint, has_checkpoint
 from sequencer.training.setup import build_parts
 
@@ -61,7 +63,8 @@ def _run(config: Config, resume: bool) -> dict[str, Any]:
     folder = RunFolder(Path(config.run_dir))
     if resume and (summary := distributed.on_first(lambda: _finished(config, folder.path))):
         if distributed.is_first():
-            print_summary(summary, folder.path)
+            for line in _describe_finished(summary, folder.path):
+                say(line)
         return summary
     rollbacks: Counter[int] = Counter()  # by the number of updates of the checkpoint
     reshuffles = 0
@@ -85,6 +88,10 @@ def _run(config: Config, resume: bool) -> dict[str, Any]:
                     reshuffles,
                     MOST_ROLLBACKS,
                 )
+    except (KeyboardInterrupt, SystemExit):
+        if distributed.is_first() and has_checkpoint(folder.path):
+            log.info("interrupted; resume with:\n%s", _resume_command(folder.path))
+        raise
     except WriteError as error:
         raise WriteError(f"{summarise_error(error)}\n{describe_rescue(folder.path)}") from error
     finally:
@@ -110,6 +117,9 @@ def _train(config: Config, folder: RunFolder, resume: bool, reshuffles: int) -> 
     try:
         for line in parts.description:
             log.info(line)
+        for line in parts.details:
+            log.debug(line)
+        log.info("run folder: %s", folder.path)
         if config.data.check and distributed.is_first():
             readable = data.count_readable(sys.stdout.isatty())
             log.info("checked: %d of %d images can be read", readable, sum(map(len, data.splits.values())))
@@ -118,12 +128,22 @@ def _train(config: Config, folder: RunFolder, resume: bool, reshuffles: int) -> 
             compile_in_place(model)
         data.reshuffle(reshuffles)
         _fit(trainer, parts.module, data, checkpoint)
-        summary = finish(config, model, data, trainer.strategy.root_device, parts.checkpoints, parts.report)
-        if distributed.is_first():
-            print_summary(summary, folder.path)
-        return summary
+        return finish(config, model, data, trainer.strategy.root_device, parts.checkpoints, parts.report)
     finally:
         close_loggers(trainer.loggers)
+
+
+def _describe_finished(summary: dict[str, Any], run_dir: Path) -> list[str]:
+    epochs = summary["epochs"]
+    return [
+        f"nothing is left to do: this run has finished its {epochs} epoch{'s' * (epochs != 1)}; for more:",
+        f"{_resume_command(run_dir)} trainer.max_epochs={2 * epochs}",
+        *describe_result(summary, run_dir),
+    ]
+
+
+def _resume_command(run_dir: Path) -> str:
+    return f"python train.py resume={shlex.quote(str(run_dir))}"
 
 
 def _finished(config: Config, run_dir: Path) -> dict[str, Any] | None:
@@ -152,7 +172,16 @@ def _start(config: Config, folder: RunFolder, data: DataModule, resume: bool) ->
     folder.start(config)
     for warning in saved.warnings if saved is not None else ():
         log.warning(warning)
-    return saved.path if saved is not None else None
+    if saved is None:
+        return None
+    log.info(
+        "resuming in epoch %d of %d, after %d updates, from\n%s",
+        saved.epoch,
+        config.trainer.max_epochs,
+        saved.updates,
+        saved.path,
+    )
+    return saved.path
 
 
 def _fit(trainer: pl.Trainer, module: Classifier, data: DataModule, checkpoint: Path | None) -> None:

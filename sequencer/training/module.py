@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from sequencer import distributed
 from sequencer.config.schema import Config
 from sequencer.data.mixing import build_mixup
-from sequencer.evaluation import ClassificationMetrics
+from sequencer.evaluation import ClassificationMetrics, metric_names
 from sequencer.training.loss import Teacher, build_criterion
 from sequencer.training.optim import build_optimizer, build_schedule
 
@@ -26,7 +26,7 @@ class Classifier(pl.LightningModule):
     """Trains and evaluates a model on batches of images `B C H W` and labels `B`.
 
     It works in any `Trainer`, with or without the callbacks of this package: evaluation also takes batches with a
-    third entry, such as the images' indices, and logs `val/loss`, `val/top1`, `val/top5` (or `test/...`) at the end.
+    third entry, such as the images' indices, and logs `val/loss`, `val/top1` and the like (or `test/...`) at the end.
     Metrics are means over images and over all ranks, also where batches differ in size.
     """
 
@@ -87,8 +87,6 @@ class Classifier(pl.LightningModule):
         totals = torch.stack([loss.detach() * len(images), loss.new_full((), len(images))])  # no GPU synchronisation
         self._train_totals = self._train_totals.to(loss.device) + totals
         self._window_losses.append(loss.detach())
-        if self.trainer.progress_bar_callback is not None:  # its only reader; logging every step takes time
-            self.log("loss", loss.detach(), prog_bar=True, logger=False)
         return loss * self._share_of_window(batch_idx)
 
     def _share_of_window(self, batch_idx: int) -> float:
@@ -111,6 +109,12 @@ class Classifier(pl.LightningModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         self._window_losses.clear()  # comes after the callbacks' hooks
+
+    @property
+    def train_loss(self) -> float:
+        """Mean training loss per image of the running epoch so far, on this rank; reading it synchronises a GPU."""
+        total, images = self._train_totals.tolist()
+        return total / images
 
     def take_train_loss(self) -> float:
         """Returns the mean training loss per image of the epoch, over all ranks, and resets its sums.
@@ -146,9 +150,9 @@ class Classifier(pl.LightningModule):
         self.log_metrics("test", self.eval_metrics)
 
     def log_metrics(self, prefix: str, metrics: ClassificationMetrics) -> None:
-        """Logs loss, top-1 and top-5 accuracy over all ranks as `prefix/loss`, `prefix/top1` and `prefix/top5`."""
+        """Logs the metrics of `metric_names`, over all ranks, as `prefix/loss`, `prefix/top1` and the like."""
         values = metrics.compute()
-        named = {f"{prefix}/{name}": values[name] for name in ("loss", "top1", "top5")}
+        named = {f"{prefix}/{name}": values[name] for name in metric_names(metrics.num_classes)}
         self.log_dict(named, logger=self._to_loggers, batch_size=1)
 
     def predict_step(self, batch: Tensor | Sequence[Tensor], batch_idx: int) -> Float[Tensor, "B K"]:

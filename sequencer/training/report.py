@@ -23,17 +23,19 @@ class EpochReport(Callback):
     """Collects an epoch's metrics in a row and sends it to metrics.csv, the loggers and the log.
 
     The rows are saved in checkpoints: a resumed run rewrites the file from them, so that it has one header and each
-    epoch once.
+    epoch once. In a checkpoint epochs count from 0, as in Lightning; everywhere else they count from 1.
     """
 
-    def __init__(self, path: Path, slots: Sequence[str], best_metric: str) -> None:
+    def __init__(self, path: Path, slots: Sequence[str], metrics: Sequence[str], best_metric: str) -> None:
         """
         Args:
             path: the CSV file.
             slots: prefixes of the validation metrics, `val` and, with an average of the weights, `val_ema`.
+            metrics: names of the validation metrics.
             best_metric: metric whose best epoch is marked in the log.
         """
-        self.path, self.slots, self.best_metric = path, slots, best_metric
+        self.path, self.best_metric = path, best_metric
+        self.slots, self.metrics = slots, metrics
         self.rows: list[dict[str, float]] = []
         self._images = 0  # trained on in this epoch, by all ranks
         self._elapsed = 0.0  # seconds that a run resumed within this epoch has spent on it before
@@ -58,10 +60,10 @@ class EpochReport(Callback):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Classifier) -> None:
         row = self._row(trainer, pl_module)
         self.rows.append(row)
-        pl_module.log_dict({name: value for name, value in row.items() if name not in ("epoch", "step")})
+        pl_module.log_dict(_from_one({name: value for name, value in row.items() if name != "step"}))
         if trainer.is_global_zero:
             self.write()
-        log.info(self._line(trainer))
+        log.info(self._line(trainer, pl_module))
         self._images, self._started = 0, time.perf_counter()
 
     def _row(self, trainer: pl.Trainer, pl_module: Classifier) -> dict[str, float]:
@@ -71,7 +73,7 @@ class EpochReport(Callback):
             "lr": max(group["lr"] for group in trainer.optimizers[0].param_groups),
             "train/loss": pl_module.take_train_loss(),
         }
-        for name in (f"{slot}/{metric}" for slot in self.slots for metric in ("loss", "top1", "top5")):
+        for name in (f"{slot}/{metric}" for slot in self.slots for metric in self.metrics):
             row[name] = float(trainer.callback_metrics.get(name, math.nan))  # NaN without validation batches
         now = time.perf_counter()
         row["time/epoch_s"] = round(now - self._started, 3)
@@ -84,11 +86,12 @@ class EpochReport(Callback):
 
     def _write(self, path: Path) -> None:
         with open(path, "w", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=list(self.rows[0]))
+            columns = dict.fromkeys(name for row in self.rows for name in row)  # those of an older version may differ
+            writer = csv.DictWriter(file, fieldnames=list(columns))
             writer.writeheader()
-            writer.writerows(self.rows)
+            writer.writerows(map(_from_one, self.rows))
 
-    def _line(self, trainer: pl.Trainer) -> str:
+    def _line(self, trainer: pl.Trainer, pl_module: Classifier) -> str:
         row = self.rows[-1]
         values = [earlier[self.best_metric] for earlier in self.rows]
         best = min(values) if lower_is_better(self.best_metric) else max(values)
@@ -98,7 +101,13 @@ class EpochReport(Callback):
             f"val {row['val/loss']:.4f}",
             f"top-1 {row['val/top1']:.2%}",
             *([f"ema {row['val_ema/top1']:.2%}"] if "val_ema" in self.slots else []),
+            *([f"balanced {row['val/balanced']:.2%}"] if pl_module.eval_metrics.unbalanced else []),
             f"{row['time/epoch_s']:.1f} s",
             *(["best"] if values.index(best) == len(values) - 1 else []),
         ]
         return "  ".join(parts)
+
+
+def _from_one(row: dict[str, float]) -> dict[str, float]:
+    """Returns a row in which epochs count from 1."""
+    return row | {"epoch": row["epoch"] + 1}

@@ -2,20 +2,20 @@
 
 import itertools
 import logging
+import shlex
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich import get_console
-from rich.table import Table
 from torch import nn
 
 from sequencer.analysis.plots import plot_confusion, plot_curves
 from sequencer.config.schema import Config
+from sequencer.console import table_lines
 from sequencer.data import DataModule
 from sequencer.distributed import is_first
-from sequencer.evaluation import evaluate
+from sequencer.evaluation import describe_unpredicted, evaluate, metric_names
 from sequencer.export import commit, save_model_folder, versions
 from sequencer.files import write_json
 from sequencer.models import LoadedModel, load_weights, read_checkpoint, select_weights, timm_preprocessing
@@ -24,6 +24,12 @@ from sequencer.training.module import parameters_of
 from sequencer.training.report import EpochReport
 
 log = logging.getLogger("sequencer")
+
+NEXT_STEPS = (  # what is done with a finished run; {run} is its folder
+    "python scripts/evaluate.py {run}",
+    "python scripts/predict.py {run} IMAGES",
+    "python scripts/export.py {run} --format onnx --output {run}/onnx",
+)
 
 
 def finish(
@@ -57,6 +63,7 @@ def finish(
     metrics = evaluate(model.to(device), itertools.islice(loader, batches), data.num_classes, device)
     model.cpu()
     values = metrics.compute()
+    names = [name for name in metric_names(data.num_classes) if name != "balanced" or metrics.unbalanced]
     best_row = next(row for row in report.rows if row["epoch"] == checkpoints.best_epoch)
     summary = {
         "name": config.name,
@@ -67,9 +74,9 @@ def finish(
         "slot": config.trainer.slot,
         "epochs": len(report.rows),
         "updates": int(report.rows[-1]["step"]),
-        "best_epoch": checkpoints.best_epoch,
-        **{name: value for name, value in best_row.items() if name.startswith("val")},
-        **({f"test/{name}": float(values[name]) for name in ("loss", "top1", "top5")} if split == "test" else {}),
+        "best_epoch": int(best_row["epoch"]) + 1,
+        **{f"{slot}/{name}": best_row[f"{slot}/{name}"] for slot in report.slots for name in names},
+        **({f"test/{name}": float(values[name]) for name in names} if split == "test" else {}),
         "time/train_s": round(sum(row["time/epoch_s"] for row in report.rows), 1),
     }
     if not is_first():
@@ -85,10 +92,12 @@ def finish(
     )
     save_model_folder(result, run_dir / "model")
     report.write()  # the file may have been deleted or edited since the last epoch
-    plot_curves(run_dir / "metrics.csv", run_dir / "curves.png")
+    plot_curves(run_dir / "metrics.csv", run_dir / "curves.png", summary["best_epoch"])
     title = f"{config.name}: {split} split"
     plot_confusion(metrics.confusion.cpu(), data.class_names, run_dir / "confusion.png", title)
     write_json(run_dir / "summary.json", summary)
+    for line in describe_result(summary, run_dir, describe_unpredicted(metrics.per_class(data.class_names))):
+        log.info(line)
     return summary
 
 
@@ -99,17 +108,25 @@ def limited(available: int, limit: int | float | None) -> int:
     return min(limit, available) if isinstance(limit, int) else int(limit * available)
 
 
-def print_summary(summary: dict[str, Any], run_dir: Path) -> None:
-    """Prints the closing table of a run."""
-    table = Table(title=f"{summary['name']}: {summary['model']}, {summary['parameters']:,} parameters")
-    table.add_column("split")
-    for column in ("top-1", "top-5", "loss"):
-        table.add_column(column, justify="right")
+def describe_result(summary: dict[str, Any], run_dir: Path, remark: str = "") -> list[str]:
+    """Describes the result of a finished run, with a remark, and names the commands that come next, line by line."""
+    columns = {"top1": "top-1", "balanced": "balanced", "top5": "top-5", "loss": "loss"}
+    shown = [name for name in columns if f"val/{name}" in summary]
     labels = {"val": "validation, raw weights", "val_ema": "validation, EMA weights"}
-    for prefix, label in (labels | {"test": f"test, {summary['slot']} weights"}).items():
-        if f"{prefix}/top1" in summary:
-            top1, top5, loss = (summary[f"{prefix}/{name}"] for name in ("top1", "top5", "loss"))
-            table.add_row(label, f"{top1:.2%}", f"{top5:.2%}", f"{loss:.4f}")
-    table.caption = f"best epoch {summary['best_epoch'] + 1} of {summary['epochs']}; {summary['time/train_s']:.0f} s"
-    get_console().print(table)
-    log.info("run folder: %s", run_dir)
+    rows = [
+        [label, *(_cell(name, summary[f"{prefix}/{name}"]) for name in shown)]
+        for prefix, label in (labels | {"test": f"test, {summary['slot']} weights"}).items()
+        if f"{prefix}/top1" in summary
+    ]
+    return [
+        *table_lines(["", *(columns[name] for name in shown)], rows),
+        *([remark] if remark else []),
+        f"best epoch: {summary['best_epoch']} of {summary['epochs']}; trained in {summary['time/train_s']:.0f} s",
+        f"run folder: {run_dir}",
+        "next steps:",
+        *(step.format(run=shlex.quote(str(run_dir))) for step in NEXT_STEPS),
+    ]
+
+
+def _cell(name: str, value: float) -> str:
+    return f"{value:.4f}" if name == "loss" else f"{value:.2%}"

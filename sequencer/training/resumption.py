@@ -71,6 +71,7 @@ class SavedRun:
     path: Path
     updates: int
     epochs: int  # that have been started
+    epoch: int  # that is trained next or in part, counted from 1
     best_epoch: int | None
     config: dict[str, Any]
     class_names: list[str]
@@ -96,6 +97,7 @@ def read_run(path: Path, *warnings: str) -> SavedRun:
         path,
         updates=content.global_step,
         epochs=content.data.epoch + (content.data.batches > 0),
+        epoch=content.data.epoch + 1,
         best_epoch=content.callbacks.best.best_epoch,
         config=content.config,
         class_names=content.class_names,

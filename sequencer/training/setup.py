@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import Callback, EarlyStopping, RichProgressBar
+from pytorch_lightning.callbacks import Callback, EarlyStopping
 from torch import Tensor, nn
 
 from sequencer import distributed
@@ -20,6 +20,7 @@ from sequencer.config.schema import Config, lightning_settings, lower_is_better
 from sequencer.data import DataModule, Split
 from sequencer.data.seeding import own_random_states
 from sequencer.data.split import SplitName
+from sequencer.evaluation import metric_names
 from sequencer.layers import RNN
 from sequencer.models import CheckpointError, create_model, load_weights, read_weights
 from sequencer.ops import configure, explain
@@ -31,13 +32,14 @@ from sequencer.training.launch import trainer_settings, training_device
 from sequencer.training.loss import build_teacher
 from sequencer.training.module import Classifier, parameters_of
 from sequencer.training.optim import build_optimizer, describe_groups, try_optimizer
+from sequencer.training.progress import EpochBar
 from sequencer.training.report import EpochReport
 from sequencer.training.result import limited
 
 
 @dataclass(frozen=True)
 class Parts:
-    """The components of a run that is ready to start, and what the log says of them."""
+    """The components of a run that is ready to start, and what the console and the log say of them."""
 
     data: DataModule
     model: nn.Module
@@ -46,6 +48,7 @@ class Parts:
     checkpoints: RunCheckpoints
     trainer: pl.Trainer
     description: list[str]
+    details: list[str]  # for the log alone
 
 
 def build_parts(config: Config, *callbacks: Callback, data: DataModule | None = None, resumed: bool = False) -> Parts:
@@ -74,23 +77,25 @@ def build_parts(config: Config, *callbacks: Callback, data: DataModule | None = 
     ema = []
     if config.optim.ema_decay is not None:
         ema = [WeightEma(config.optim.ema_decay, config.optim.ema_warmup, data.num_classes)]
-    report = EpochReport(run_dir / "metrics.csv", ["val", *(["val_ema"] if ema else [])], config.trainer.best_metric)
-    checkpoints = RunCheckpoints(
-        run_dir / CHECKPOINTS, config.trainer.best_metric, config.trainer.checkpoint_interval, config.seed
-    )
+    metrics, best_metric = metric_names(data.num_classes), config.trainer.best_metric
+    if best_metric.endswith("top5") and "top5" not in metrics:
+        raise RequestError(f"trainer.best_metric={best_metric}: the data has {data.num_classes} classes")
+    report = EpochReport(run_dir / "metrics.csv", ["val", *(["val_ema"] if ema else [])], metrics, best_metric)
+    checkpoints = RunCheckpoints(run_dir / CHECKPOINTS, best_metric, config.trainer.checkpoint_interval, config.seed)
     guard = DivergenceGuard(run_dir, config.trainer.max_loss, data)
     trainer = _build_trainer(config, [*ema, guard, report, checkpoints, *callbacks])
     _check_limits(config, data)
+    kernels = _kernels(model, trainer)
     description = [
-        f"{config.model.name}, {parameters_of(model):,} parameters; {run_dir}",
-        f"{config.data.name}: {len(data.train_set)} images to train, {len(data.val_set)} to validate, "
-        f"{data.num_classes} classes",
+        f"{config.model.name}, {parameters_of(model):,} parameters",
+        f"{config.data.name}: {len(data.train_set):,} images to train, {len(data.val_set):,} to validate, "
+        f"{data.num_classes:,} classes",
         _describe_batch(config),
         *([f"teacher: {config.optim.distill_from}, {config.optim.distill_weight:g} of the loss"] if teacher else []),
-        *groups,
-        *_describe_backends(model, trainer),
+        *([f"kernels: {', '.join(dict.fromkeys(name for name, _ in kernels))}"] if kernels else []),
     ]
-    return Parts(data, model, module, report, checkpoints, trainer, description)
+    details = [*groups, *(f"{name} kernels: {reason}" for name, reason in kernels)]
+    return Parts(data, model, module, report, checkpoints, trainer, description, details)
 
 
 def _check_ranks(data: DataModule) -> None:
@@ -203,21 +208,23 @@ def _describe_groups(config: Config, model: nn.Module) -> list[str]:
 def _describe_batch(config: Config) -> str:
     """Describes the batch of an update, which is the same on any number of devices, and the learning rate."""
     size, passes, devices = config.data.batch_size, config.trainer.accumulate_grad_batches, distributed.world_size()
-    parts = f"{size // devices} on each of {devices} device{'s' * (devices > 1)}"
-    return (
-        f"batch {size * passes}: {parts}{f', {passes} passes per update' if passes > 1 else ''}; "
-        f"learning rate {config.optim.lr:g}, not scaled"
-    )
+    factors = [
+        *([f"{devices} devices"] if devices > 1 else []),
+        *([f"{passes} passes per update"] if passes > 1 else []),
+    ]
+    made = f" ({' x '.join([str(size // devices), *factors])})" if factors else ""
+    return f"batch {size * passes:,}{made}, learning rate {config.optim.lr:g}"
 
 
-def _describe_backends(model: nn.Module, trainer: pl.Trainer) -> list[str]:
+def _kernels(model: nn.Module, trainer: pl.Trainer) -> list[tuple[str, str]]:
+    """Names the kernels of each kind of recurrence in a model, as in `fused lstm`, each with the reason."""
     dtype = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(str(trainer.precision), torch.float32)
     choices = (
         (rnn.cell, explain(rnn.cell, rnn.hidden_size, dtype, trainer.strategy.root_device))
         for rnn in model.modules()
         if isinstance(rnn, RNN)
     )
-    return list(dict.fromkeys(f"{cell}: {choice.backend} kernels ({choice.reason})" for cell, choice in choices))
+    return list(dict.fromkeys((f"{choice.backend} {cell}", choice.reason) for cell, choice in choices))
 
 
 def _build_trainer(config: Config, callbacks: list[Callback]) -> pl.Trainer:
@@ -235,7 +242,7 @@ def _build_trainer(config: Config, callbacks: list[Callback]) -> pl.Trainer:
         )
     bar = section.enable_progress_bar and sys.stdout.isatty()
     if bar:
-        callbacks.append(RichProgressBar(leave=False))
+        callbacks.append(EpochBar())
     settings = lightning_settings(section)
     settings |= trainer_settings(config) if distributed.world_size() > 1 else {"devices": 1}
     try:

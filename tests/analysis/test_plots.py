@@ -18,7 +18,7 @@ def write_metrics(path, rows, **changes):
     """
     epochs = range(rows)
     columns = {
-        "epoch": epochs,
+        "epoch": [epoch + 1 for epoch in epochs],
         "step": [10 * (epoch + 1) for epoch in epochs],
         "lr": [1e-3] * rows,
         "train/loss": [2 / (1 + epoch) for epoch in epochs],
@@ -53,14 +53,14 @@ def output(tmp_path):
 
 @pytest.mark.parametrize("epochs", [1, 2, 30, 300])
 def test_curves(tmp_path, output, epochs):
-    figure = plot_curves(write_metrics(tmp_path / "metrics.csv", epochs), output)
+    figure = plot_curves(write_metrics(tmp_path / "metrics.csv", epochs), output, epochs)
     assert check_image(output) == (1800, 570)
     loss, top1, lr = figure.axes
     assert [axes.get_title(loc="left") for axes in figure.axes] == ["Loss", "Top-1 accuracy", "Learning rate"]
     assert all(axes.get_xlabel() == "epoch" for axes in figure.axes)
     assert loss.get_yscale() == ("log" if epochs > 10 else "linear")
     assert legend(loss) == ["training", "validation"]
-    assert legend(top1) == [f"validation: best {1 - 0.9 / epochs:.2%}, epoch {epochs}"]
+    assert legend(top1) == [f"validation: {1 - 0.9 / epochs:.2%} in the best epoch, {epochs}"]
     assert lr.get_legend() is None
     assert list(lr.lines[0].get_xdata()) == list(range(1, epochs + 1))
     assert list(lr.lines[0].get_ydata()) == [1e-3] * epochs
@@ -78,23 +78,23 @@ def test_curves_with_moving_average_and_missing_values(tmp_path, output):
         val_ema__top1=[0.1, 0.2, 0.3, 0.4, 0.35],
         val_ema__top5=[1] * 5,
     )
-    loss, top1, _ = plot_curves(path, output).axes
+    loss, top1, _ = plot_curves(path, output, 5).axes
     assert legend(loss) == ["training", "validation", "validation, EMA"]
     np.testing.assert_array_equal(loss.lines[4].get_ydata(), [2, 1.5, np.nan, 1, 1])  # an infinite value is a gap
-    assert legend(top1) == ["validation: best 70.00%, epoch 3", "validation, EMA: best 40.00%, epoch 4"]
+    assert legend(top1) == ["validation: 60.00% in the best epoch, 5", "validation, EMA: 35.00% in the best epoch, 5"]
     marked = [line.get_xydata().tolist() for line in top1.lines if line.get_marker() == "o"]
-    assert marked == [[[3, 0.7]], [[1, 0.1], [3, 0.7], [5, 0.6]], [[4, 0.4]], []]
+    assert marked == [[[5, 0.6]], [[1, 0.1], [3, 0.7], [5, 0.6]], [[5, 0.35]], []]
 
 
 def test_curves_of_a_run_that_diverged(tmp_path, output):
     path = write_metrics(tmp_path / "metrics.csv", 2, val__top1=["nan"] * 2, val__loss=["nan"] * 2)
-    top1 = plot_curves(path, output).axes[1]
+    top1 = plot_curves(path, output, 1).axes[1]
     assert legend(top1) == ["validation"]
 
 
 def test_curves_need_an_epoch(tmp_path, output):
     with pytest.raises(ValueError, match="has no epoch"):
-        plot_curves(write_metrics(tmp_path / "metrics.csv", 0), output)
+        plot_curves(write_metrics(tmp_path / "metrics.csv", 0), output, 1)
     assert not output.exists()
 
 

@@ -9,10 +9,15 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from sklearn.metrics import confusion_matrix, precision_recall_fscore_support, top_k_accuracy_score
+from sklearn.metrics import (
+    balanced_accuracy_score,
+    confusion_matrix,
+    precision_recall_fscore_support,
+    top_k_accuracy_score,
+)
 
 from sequencer import distributed
-from sequencer.evaluation import ClassificationMetrics
+from sequencer.evaluation import ClassificationMetrics, describe_unpredicted
 
 
 def sample(num_classes: int, count: int = 203) -> tuple[torch.Tensor, torch.Tensor]:
@@ -40,7 +45,8 @@ def test_equals_scikit_learn(num_classes):
         expected = top_k_accuracy_score(labels, logits, k=5, labels=range(num_classes), normalize=False)
         assert values["top5"] == expected / 203
     else:
-        assert values["top5"] == 1
+        assert "top5" not in values  # of five classes or fewer it says nothing
+    assert values["balanced"] == pytest.approx(balanced_accuracy_score(labels, predicted))
     assert values["loss"] == pytest.approx(F.cross_entropy(logits.double(), labels).item(), rel=1e-12)
     expected = confusion_matrix(labels, predicted, labels=range(num_classes))
     assert torch.equal(metrics.confusion, torch.from_numpy(expected))
@@ -144,3 +150,18 @@ def test_same_counts_on_a_gpu():
     on_gpu.update(logits.cuda(), labels.cuda())
     assert torch.equal(on_gpu.counts.cpu(), on_cpu.counts)
     assert on_gpu.top5_hits.item() == on_cpu.top5_hits.item()
+
+
+@pytest.mark.parametrize(("support", "unbalanced"), [((3, 3, 3), False), ((5, 3, 0), False), ((6, 3, 4), True)])
+def test_classes_are_unbalanced_where_one_has_twice_the_images_of_another(support, unbalanced):
+    labels = torch.arange(3).repeat_interleave(torch.tensor(support))
+    assert measure(torch.zeros(len(labels), 3), labels, [len(labels)]).unbalanced is unbalanced
+
+
+def test_classes_that_are_never_predicted_are_named():
+    labels = torch.arange(8)
+    logits = F.one_hot(labels, 9).float()
+    found = measure(logits, labels, [8]).per_class([f"class {i}" for i in range(9)])
+    assert describe_unpredicted(found) == ""  # the ninth has no image
+    found = measure(torch.zeros(8, 9), labels, [8]).per_class(["a", "b", "c\n", *"defghi"])
+    assert describe_unpredicted(found) == r"never predicted: b, c\n, d, e, f and 2 more"

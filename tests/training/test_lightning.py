@@ -22,7 +22,7 @@ from sequencer.training.report import EpochReport
 from sequencer.training.setup import build_parts, quieten
 from tests.helpers import EMA, equal_tensors, read_last, read_rows
 
-VALIDATION = {"val/loss", "val/top1", "val/top5"}
+VALIDATION = {"val/loss", "val/top1", "val/top5", "val/balanced"}
 
 
 @pytest.fixture(autouse=True)
@@ -158,7 +158,7 @@ def test_test_and_predict(module, data, trainer):
     plain = trainer()
     plain.fit(module, datamodule=data)
     (results,) = plain.test(module, datamodule=data, verbose=False)
-    assert results.keys() == {"test/loss", "test/top1", "test/top5"}
+    assert results.keys() == {"test/loss", "test/top1", "test/top5", "test/balanced"}
     probabilities = torch.cat(plain.predict(module, datamodule=data))
     assert probabilities.shape == (len(data.test_set), 10)
     torch.testing.assert_close(probabilities.sum(1), torch.ones(len(data.test_set)))

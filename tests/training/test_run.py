@@ -54,7 +54,7 @@ def test_run_folder(finished):
 def test_best_metric_epoch_takes_the_last_epoch_although_it_is_no_better(config, tmp_path):
     summary = run(config("trainer.best_metric=epoch", "trainer.max_epochs=3", "optim.lr=0", "optim.min_lr=0"))
     assert len({row["val/loss"] for row in read_rows(tmp_path / "run")}) == 1
-    assert summary["best_epoch"] == 2
+    assert summary["best_epoch"] == 3
 
 
 def test_a_lower_loss_is_better(config, tmp_path):
@@ -63,14 +63,14 @@ def test_a_lower_loss_is_better(config, tmp_path):
     summary = run(config(*options, "optim.lr=0.01"))
     losses = [float(row["val/loss"]) for row in read_rows(tmp_path / "run")]
     assert losses[0] > losses[1] > losses[2]
-    assert summary["best_epoch"] == 2
+    assert summary["best_epoch"] == 3
     epochs = [line for line in (tmp_path / "run" / "train.log").read_text().splitlines() if " epoch " in line]
     assert [line.endswith(" best") for line in epochs] == [True] * 3
 
 
 def test_metrics_rows(finished):
     table = read_rows(finished[0])
-    assert [row["epoch"] for row in table] == ["0", "1"]
+    assert [row["epoch"] for row in table] == ["1", "2"]
     assert [row["step"] for row in table] == ["4", "8"]
     assert all(float(row["train/loss"]) > 0 for row in table)
     for row in table:  # 128 images, and validation on top of their time
@@ -125,7 +125,7 @@ def test_a_short_last_window_of_accumulation_weighs_as_much_as_the_others(config
 def test_the_log_describes_batch_and_learning_rates(config, tmp_path):
     run(config("trainer.accumulate_grad_batches=2", "optim.lr=0.01", "optim.layer_decay=0.5", "trainer.max_epochs=1"))
     log = (tmp_path / "run" / "train.log").read_text()
-    assert "batch 64: 32 on each of 1 device, 2 passes per update; learning rate 0.01, not scaled" in log
+    assert "INFO batch 64 (32 x 2 passes per update), learning rate 0.01\n" in log
     rates = {float(rate) for rate in re.findall(r"parameter group \d+: .*, lr ([0-9.e-]+),", log)}
     assert rates == {0.01, 0.005, 0.0025}  # head, block, stem: decay is in each group's own rate
 
@@ -204,7 +204,7 @@ def test_a_finished_run_can_be_given_more_epochs(config, tmp_path, finished):
     more = run(config("trainer.max_epochs=4"), resume=True)
     assert more["epochs"] == 4
     assert more["val/top1"] >= first["val/top1"]  # the best epoch is kept
-    assert [row["epoch"] for row in read_rows(tmp_path / "run")] == ["0", "1", "2", "3"]
+    assert [row["epoch"] for row in read_rows(tmp_path / "run")] == ["1", "2", "3", "4"]
 
 
 def test_resuming_before_the_first_checkpoint_starts_over(config):

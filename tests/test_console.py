@@ -1,0 +1,51 @@
+"""What the console shows: whole lines, tables, the log without its details, and one line for the progress bar."""
+
+import io
+import logging
+
+import pytest
+from rich.console import Console
+
+from sequencer.console import say, table_lines
+from sequencer.tracking.loggers import close_log, log, start_log
+from sequencer.training.progress import EpochBar
+
+LONG = "wandb sync " + "/a folder with a name" * 20
+
+
+def test_lines_are_neither_wrapped_nor_padded_nor_styled(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    say(f"[bold]1.5[/bold]\n{LONG}")
+    assert capsys.readouterr().out == f"[bold]1.5[/bold]\n{LONG}\n"
+
+
+def test_columns_of_a_table_fit_their_widest_cell_without_trailing_blanks():
+    assert table_lines(["trial", "top-1"], [["x" * 150, "9%"], ["数", "[98]%"]]) == [
+        f"trial{' ' * 145}   top-1",
+        f"{'x' * 150}      9%",
+        f"数{' ' * 148}   [98]%",
+    ]
+
+
+def test_details_are_in_the_file_alone_with_a_line_for_each_message(capsys, tmp_path):
+    start_log(tmp_path / "train.log")
+    log.debug("parameter group 0")
+    log.info("resume with:\n%s", LONG)
+    close_log()
+    assert capsys.readouterr().out == f"resume with:\n{LONG}\n"
+    lines = (tmp_path / "train.log").read_text().splitlines()
+    assert [line.split(maxsplit=2)[2] for line in lines] == ["DEBUG parameter group 0", f"INFO resume with: {LONG}"]
+    assert logging.getLogger("sequencer").handlers == []
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_the_progress_bar_has_one_line(width):
+    bar = EpochBar()
+    bar._progress.reset(bar._task, total=100_000, description="epoch 299/300", loss="")
+    bar._progress.update(bar._task, completed=99_999, loss="loss 123.4567")
+    console = Console(width=width, file=io.StringIO())
+    console.print(bar._progress.get_renderable())
+    (line,) = console.file.getvalue().splitlines()
+    assert line.startswith("epoch 299/300 ━━")
+    assert " 99999/100000 " in line
+    assert line.rstrip().endswith(" loss 123.4567")
