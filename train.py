@@ -12,6 +12,7 @@ from sequencer.config.command import CommandLine, check_restarts, parse_command
 from sequencer.config.composition import to_config
 from sequencer.config.errors import RequestError, SharedError, summarise_error
 from sequencer.config.hydra_internals import ask_hydra, run_hydra
+from sequencer.config.preflight import check_request, name_runs
 from sequencer.config.request import Request, refuse_sweep, request, resume_request
 from sequencer.config.schema import Config
 from sequencer.config.sources import Sources
@@ -35,12 +36,14 @@ def main(command: CommandLine) -> None:
         return sweep(prepare_sweep(command, composed))
     refuse_sweep(command)
     config = to_config(composed.config)
+    name_runs(config)
     if command.plan:
         return show_plan(command, config)
     return train(request(config))
 
 
 def train(wanted: Request) -> None:
+    check_request(wanted.config, wanted.resume)
     from sequencer.training import run  # imports torch
 
     run(wanted.config, resume=wanted.resume)
@@ -48,6 +51,7 @@ def train(wanted: Request) -> None:
 
 def show_plan(command: CommandLine, config: Config, trials: int = 1) -> None:
     started = time.monotonic()
+    check_request(config, plan=True)
     from sequencer.measure import plan  # imports torch
 
     plan(config, Sources(command), trials, started)

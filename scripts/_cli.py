@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from sequencer.config.command import check_environment
 from sequencer.config.errors import RequestError, SharedError, show, summarise_error
+from sequencer.config.named_runs import named_run
+from sequencer.config.preflight import check_model_name, check_source
 from sequencer.config.schema import LARGEST_INTEGER
 from sequencer.output import drop_unread_output
 from sequencer.printing import printable
@@ -115,6 +117,22 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     add("--arch", metavar="NAME", help="architecture of a .pth or .safetensors file")
     add("--slot", choices=("raw", "ema"), help="weights of a run; default: trainer.slot of the run")
     add("--trust", action="store_true", help="load a .pt2 file, which can run any code when it is loaded")
+
+
+def named_model(source: str, args: argparse.Namespace) -> str:
+    """Checks, before torch is imported, that MODEL and its architecture exist; a folder of runs stands for its newest.
+
+    Returns:
+        MODEL, or the newest run in it.
+
+    Raises:
+        RequestError: There is no such file, folder, model or hub.
+    """
+    source = str(named_run(source))
+    check_source(source)
+    if args.arch is not None:
+        check_model_name(args.arch)
+    return source
 
 
 def load(source: str, args: argparse.Namespace) -> "LoadedModel":

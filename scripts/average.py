@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from _cli import Parser, add_model_options, load_original, prepared, run
+from _cli import Parser, add_model_options, load_original, named_model, prepared, run
 
 from sequencer.config.errors import RequestError
 from sequencer.printing import printable
@@ -39,11 +39,12 @@ def parse(argv: list[str] | None) -> Namespace:
 
 
 def work(args: Namespace) -> None:
+    sources = [named_model(source, args) for source in args.models]
     from sequencer.export import write_model_folder
     from sequencer.models import CheckpointError, average_models
 
     def models() -> "Iterator[tuple[str, LoadedModel]]":
-        for source in args.models:
+        for source in sources:
             yield source, load_original(source, args)
 
     with prepared(args.output) as folder:

@@ -7,8 +7,9 @@
 MODEL is a run folder, a model folder, a checkpoint, an export (.onnx, .pt2) or a timm name. The data set and the
 preprocessing of a run are stored with its model folder, checkpoints and exports. Any other model needs --data and is
 evaluated with the preprocessing in timm's configuration of it. The command writes evaluation.json, per_class.csv and
-predictions.csv, which has for every image the predicted class, its probability, and the rank of the true class. The
-CSV files show control characters of names, and bytes that are not UTF-8, escaped.
+predictions.csv, which has for every image the predicted class, its probability, and the rank of the true class, into a
+folder that is named by the setting, such as RUN/evaluation/digits-test-raw-8px-crop1-flip. The CSV files show control
+characters of names, and bytes that are not UTF-8, escaped.
 """
 
 import math
@@ -16,20 +17,24 @@ import os
 from argparse import ArgumentTypeError, Namespace, RawDescriptionHelpFormatter
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from _cli import Parser, add_model_options, created, integer, load, pick_device, run
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
+from _cli import Parser, add_model_options, created, integer, load, named_model, pick_device, run
 
+from sequencer.config.composition import compose, to_config
+from sequencer.config.errors import RequestError
+from sequencer.config.layouts import check_data, split_folder
+from sequencer.config.request import describe_differences, load_run
 from sequencer.config.schema import MOST_WORKERS, DataConfig
+from sequencer.console import say, table_lines
+from sequencer.declared import decode_json
 from sequencer.names import LARGEST_IMAGE
 from sequencer.printing import printable
 
 if TYPE_CHECKING:
     from sequencer.evaluation import ClassResult, Evaluation
 
+ROOT = "--data-root DIR"
 MOST_CLASSES_PRINTED = 20
 WORST_CLASSES_PRINTED = 10
 
@@ -63,7 +68,7 @@ def parse(argv: list[str] | None) -> Namespace:
         help="loader processes; 0 loads in the main process",
     )
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto, a GPU if there is one")
-    add("--output", metavar="DIR", type=Path, help="default: RUN/evaluation for a run, otherwise ./evaluation")
+    add("--output", metavar="DIR", type=Path, help="default: below RUN/evaluation or outputs/evaluation")
     add("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args(argv)
     if args.data is None and not os.path.exists(args.model):  # False for a name that is too long
@@ -83,8 +88,11 @@ def fraction(text: str) -> float:
 
 
 def work(args: Namespace) -> None:
+    args.model = named_model(args.model, args)
+    check_named_data(args)
     from sequencer import distributed
-    from sequencer.evaluation import evaluate_model, evaluation_data, write_evaluation
+    from sequencer.data import has_test_split
+    from sequencer.evaluation import describe_setting, evaluate_model, evaluation_data, write_evaluation
 
     device = pick_device(args.device)
     distributed.join(device.type == "cuda")
@@ -98,43 +106,89 @@ def work(args: Namespace) -> None:
         eval_batch_size=args.batch_size,
         num_workers=args.num_workers,
     )
-    model = Path(args.model)
-    output = args.output or (model if (model / "config.yaml").is_file() else Path()) / "evaluation"
+    split = args.split or ("test" if has_test_split(data) else "val")
+    check_data(data, [split], root=ROOT)
+    setting = describe_setting(loaded.arch, loaded.slot, data, split, args.flip)
+    output = args.output or default_output(Path(args.model), setting)
+    distributed.on_first(lambda: check_output(output, setting))
     with created(output):
-        found = evaluate_model(loaded, data, args.split, device, args.flip, output / "bad_samples.csv")
+        found = evaluate_model(loaded, data, split, device, args.flip, output / "bad_samples.csv")
     if distributed.is_first():
         write_evaluation(found, output, args.model)
         show(found, output)
 
 
-def show(evaluation: "Evaluation", output: Path) -> None:
-    result = evaluation.record()
-    console = Console(highlight=False, markup=False)
-    console.print(printable("{arch} ({slot} weights) on {data}, {split} split, {total:,} images".format(**result)))
-    if result["unreadable"]:
-        console.print(
-            f"{result['unreadable']:,} more could not be read: {printable(output / 'bad_samples.csv')}", soft_wrap=True
+def check_named_data(args: Namespace) -> None:
+    """Checks the place of the data that the request or the run folder names, before torch is imported.
+
+    Raises:
+        RequestError: There is nothing.
+    """
+    try:
+        data = compose([f"data={args.data}"]).data if args.data else to_config(load_run(Path(args.model))).data
+    except RequestError:  # no run folder, or one of another version
+        return
+    data.root = args.data_root or data.root
+    has_test = split_folder(data.root, "test").is_dir() or Path(data.root, "test.json").exists()
+    check_data(data, [args.split or ("test" if has_test else "val")], root=ROOT)
+
+
+def default_output(model: Path, setting: dict[str, Any]) -> Path:
+    """Returns the folder of an evaluation, below that of its run or below `outputs`, named by the setting."""
+    name = "{data}-{split}-{slot}-{img_size}px-crop{crop_pct:g}".format(**setting) + "-flip" * setting["flip"]
+    runs = [folder for folder in (model, *list(model.parents)[:2]) if (folder / "config.yaml").is_file()]
+    if not runs:
+        return Path("outputs", "evaluation", f"{model.name}-{name}")
+    return runs[0] / "evaluation" / (f"{model.stem}-{name}" if model.is_file() else name)
+
+
+def check_output(output: Path, setting: dict[str, Any]) -> None:
+    """Checks that a folder holds no evaluation of another setting.
+
+    Raises:
+        RequestError: It does.
+    """
+    path = output / "evaluation.json"
+    try:
+        there = decode_json(path.read_bytes())
+        differences = describe_differences({key: there.get(key) for key in setting}, setting)
+    except (OSError, ValueError, AttributeError):  # there is no evaluation, or a damaged one
+        return
+    if differences:
+        raise RequestError(
+            f"{printable(output)} holds another evaluation: {printable(differences)}\nname another folder with --output"
         )
-    console.print("top-1 {top1:.2%}   top-5 {top5:.2%}   loss {loss:.4f}".format(**result), style="bold")
-    console.print("95% confidence: top-1 {top1_low:.2%} to {top1_high:.2%}".format(**result))
-    console.print("{time/images_per_s:,.0f} images/s, loading included".format(**result))
-    shown = evaluation.per_class
-    if len(shown) > MOST_CLASSES_PRINTED:
-        by_recall = sorted((row.recall, index) for index, row in enumerate(shown) if row.recall is not None)
-        shown = [evaluation.per_class[index] for _, index in by_recall[:WORST_CLASSES_PRINTED]]
-        console.print(f"\nthe {len(shown)} classes with the lowest recall, of {len(evaluation.per_class)}:")
-    console.print(class_table(shown))
-    console.print(f"written: evaluation.json, per_class.csv and predictions.csv in {printable(output)}", soft_wrap=True)
 
 
-def class_table(rows: "list[ClassResult]") -> Table:
-    table = Table("class")
-    for name in ("images", "precision", "recall"):
-        table.add_column(name, justify="right")
-    for row in rows:
-        ratios = ("" if ratio is None else f"{ratio:.2%}" for ratio in (row.precision, row.recall))
-        table.add_row(Text(printable(row.name)), f"{row.support:,}", *ratios)
-    return table
+def show(evaluation: "Evaluation", output: Path) -> None:
+    from sequencer.evaluation import describe_unpredicted
+
+    result = evaluation.record()
+    flips = ", with mirror images" if result["flip"] else ""
+    say(printable("{arch} ({slot} weights) on {data}, {split} split".format(**result)))
+    say("{total:,} images of {img_size} px, crop {crop_pct:g}{}".format(flips, **result))
+    if result["unreadable"]:
+        say(f"{result['unreadable']:,} more could not be read: {printable(output / 'bad_samples.csv')}")
+    shown = ["top-1 {top1:.2%}", *(["top-5 {top5:.2%}"] if "top5" in result else []), "loss {loss:.4f}"]
+    shown += ["balanced accuracy {balanced:.2%}"] if evaluation.unbalanced else []
+    say("   ".join(shown).format(**result), style="bold")
+    say("95% confidence: top-1 {top1_low:.2%} to {top1_high:.2%}".format(**result))
+    if remark := describe_unpredicted(evaluation.per_class):
+        say(remark)
+    say("{time/images_per_s:,.0f} images/s, loading included".format(**result))
+    rows = evaluation.per_class
+    if len(rows) > MOST_CLASSES_PRINTED:
+        by_recall = sorted((row.recall, index) for index, row in enumerate(rows) if row.recall is not None)
+        rows = [evaluation.per_class[index] for _, index in by_recall[:WORST_CLASSES_PRINTED]]
+        say(f"\nthe {len(rows)} classes with the lowest recall, of {len(evaluation.per_class)}:")
+    for line in table_lines(["class", "images", "precision", "recall"], map(cells, rows)):
+        say(line)
+    say(f"written: evaluation.json, per_class.csv and predictions.csv in\n{printable(output)}")
+
+
+def cells(row: "ClassResult") -> list[str]:
+    ratios = ("" if ratio is None else f"{ratio:.2%}" for ratio in (row.precision, row.recall))
+    return [printable(row.name), f"{row.support:,}", *ratios]
 
 
 if __name__ == "__main__":

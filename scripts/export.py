@@ -13,7 +13,7 @@ from argparse import Namespace, RawDescriptionHelpFormatter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from _cli import Parser, add_model_options, integer, load_original, need_onnx, prepared, run
+from _cli import Parser, add_model_options, integer, load_original, named_model, need_onnx, prepared, run
 
 from sequencer.config.errors import RequestError
 from sequencer.files import write_json
@@ -63,6 +63,7 @@ def parse(argv: list[str] | None) -> Namespace:
 
 
 def work(args: Namespace) -> None:
+    args.model = named_model(args.model, args)
     from sequencer.export import export_graph, export_weights, push
 
     if args.format == "onnx":

@@ -19,7 +19,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from _cli import Parser, add_model_options, integer, load, make_folder, pick_device, run
+from _cli import Parser, add_model_options, integer, load, make_folder, named_model, pick_device, run
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TimeRemainingColumn
 
@@ -60,6 +60,7 @@ def parse(argv: list[str] | None) -> Namespace:
 
 
 def work(args: Namespace) -> int:
+    args.model = named_model(args.model, args)
     if args.output and args.output.is_dir():
         raise RequestError(f"--output {args.output} is a folder; name a file")
     found = predictions(args)

@@ -16,6 +16,7 @@ from _cli import Parser, run
 
 from sequencer.config.command import parse_command
 from sequencer.config.errors import RequestError
+from sequencer.config.named_runs import named_run
 from sequencer.config.request import resume_request
 from sequencer.config.schema import Config
 from sequencer.files import to_json
@@ -41,6 +42,7 @@ def work(args: Namespace) -> None:
         RequestError: the run has not diverged.
         RuntimeError: the replay did not diverge, or diverged in another way.
     """
+    args.run = named_run(args.run)
     path, copy = args.run / "divergence.json", args.run / "replay"
     if not path.is_file():
         raise RequestError(f"{args.run} has no divergence.json: it has not diverged, or is not a run folder")

@@ -1,7 +1,7 @@
 """What a command shows on the console: whole lines, neither wrapped, cut nor padded.
 
-A line that is wider than the terminal is continued by the terminal itself, so that a path or a command in it is copied
-as one. The log of a run, tables and progress bars all use `CONSOLE`, which keeps a bar below the lines that are printed.
+The terminal itself continues a line that is wider than it is, so that a path or a command in it is copied as one. The
+log of a run and its progress bar share `CONSOLE`, which keeps the bar below the lines that are printed.
 """
 
 import io

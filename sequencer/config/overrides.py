@@ -11,6 +11,7 @@ from hydra.core.override_parser.types import IntervalSweep, Override
 from hydra.errors import OverrideParseException
 
 from sequencer.config.errors import RequestError
+from sequencer.config.preflight import may_be_model
 from sequencer.config.schema import Config
 
 PLUGINS = {
@@ -112,17 +113,24 @@ def _check_choice(override: Override, choices: list[str]) -> None:
         for choice in value if isinstance(value, list) else [value]:
             if str(choice) not in choices:
                 group = override.key_or_group
+                if group == "model" and may_be_model(str(choice)):
+                    raise RequestError(f"model={choice} does not exist: did you mean model.name={choice}?")
                 raise RequestError(f"{group}={choice} does not exist: {did_you_mean(choice, choices)}")
 
 
-def _keys(node: type, prefix: str = "") -> list[str]:
-    """Returns every dotted key of a dataclass, those of its sections included."""
-    keys = []
+def _keys(node: type, prefix: str = "") -> dict[str, Any]:
+    """Returns every dotted key of a dataclass with its type, those of its sections included."""
+    keys = {}
     for field in dataclasses.fields(node):
-        keys.append(prefix + field.name)
+        keys[prefix + field.name] = field.type
         if dataclasses.is_dataclass(field.type):
-            keys += _keys(field.type, f"{prefix}{field.name}.")  # type: ignore[arg-type]
+            keys |= _keys(field.type, f"{prefix}{field.name}.")  # type: ignore[arg-type]
     return keys
+
+
+def takes_list(key: str) -> bool:
+    """Whether a key or group may be given a list."""
+    return key == "logger" or key.startswith("model.kwargs.") or str(KEYS.get(key)).startswith("list[")
 
 
 KEYS = _keys(Config)

@@ -14,7 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from sequencer.config.command import CommandLine
 from sequencer.config.composition import to_config
 from sequencer.config.errors import RequestError
-from sequencer.config.overrides import check_key, swept_values
+from sequencer.config.named_runs import named_run
+from sequencer.config.overrides import check_key, swept_values, takes_list
 from sequencer.config.schema import Config, leaves
 from sequencer.declared import UndeclaredContent, parse_json
 from sequencer.files import nearest_existing
@@ -69,7 +70,8 @@ def resume_request(command: CommandLine) -> Request:
     """
     assert command.resume is not None
     refuse_sweep(command)
-    saved = load_run(command.resume)
+    run_dir = named_run(command.resume)
+    saved = load_run(run_dir)
     for override in command.overrides:
         check_key(override, command.files.groups)
         if not _may_change(override.key_or_group):
@@ -79,7 +81,7 @@ def resume_request(command: CommandLine) -> Request:
         asked = command.compose().config
         for override in command.overrides:
             OmegaConf.update(saved, override.key_or_group, OmegaConf.select(asked, override.key_or_group))
-    saved.run_dir = str(command.resume)
+    saved.run_dir = str(run_dir)
     return Request(to_config(saved), resume=True)
 
 
@@ -94,7 +96,8 @@ def refuse_sweep(command: CommandLine) -> None:
     for override in command.overrides:
         if override.is_sweep_override():
             key, values = override.get_key_element(), ",".join(map(str, swept_values(override)))
-            raise RequestError(f"{override.input_line}: add -m for a sweep, or write {key}=[{values}] for a list")
+            as_list = f", or write {key}=[{values}] for a list" if takes_list(override.key_or_group) else ""
+            raise RequestError(f"{override.input_line}: add -m for a sweep{as_list}")
 
 
 def load_run(run_dir: Path) -> DictConfig:

@@ -66,6 +66,8 @@ def prepare_sweep(command: CommandLine, composed: Composed) -> Sweep:
     swept = [override for override in command.overrides if override.is_sweep_override()]
     if params and any(override.key_or_group == "experiment" for override in swept):
         raise RequestError("a recipe that is a sweep stands alone: give one experiment=")
+    if not any(override.is_sweep_override() for override in (*params, *swept)):
+        raise RequestError("-m sweeps over nothing: give a key several values, as in seed=0,1,2, or leave out -m")
     whole = replace(command, overrides=(*params, *command.overrides))
     config = to_config(whole.compose().config if params else composed.config)
     _check_direction(composed.sweeper.get("direction"), config.trainer.best_metric)

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from sequencer.config.schema import DataConfig
 from sequencer.data.images import UnreadableImage
 from sequencer.data.seeding import START, EpochSampler, Position, SeededSet
-from sequencer.data.split import CHECKED_AT_ONCE, CPU, Split, make_loader, unchanged
+from sequencer.data.split import CHECKED_AT_ONCE, CPU, Split, limit_workers, make_loader, unchanged
 
 
 class IndexedSplit(Split):
@@ -96,18 +96,22 @@ class IndexedSplit(Split):
         device: torch.device = CPU,
     ) -> DataLoader[Any]:
         sampler = self.sampler(config, seed, rank, world_size, position)
-        return make_loader(SeededSet(self, seed), config.batch_size // world_size, sampler, config.num_workers)
+        return make_loader(
+            SeededSet(self, seed), config.batch_size // world_size, sampler, limit_workers(config.num_workers)
+        )
 
     def evaluation_loader(
         self, config: DataConfig, rank: int = 0, world_size: int = 1, device: torch.device = CPU
     ) -> DataLoader[Any]:
         own = range(rank, len(self), world_size)
-        return make_loader(ReadableSet(self), config.eval_batch_size, own, config.num_workers, collate_readable)
+        return make_loader(
+            ReadableSet(self), config.eval_batch_size, own, limit_workers(config.num_workers), collate_readable
+        )
 
     def readable_counts(self, num_workers: int) -> Iterable[int]:
         plain = copy.copy(self)
         plain.transform = unchanged
-        return make_loader(ReadableSet(plain), CHECKED_AT_ONCE, range(len(self)), num_workers, len)
+        return make_loader(ReadableSet(plain), CHECKED_AT_ONCE, range(len(self)), limit_workers(num_workers), len)
 
     def probe(self, most: int) -> tuple[int, list[str]]:
         indices = range(0, len(self), math.ceil(len(self) / most))

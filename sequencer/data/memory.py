@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from sequencer.config.schema import AugmentConfig, DataConfig
 from sequencer.data.indexed import IndexedSplit
 from sequencer.data.seeding import START, Key, Position, as_key, seeded_generator
-from sequencer.data.split import CPU, make_fingerprint, make_loader
+from sequencer.data.split import CPU, limit_workers, make_fingerprint, make_loader
 from sequencer.data.transforms import channel_statistics
 
 LARGEST_SHARE = 0.25  # of a GPU's free memory that the images of one split may take
@@ -203,7 +203,9 @@ def _batch_loader(
 ) -> DataLoader[Any]:
     """A loader of whole batches; those on a GPU are made in the training process."""
     on_gpu = batches.stored.device != CPU
-    return make_loader(batches, batch_size, sampler, 0 if on_gpu else config.num_workers, list, not on_gpu)
+    return make_loader(
+        batches, batch_size, sampler, 0 if on_gpu else limit_workers(config.num_workers), list, not on_gpu
+    )
 
 
 def _to_floats(data: Tensor) -> Float[Tensor, "B C H W"]:

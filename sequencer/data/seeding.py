@@ -12,7 +12,6 @@ from typing import Any, TypedDict
 import numpy as np
 import torch
 from jaxtyping import Int
-from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
@@ -108,6 +107,8 @@ def _permutation(length: int, seed: str) -> Int[Tensor, " length"]:
 def own_random_states() -> AbstractContextManager[None]:
     """A context that restores the global random states of Python, NumPy and torch's CPU generator when it ends."""
     # CUDA's states are not touched: reading them in a forked worker would initialise CUDA there
+    from pytorch_lightning.utilities.seed import isolate_rng  # Lightning takes seconds to import
+
     return isolate_rng(include_cuda=False)
 
 

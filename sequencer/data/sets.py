@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
 
 import numpy as np
 import torch
@@ -19,6 +18,7 @@ from torchvision.datasets.folder import find_classes
 
 from sequencer import names
 from sequencer.config.errors import RequestError
+from sequencer.config.layouts import LAYOUTS, Layout, missing_data, split_folder
 from sequencer.config.schema import DataConfig
 from sequencer.data.files import FileSplit, scan_folder
 from sequencer.data.images import check_memory, reason_of
@@ -31,7 +31,6 @@ from sequencer.declared import UndeclaredContent
 from sequencer.printing import printable
 
 DIGITS_TEST_FRACTION = 0.2
-IMAGE_FOLDER = "data.root=... must name a folder with train/ and val/ (test/ is optional), each with "
 
 
 def _always(config: DataConfig) -> bool:
@@ -44,21 +43,17 @@ class DataSet:
 
     Args:
         open: opens a split of the configured set; called with `val` only if `has_val`. If it raises an error,
-            the message for the user names `layout` and `remedy`.
+            the message for the user describes `layout`.
         has_val: whether the set has a validation split; otherwise `data.val_fraction` of its training images is held
             out, for which they must be readable one by one.
         has_test: whether the configured set has a test split.
-        layout: what must be there below `data.root`; `{split}` stands for the name of the split.
-        remedy: what to do where it is missing; the default asks for the folder that holds `layout`.
-        downloads: whether `data.download` fetches it.
+        layout: where its files lie.
     """
 
     open: Callable[[DataConfig, SplitName], Split]
     has_val: bool = False
     has_test: Callable[[DataConfig], bool] = _always
-    layout: str = ""
-    remedy: str = ""
-    downloads: bool = False
+    layout: Layout = Layout()
 
 
 def open_split(config: DataConfig, name: SplitName, transform: Transform) -> Split:
@@ -78,11 +73,7 @@ def open_split(config: DataConfig, name: SplitName, transform: Transform) -> Spl
     except RequestError:
         raise
     except Exception as error:  # torchvision has no error of its own, and a damaged file may raise any
-        place = _place(config.root, row.layout.format(split=stored))
-        raise RequestError(
-            f"data={config.name}: no complete set in {printable(place)} ({printable(reason_of(error))})\n"
-            f"{_remedy(row, config)}"
-        ) from error
+        raise missing_data(config, row.layout, stored, reason_of(error)) from error
     if len(split) == 0:
         raise RequestError(f"data={config.name}: there is no image in {printable(split.location)}")
     if config.num_classes not in (None, len(split.class_names)):
@@ -130,19 +121,6 @@ def _train_or_val(split: Split, config: DataConfig) -> tuple[np.ndarray, np.ndar
     return train, val
 
 
-def _place(root: str, layout: str) -> str:
-    if urlparse(root).scheme:
-        return f"{root.rstrip('/')}/{layout}"
-    return str((Path(root).expanduser() / layout).resolve())
-
-
-def _remedy(row: DataSet, config: DataConfig) -> str:
-    remedy = row.remedy or f"name the folder that holds {row.layout.partition('/')[0]}/ with data.root=..."
-    if not row.downloads:
-        return remedy
-    return f"{'check the connection' if config.download else 'fetch it with data.download=true'}, or {remedy}"
-
-
 def open_digits(config: DataConfig, name: SplitName) -> Split:
     """The 1,797 handwritten digits of scikit-learn as float tensors `1 8 8`; a fixed, stratified fifth is for testing.
 
@@ -184,13 +162,14 @@ def open_folder(config: DataConfig, name: SplitName) -> FileSplit:
         RequestError: its classes are not those of the training images.
     """
     root = _root(config)
-    samples, classes = scan_folder(str(root / name))
+    folder = split_folder(root, name)
+    samples, classes = scan_folder(str(folder))
     if (root / "train").is_dir():
-        _check_same_classes(root, name, classes)
-    return FileSplit(samples, classes, str(root / name))
+        _check_same_classes(root, folder.name, classes)
+    return FileSplit(samples, classes, str(folder))
 
 
-def _check_same_classes(root: Path, name: SplitName, classes: list[str]) -> None:
+def _check_same_classes(root: Path, name: str, classes: list[str]) -> None:
     """Labels are indices into the sorted class names: a split with other names would be labelled wrongly."""
     expected = find_classes(str(root / "train"))[0]
     differences = [
@@ -225,40 +204,15 @@ def _root(config: DataConfig) -> Path:
 
 DATA_SETS: dict[str, DataSet] = {
     "digits": DataSet(open_digits),
-    "mnist": DataSet(partial(open_decoded, datasets.MNIST), layout="MNIST/raw", downloads=True),
-    "fashion_mnist": DataSet(partial(open_decoded, datasets.FashionMNIST), layout="FashionMNIST/raw", downloads=True),
-    "cifar10": DataSet(partial(open_decoded, datasets.CIFAR10), layout="cifar-10-batches-py", downloads=True),
-    "cifar100": DataSet(partial(open_decoded, datasets.CIFAR100), layout="cifar-100-python", downloads=True),
-    "flowers102": DataSet(
-        partial(open_listed, datasets.Flowers102), has_val=True, layout="flowers-102/jpg", downloads=True
-    ),
-    "stanford_cars": DataSet(
-        partial(open_listed, datasets.StanfordCars),
-        layout="stanford_cars/devkit",
-        remedy="its original address is gone: fetch it elsewhere, or name the folder that holds stanford_cars/ with "
-        "data.root=...",
-    ),
-    "imagefolder": DataSet(
-        open_folder,
-        has_val=True,
-        has_test=_has_test_folder,
-        layout="{split}",
-        remedy=IMAGE_FOLDER + "a folder of images per class",
-    ),
-    "imagenet": DataSet(
-        open_folder,
-        has_val=True,
-        has_test=_has_test_folder,
-        layout="{split}",
-        remedy=IMAGE_FOLDER + "a folder per synset (n01440764, ...)",
-    ),
-    "webdataset": DataSet(
-        ShardSplit,
-        has_val=True,
-        has_test=_has_test_shards,
-        layout="{split}.json",
-        remedy="scripts/shards.py writes shards with their index, or an index for existing shards",
-    ),
+    "mnist": DataSet(partial(open_decoded, datasets.MNIST), layout=LAYOUTS["mnist"]),
+    "fashion_mnist": DataSet(partial(open_decoded, datasets.FashionMNIST), layout=LAYOUTS["fashion_mnist"]),
+    "cifar10": DataSet(partial(open_decoded, datasets.CIFAR10), layout=LAYOUTS["cifar10"]),
+    "cifar100": DataSet(partial(open_decoded, datasets.CIFAR100), layout=LAYOUTS["cifar100"]),
+    "flowers102": DataSet(partial(open_listed, datasets.Flowers102), has_val=True, layout=LAYOUTS["flowers102"]),
+    "stanford_cars": DataSet(partial(open_listed, datasets.StanfordCars), layout=LAYOUTS["stanford_cars"]),
+    "imagefolder": DataSet(open_folder, has_val=True, has_test=_has_test_folder, layout=LAYOUTS["imagefolder"]),
+    "imagenet": DataSet(open_folder, has_val=True, has_test=_has_test_folder, layout=LAYOUTS["imagenet"]),
+    "webdataset": DataSet(ShardSplit, has_val=True, has_test=_has_test_shards, layout=LAYOUTS["webdataset"]),
 }
 
 

@@ -24,7 +24,16 @@ from sequencer.data.indexed import collate_readable
 from sequencer.data.seeding import START, EpochSampler, Key, Position, as_key, own_random_states, seed_transforms
 from sequencer.data.shard_files import Sample, ShardReader, read_index, resolve
 from sequencer.data.shard_order import ShardOrder
-from sequencer.data.split import CHECKED_AT_ONCE, CPU, Split, SplitName, make_fingerprint, make_loader, unchanged
+from sequencer.data.split import (
+    CHECKED_AT_ONCE,
+    CPU,
+    Split,
+    SplitName,
+    limit_workers,
+    make_fingerprint,
+    make_loader,
+    unchanged,
+)
 
 
 class ShardSplit(Split):
@@ -94,16 +103,18 @@ class ShardSplit(Split):
     ) -> DataLoader[Any]:
         sampler = self.sampler(config, seed, rank, world_size, position)
         stream = TrainingStream(self, sampler.order(rank), seed)
+        # the order of the samples depends on the number of workers, which therefore is the same on every machine
         return make_loader(stream, config.batch_size // world_size, sampler, config.num_workers)
 
     def evaluation_loader(
         self, config: DataConfig, rank: int = 0, world_size: int = 1, device: torch.device = CPU
     ) -> DataLoader[Any]:
-        size, workers = config.eval_batch_size, config.num_workers
+        size, workers = config.eval_batch_size, limit_workers(config.num_workers)
         order = ShardOrder(self.starts, len(self), size, workers, rank, world_size, buffer=size)
         return make_loader(EvaluationStream(self, order), size, range(len(order)), workers, collate_readable)
 
     def readable_counts(self, num_workers: int) -> Iterable[int]:
+        num_workers = limit_workers(num_workers)
         order = ShardOrder(self.starts, len(self), CHECKED_AT_ONCE, num_workers, buffer=CHECKED_AT_ONCE)
         plain = copy.copy(self)
         plain.transform = unchanged

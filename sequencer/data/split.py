@@ -1,6 +1,7 @@
 """The interface of a split of a data set, which image files, sets in memory and shards implement."""
 
 import hashlib
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -149,6 +150,14 @@ def make_fingerprint(number: int, *contents: bytes) -> str:
     for content in contents:
         total.update(hashlib.sha256(content).digest())
     return f"{number} images {total.hexdigest()[:12]}"
+
+
+def limit_workers(wanted: int) -> int:
+    """Limits the loader workers of a rank to its share of the processors that this process may use, one at least."""
+    from joblib import cpu_count  # the import takes a moment; respects affinity and the quota of a container
+
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return min(wanted, max(1, cpu_count() // ranks)) if wanted else 0
 
 
 def make_loader(

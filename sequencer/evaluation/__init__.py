@@ -4,7 +4,7 @@ from sequencer.evaluation.inputs import check_img_size, data_section, data_setti
 from sequencer.evaluation.loop import FlipAveraged, evaluate
 from sequencer.evaluation.metrics import ClassificationMetrics, ClassResult, Outcome, describe_unpredicted, metric_names
 from sequencer.evaluation.prediction import Prediction, find_images, predict, readable_names
-from sequencer.evaluation.split import Evaluation, evaluate_model, evaluation_data
+from sequencer.evaluation.split import Evaluation, describe_setting, evaluate_model, evaluation_data
 from sequencer.evaluation.writing import write_evaluation
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "check_img_size",
     "data_section",
     "data_settings",
+    "describe_setting",
     "describe_unpredicted",
     "evaluate",
     "evaluate_model",

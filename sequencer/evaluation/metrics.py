@@ -13,7 +13,6 @@ from torchmetrics import Metric
 from sequencer import distributed
 from sequencer.printing import printable
 
-
 UNBALANCED = 2  # images of the largest class for each image of the smallest one, from which classes are unbalanced
 TOP5_CLASSES = 6  # of fewer classes, the top 5 are all or nearly all
 
@@ -132,7 +131,7 @@ class ClassificationMetrics(Metric):
 
 
 def describe_unpredicted(classes: Sequence[ClassResult], most: int = 5) -> str:
-    """Names the classes that have images and are predicted for none, at most `most` of them; empty if there are none."""
+    """Names up to `most` of the classes that have images and are predicted for none; empty if there are none."""
     names = [printable(row.name) for row in classes if row.support and row.precision is None]
     rest = f" and {len(names) - most:,} more" if len(names) > most else ""
     return f"never predicted: {', '.join(names[:most])}{rest}" if names else ""

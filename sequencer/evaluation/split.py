@@ -38,12 +38,17 @@ class Evaluation:
     outcomes: list[Outcome]  # of every readable image, ordered by index
     ids: list[str]  # of every image, by index
     class_names: list[str]
+    unbalanced: bool  # whether the largest class has twice as many images as the smallest one
 
     def record(self) -> dict[str, Any]:
         """The settings and the metrics as one flat dictionary."""
-        about: dict[str, Any] = {"arch": self.arch, "slot": self.slot, "data": self.data.name, "split": self.split}
-        about |= {"img_size": self.data.img_size, "crop_pct": self.data.crop_pct, "flip": self.flip}
-        return about | self.metrics
+        return describe_setting(self.arch, self.slot, self.data, self.split, self.flip) | self.metrics
+
+
+def describe_setting(arch: str, slot: str, data: DataConfig, split: str, flip: bool) -> dict[str, Any]:
+    """Returns what the result of an evaluation depends on besides the weights."""
+    setting: dict[str, Any] = {"arch": arch, "slot": slot, "data": data.name, "data_root": data.root, "split": split}
+    return setting | {"img_size": data.img_size, "crop_pct": data.crop_pct, "flip": flip}
 
 
 def evaluation_data(loaded: LoadedModel, name: str | None = None, **changes: Any) -> DataConfig:
@@ -81,8 +86,8 @@ def evaluate_model(
 ) -> Evaluation:
     """Evaluates a model on a split; in a distributed job every rank must call it.
 
-    The metrics are `top1` and `top5` (fractions) with the bounds of their 95% confidence intervals by Wilson's score
-    (`top1_low`, `top1_high`, ...), `loss` (mean, nats), `total` (images evaluated), `unreadable` (images left out),
+    The metrics are those of `ClassificationMetrics`, with the bounds of the 95% confidence intervals of `top1` and
+    `top5` by Wilson's score (`top1_low`, `top1_high`, ...), `total` (images evaluated), `unreadable` (images left out),
     `time/evaluation_s` (seconds) and `time/images_per_s`, loading included.
 
     Args:
@@ -116,7 +121,17 @@ def evaluate_model(
     values = _values(metrics.compute(), len(images), seconds)
     per_class = metrics.per_class(images.class_names)
     return Evaluation(
-        loaded.arch, loaded.slot, data, chosen, flip, values, per_class, found, images.ids, images.class_names
+        loaded.arch,
+        loaded.slot,
+        data,
+        chosen,
+        flip,
+        values,
+        per_class,
+        found,
+        images.ids,
+        images.class_names,
+        metrics.unbalanced,
     )
 
 
@@ -143,7 +158,7 @@ def _check_classes(loaded: LoadedModel, names: Sequence[str]) -> None:
 def _values(metrics: dict[str, Tensor], images: int, seconds: float) -> dict[str, float]:
     values = {name: value.item() for name, value in metrics.items()}
     total = int(values["total"])
-    for name in ("top1", "top5"):
+    for name in [name for name in ("top1", "top5") if name in values]:
         values[f"{name}_low"], values[f"{name}_high"] = _wilson_interval(round(values[name] * total), total)
     values["unreadable"] = images - total
     return values | {"time/evaluation_s": seconds, "time/images_per_s": total / seconds}
