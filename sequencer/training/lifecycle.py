@@ -27,7 +27,7 @@ from sequencer.training.launch import launch, uses_gpu
 from sequencer.training.module import Classifier, compile_in_place
 from sequencer.training.result import describe_result, finish
 from sequencer.training.resumption import check_resumption, find_checkpoint, has_checkpoint
-from sequencer.training.setup import build_parts
+from sequencer.training.setup import Parts, build_parts
 
 log = logging.getLogger("sequencer")
 
@@ -113,7 +113,7 @@ def _train(config: Config, folder: RunFolder, resume: bool, reshuffles: int) -> 
     resumed = distributed.on_first(lambda: resume and has_checkpoint(folder.path))
     parts = build_parts(config, resumed=resumed)
     data, model, trainer = parts.data, parts.model, parts.trainer
-    checkpoint = distributed.on_first(lambda: _start(config, folder, data, resume))  # the first to write
+    checkpoint = distributed.on_first(lambda: _start(config, folder, parts, resume))  # the first to write
     try:
         for line in parts.description:
             log.info(line)
@@ -156,7 +156,7 @@ def _finished(config: Config, run_dir: Path) -> dict[str, Any] | None:
     return summary if config.trainer.max_epochs <= done else None
 
 
-def _start(config: Config, folder: RunFolder, data: DataModule, resume: bool) -> Path | None:
+def _start(config: Config, folder: RunFolder, parts: Parts, resume: bool) -> Path | None:
     """Starts or resumes the run in its folder, after the last checks of the request.
 
     Returns:
@@ -168,7 +168,7 @@ def _start(config: Config, folder: RunFolder, data: DataModule, resume: bool) ->
     """
     saved = find_checkpoint(folder.path) if resume else None
     if saved is not None:
-        check_resumption(saved, config, data)
+        check_resumption(saved, config, parts.data, parts.module.teacher)
     folder.start(config)
     for warning in saved.warnings if saved is not None else ():
         log.warning(warning)

@@ -1,5 +1,8 @@
 """The training loss: cross-entropy or binary cross-entropy, and distillation from a teacher."""
 
+import hashlib
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -9,7 +12,8 @@ from torch import Tensor, nn
 from sequencer.config.errors import RequestError
 from sequencer.config.schema import DataConfig, OptimConfig
 from sequencer.data import channel_statistics
-from sequencer.models import CheckpointError, LoadedModel, load_model
+from sequencer.files import to_json
+from sequencer.models import CheckpointError, LoadedModel, is_export, load_model
 
 
 def build_criterion(config: OptimConfig, smoothing: float) -> nn.Module:
@@ -39,6 +43,9 @@ class Teacher:
 
     It is not an `nn.Module`, so that its weights are in no checkpoint and no optimizer. It receives the
     student's augmented and mixed images, resized and normalised as its own preprocessing requires.
+
+    Attributes:
+        fingerprint: Hash of its weights and preprocessing, by which a resumed run knows it again.
     """
 
     def __init__(self, loaded: LoadedModel, student: DataConfig, temperature: float) -> None:
@@ -49,6 +56,7 @@ class Teacher:
             temperature: divides the logits of both.
         """
         self.model, self.temperature = loaded.model.requires_grad_(False), temperature
+        self.fingerprint = _make_fingerprint(loaded)
         cfg = loaded.pretrained_cfg
         self.size = list(cfg["input_size"][-2:])
         mean, std = channel_statistics(student)
@@ -101,6 +109,16 @@ def build_teacher(config: OptimConfig, data: DataConfig, class_names: list[str])
     if loaded.about and loaded.class_names and list(loaded.class_names) != class_names:
         raise RequestError(f"{where}: its classes have other names or another order than those of data={data.name}")
     return Teacher(loaded, data, config.distill_temperature)
+
+
+def _make_fingerprint(loaded: LoadedModel) -> str:
+    preprocessing = {name: loaded.pretrained_cfg[name] for name in ("input_size", "mean", "std")}
+    total = hashlib.sha256(to_json([loaded.arch, loaded.model_args, preprocessing]).encode())
+    if is_export(loaded.source):  # its weights are in the graph
+        total.update(Path(loaded.source).read_bytes())
+    for name, tensor in loaded.model.state_dict().items():
+        total.update(name.encode() + tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()[:12]
 
 
 def _channels(values: tuple[float, ...] | list[float]) -> Float[Tensor, "C 1 1"]:

@@ -188,6 +188,7 @@ class Classifier(pl.LightningModule):
         """Adds plain values only, so that the file loads with `weights_only=True`, and without this package."""
         checkpoint["config"] = asdict(self.config)
         checkpoint["class_names"] = list(self.class_names)
+        checkpoint["teacher"] = None if self.teacher is None else self.teacher.fingerprint
         checkpoint[TOTALS_KEY] = distributed.gather(self._train_totals.tolist())
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -17,6 +17,7 @@ from sequencer.data import DataModule
 from sequencer.declared import UndeclaredContent, check_type
 from sequencer.models import CheckpointError, read_checkpoint
 from sequencer.training.checkpoints import CHECKPOINTS
+from sequencer.training.loss import Teacher
 
 NAMES = ("last.ckpt", "previous.ckpt")  # newest first
 
@@ -61,6 +62,7 @@ class _Checkpoint(BaseModel):
     global_step: int = Field(ge=0)
     config: dict[str, Any]
     class_names: list[str]
+    teacher: str | None = None  # its fingerprint; missing in checkpoints of version 0.1.0
     data: _Data = Field(alias="DataModule")
 
 
@@ -76,6 +78,7 @@ class SavedRun:
     config: dict[str, Any]
     class_names: list[str]
     fingerprints: dict[str, str] | None
+    teacher: str | None
     warnings: tuple[str, ...] = ()
 
 
@@ -102,6 +105,7 @@ def read_run(path: Path, *warnings: str) -> SavedRun:
         config=content.config,
         class_names=content.class_names,
         fingerprints=content.data.fingerprints,
+        teacher=content.teacher,
         warnings=warnings,
     )
 
@@ -138,19 +142,25 @@ def find_checkpoint(run_dir: Path) -> SavedRun | None:
     return None
 
 
-def check_resumption(saved: SavedRun, config: Config, data: DataModule) -> None:
-    """Checks that a checkpoint was saved by this run, with the same data, and within its epochs.
+def check_resumption(saved: SavedRun, config: Config, data: DataModule, teacher: Teacher | None) -> None:
+    """Checks that a checkpoint was saved by this run, with the same data and teacher, and within its epochs.
 
     Args:
         saved: The checkpoint to resume from.
         config: The run.
         data: Its data, after `setup`.
+        teacher: Its teacher, if it has one.
 
     Raises:
         RequestError: The checkpoint does not fit, or the best weights of the run are lost.
     """
     _check_same_run(saved, config)
     _check_same_data(saved, config, data)
+    if saved.teacher is not None and teacher is not None and teacher.fingerprint != saved.teacher:
+        raise RequestError(
+            f"optim.distill_from={config.optim.distill_from} has changed since {saved.path} was saved: the teacher has "
+            "other weights or another preprocessing\nrestore it, or start a new run with another run_dir"
+        )
     if saved.epochs > config.trainer.max_epochs:
         raise RequestError(
             f"trainer.max_epochs={config.trainer.max_epochs}, but {saved.path} is in epoch {saved.epochs}: "

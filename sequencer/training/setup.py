@@ -29,7 +29,7 @@ from sequencer.training.checkpoints import CHECKPOINTS, RunCheckpoints, SafeChec
 from sequencer.training.divergence import DivergenceGuard
 from sequencer.training.ema import WeightEma
 from sequencer.training.launch import trainer_settings, training_device
-from sequencer.training.loss import build_teacher
+from sequencer.training.loss import Teacher, build_teacher
 from sequencer.training.module import Classifier, parameters_of
 from sequencer.training.optim import build_optimizer, describe_groups, try_optimizer
 from sequencer.training.progress import EpochBar
@@ -67,12 +67,12 @@ def build_parts(config: Config, *callbacks: Callback, data: DataModule | None = 
     pl.seed_everything(config.seed, verbose=False)
     data = data or build_data(config)
     distributed.one_by_one(data.setup)
-    _check_ranks(data)
     configure(config.model.backend, config.model.recompute)
     model = distributed.one_by_one(lambda: build_model(config, data.num_classes, resumed))
     _try_model(config, model, data.num_classes)
     groups = _describe_groups(config, model)
     teacher = distributed.one_by_one(lambda: build_teacher(config.optim, config.data, data.class_names))
+    _check_ranks(data, teacher)
     module = Classifier(model, config, data.class_names, teacher, log_to_loggers=False)  # EpochReport does
     ema = []
     if config.optim.ema_decay is not None:
@@ -98,9 +98,10 @@ def build_parts(config: Config, *callbacks: Callback, data: DataModule | None = 
     return Parts(data, model, module, report, checkpoints, trainer, description, details)
 
 
-def _check_ranks(data: DataModule) -> None:
-    """Checks that all ranks have the same images: machines may have copies of the data that differ."""
-    first, *others = distributed.gather({"classes": data.class_names, **data.fingerprints})
+def _check_ranks(data: DataModule, teacher: Teacher | None) -> None:
+    """Checks that all ranks have the same images and teacher: machines may have copies that differ."""
+    own = {"classes": data.class_names, **data.fingerprints, "teacher": teacher.fingerprint if teacher else None}
+    first, *others = distributed.gather(own)
     for rank, other in enumerate(others, start=1):
         if differences := describe_differences(first, other):
             raise RequestError(f"the data of rank {rank} differ from those of rank 0: {differences}")

@@ -12,6 +12,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from sequencer import distributed
 from sequencer.config import RequestError
@@ -300,6 +301,20 @@ def test_ranks_with_different_data_are_refused(config, tmp_path, monkeypatch):
     with pytest.raises(RequestError, match=r"the data of rank 1 differ .*: train \(.* here\)"):
         run(config())
     assert not (tmp_path / "run").exists()
+
+
+def test_a_teacher_that_has_changed_is_refused(finished, tmp_path):
+    """As when the run that it names is trained further, or another one takes its folder."""
+    teacher = Path(shutil.copytree(finished[0], tmp_path / "teacher"))
+    weights = teacher / "model" / "model.safetensors"
+    options = [f"optim.distill_from={teacher}", "trainer.checkpoint_interval=0"]
+    run_interrupted(small_config(tmp_path / "run", *options), fail, RuntimeError)
+    original = load_file(weights)
+    save_file(original | {"head.fc.bias": original["head.fc.bias"] + 1e-3}, weights)
+    message = refuse(tmp_path / "run")
+    assert f"optim.distill_from={teacher} has changed since {tmp_path}/run/checkpoints/last.ckpt was saved: " in message
+    save_file(original, weights)
+    assert resume(tmp_path / "run")["epochs"] == 2
 
 
 @pytest.mark.parametrize("environment", [{}, {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}])
