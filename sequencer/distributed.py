@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 T = TypeVar("T")
+_alone = False  # whether the other ranks have ended
 
 
 def rank() -> int:
@@ -20,6 +21,19 @@ def rank() -> int:
 def world_size() -> int:
     """Number of ranks: that of the process group or, before there is one, of the environment."""
     return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
+
+
+def go_alone() -> None:
+    """Ends this process, unless it is rank 0, whose collective operations are trivial from now on."""
+    global _alone
+    if not is_first():
+        os._exit(0)
+    _alone = True
+
+
+def is_alone() -> bool:
+    """Whether this rank has no other to communicate with."""
+    return _alone or world_size() == 1
 
 
 def is_first() -> bool:
@@ -45,7 +59,7 @@ def join(gpu: bool) -> None:
 
 def from_first(value: T) -> T:
     """Broadcasts the value of rank 0."""
-    if world_size() == 1:
+    if is_alone():
         return value
     holder: list[Any] = [value]
     dist.broadcast_object_list(holder, src=0)
@@ -68,7 +82,7 @@ def on_first(work: Callable[[], T]) -> T:
 
 def gather(value: T) -> list[T]:
     """Gathers the values of all ranks on every rank, in the order of ranks."""
-    if world_size() == 1:
+    if is_alone():
         return [value]
     values: list[Any] = [None] * world_size()
     dist.all_gather_object(values, value)
@@ -79,6 +93,6 @@ def one_by_one(work: Callable[[], T]) -> T:
     """Calls `work` on rank 0 and then on the others, so that they find what it downloads or builds."""
     if is_first():
         result = work()
-    if world_size() > 1:
+    if not is_alone():
         dist.barrier()
     return result if is_first() else work()

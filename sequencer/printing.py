@@ -1,5 +1,6 @@
 """Names and messages that others have written, escaped for terminals, logs, tables and pictures."""
 
+import math
 import re
 
 # control characters, line separators, controls of the direction of text, and surrogates, which stand for bytes of file
@@ -33,6 +34,8 @@ def first_line(error: object) -> str:
 
 def duration(seconds: float) -> str:
     """Returns a time as people say it: `90 s`, `12.5 min` or `3.2 h`."""
+    if math.isnan(seconds):
+        return "an unknown time"
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

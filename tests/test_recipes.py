@@ -18,7 +18,7 @@ from sequencer.config.errors import RequestError
 from sequencer.config.schema import leaves
 from sequencer.config.sources import Sources
 from sequencer.data import open_split
-from sequencer.measure import forecast, plan
+from sequencer.measure import measurement, plan
 from sequencer.models import create_model
 from sequencer.training import run
 
@@ -235,7 +235,7 @@ def test_missing_set(name, what, tmp_path):
 
 
 def test_plan_of_a_recipe(made, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(forecast, "SECONDS", 0.05)
+    monkeypatch.setattr(measurement, "SECONDS", 0.05)
     name = "transfer_flowers102"
     whole = compose([f"experiment={name}"])
     arguments = [f"experiment={name}", f"run_dir={tmp_path / 'run'}", *SHORT, f"data.root={made(whole.data.name)}"]

@@ -5,6 +5,7 @@ batches are cropped, flipped and normalised at once, which gives the same pixels
 """
 
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -49,6 +50,7 @@ class MemorySplit(IndexedSplit):
         image = self.data[index]
         return image if image.is_floating_point() else Image.fromarray(image.numpy())
 
+    @cached_property
     def fingerprint(self) -> str:
         """Identifies the split by its number of images, their pixels and their labels."""
         pixels = (self.data[rows].numpy().tobytes() for rows in torch.from_numpy(self.indices).split(4096))

@@ -120,7 +120,7 @@ class DataModule(pl.LightningDataModule):
     @cached_property
     def fingerprints(self) -> dict[str, str]:
         """Fingerprints of the splits by name; call `setup` first."""
-        return {name: split.fingerprint() for name, split in self.splits.items()}
+        return {name: split.fingerprint for name, split in self.splits.items()}
 
     @property
     def train_set(self) -> Split:

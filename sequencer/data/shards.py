@@ -10,6 +10,7 @@ import io
 import posixpath
 import random
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from typing import Any
 from urllib.parse import urlparse
 
@@ -66,6 +67,7 @@ class ShardSplit(Split):
     def labels(self) -> None:
         return None
 
+    @cached_property
     def fingerprint(self) -> str:
         """Identifies the split by the shards of its index: their file names and numbers of samples, in order."""
         names = "\0".join(posixpath.basename(urlparse(url).path) for url in self.urls)

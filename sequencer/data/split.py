@@ -5,6 +5,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -57,6 +58,7 @@ class Split(ABC):
     def labels(self) -> Int64[np.ndarray, " N"] | None:
         """Labels of all images in order; None where they are not known before the images are read."""
 
+    @cached_property
     def fingerprint(self) -> str:
         """Identifies the split by its number of images, and the names and labels of the images in order.
 

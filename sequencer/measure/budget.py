@@ -10,11 +10,14 @@ from types import FrameType
 
 import torch
 
+from sequencer import distributed
+
 GROUP = Path("/sys/fs/cgroup")
 GROUP_FILES = (  # limit and use, in versions 2 and 1 of control groups
     ("memory.max", "memory.current"),
     ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
 )
+SLACK = 1.0  # s between the deadlines of two ranks, at most
 AGAIN = 5.0  # s after which the deadline is enforced again, if a library has swallowed the error
 
 
@@ -48,6 +51,30 @@ def until(deadline: float) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, previous)
+
+
+@contextmanager
+def together_until(deadline: float) -> Iterator[None]:
+    """Ends a block in which ranks communicate at a deadline, as `until`; rank 0 then goes on alone.
+
+    Ranks that are interrupted at different points cannot communicate any more. The others end with exit code 0, also
+    where they wait for rank 0 in an operation of torch, which fails as soon as rank 0 has ended.
+
+    Args:
+        deadline: In seconds of `time.monotonic`, and on every rank at about the same time.
+
+    Raises:
+        OutOfTime: The deadline has passed, on rank 0.
+    """
+    try:
+        with until(deadline):
+            yield
+    except (OutOfTime, Exception) as error:
+        late = isinstance(error, OutOfTime) or time.monotonic() > deadline - SLACK
+        if distributed.world_size() == 1 or not late:
+            raise
+        distributed.go_alone()
+        raise OutOfTime from None
 
 
 def available_memory(device: torch.device) -> int:

@@ -1,5 +1,6 @@
 """The plan of a run, and its text."""
 
+import math
 from dataclasses import dataclass
 
 from omegaconf import OmegaConf
@@ -15,7 +16,7 @@ RATES = 60  # samples of the learning rate's schedule
 
 @dataclass(frozen=True)
 class Measured:
-    """Measurements of a short run, times in seconds and sizes in bytes."""
+    """Measurements of a short run, times in seconds (NaN if they are not known) and sizes in bytes."""
 
     step_s: float  # a training batch
     val_s: float  # a validation batch
@@ -23,7 +24,7 @@ class Measured:
     start_s: float  # what the first epoch takes longer than a later one
     memory: int  # peak: of the GPU, otherwise of the process
     disk: int  # the run folder at its largest
-    note: str = "measured: "  # how the times were found
+    note: str = "measured: "  # how the times were found, or why they were not
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Plan:
         measured: Measurements of the short run.
         train_s: Forecast of the run's `time/train_s`.
         test_s: Forecast of the seconds of the test.
-        flops: Operations of training per image.
+        flops: Operations of training per image; 0 if they are not known.
         problems: What is wrong with the data or the disk, a line each.
     """
 
@@ -84,15 +85,21 @@ def print_plan(plan: Plan, config: Config, description: list[str], trials: int) 
     )
     say(f"learning rate {_sparkline(plan.rates)}")
     say(f"  first {plan.rates[0]:.3g}, highest {max(plan.rates):.3g}, last {plan.rates[-1]:.3g}")
-    say(
-        f"{plan.flops / 1e9:.3g} GFLOP per image, forward and backward;"
-        f" {plan.flops * plan.images / 1e12:.3g} TFLOP per epoch"
-    )
-    say(
-        f"{measured.note}{1e3 * measured.step_s:.1f} ms per training batch,"
-        f" {plan.images / max(plan.batches, 1) / measured.step_s:.3g} images/s;"
-        f" peak memory {measured.memory / 2**20:.0f} MiB"
-    )
+    if math.isnan(measured.step_s):
+        say(
+            f"time and memory of a step are not known, since {measured.note}: at least "
+            f"{measured.memory / 2**20:.0f} MiB",
+        )
+    else:
+        say(
+            f"{plan.flops / 1e9:.3g} GFLOP per image, forward and backward;"
+            f" {plan.flops * plan.images / 1e12:.3g} TFLOP per epoch"
+        )
+        say(
+            f"{measured.note}{1e3 * measured.step_s:.1f} ms per training batch,"
+            f" {plan.images / max(plan.batches, 1) / measured.step_s:.3g} images/s;"
+            f" peak memory {measured.memory / 2**20:.0f} MiB",
+        )
     at_most = "at most " if config.trainer.early_stopping_patience else ""
     whole = f"; {trials} trials {duration(trials * (plan.train_s + plan.test_s))}" if trials > 1 else ""
     say(f"forecast: {at_most}{duration(plan.train_s)} of training, {duration(plan.test_s)} of testing{whole}")

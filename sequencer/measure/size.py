@@ -21,13 +21,14 @@ class Size:
 
     Attributes:
         parameters: Number of parameters.
-        flops: Operations of forward and backward pass; a multiplication with an addition counts as two.
-        activations: Bytes that the forward pass keeps for the backward pass, in float32.
+        flops: Operations of forward and backward pass; a multiplication with an addition counts as two. 0 if they could
+            not be counted in time.
+        activations: Bytes that the forward pass keeps for the backward pass, in float32; likewise.
     """
 
     parameters: int
-    flops: int
-    activations: int
+    flops: int = 0
+    activations: int = 0
 
     def checkpoint(self, config: Config) -> int:
         """Estimates the bytes of a checkpoint, which holds everything but the gradients."""
@@ -57,10 +58,28 @@ def estimate_size(config: Config, num_classes: int, img_size: int) -> Size:
     Raises:
         RequestError: The model cannot be built.
     """
+    model = _build_without_memory(config, num_classes, img_size)
+    if config.model.grad_checkpointing:
+        model.set_grad_checkpointing()  # type: ignore[operator]
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        return measure_size(model.to_empty(device="cpu"), config.data.in_chans, img_size)
+
+
+def count_parameters(config: Config, num_classes: int) -> int:
+    """Counts the parameters of the model of a run, of which nothing is computed.
+
+    Raises:
+        RequestError: The model cannot be built.
+    """
+    model = _build_without_memory(config, num_classes, config.model.img_size)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _build_without_memory(config: Config, num_classes: int, img_size: int) -> nn.Module:
     section = config.model
     try:
         with torch.device("meta"):
-            model = create_model(
+            return create_model(
                 section.name,
                 img_size=img_size,
                 in_chans=section.in_chans,
@@ -69,10 +88,6 @@ def estimate_size(config: Config, num_classes: int, img_size: int) -> Size:
             )
     except CheckpointError as error:
         raise RequestError(str(error)) from error
-    if section.grad_checkpointing:
-        model.set_grad_checkpointing()  # type: ignore[operator]
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        return measure_size(model.to_empty(device="cpu"), config.data.in_chans, img_size)
 
 
 def measure_size(model: nn.Module, in_chans: int, img_size: int) -> Size:

@@ -140,7 +140,7 @@ class RunCheckpoints(Checkpoint):
     def _stop_if_told(self, number: int | None) -> None:
         if number == signal.SIGINT:
             raise KeyboardInterrupt
-        if number == signal.SIGTERM:
+        if number is not None:
             raise SIGTERMException
 
     def _save(self, trainer: pl.Trainer) -> None:

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as requests to stop as soon as a checkpoint can be saved."""
+"""Ctrl-C, SIGTERM and SIGHUP as requests to stop as soon as a checkpoint can be saved."""
 
 import signal
 import time
@@ -8,7 +8,7 @@ PATIENCE = 1.0  # s in which a repeated SIGINT counts as the same Ctrl-C: termin
 
 
 class Interruption:
-    """Records the first SIGINT or SIGTERM in `signal`; a second Ctrl-C raises KeyboardInterrupt at once."""
+    """Records the first SIGINT, SIGTERM or SIGHUP in `signal`; a second Ctrl-C raises KeyboardInterrupt at once."""
 
     def __init__(self) -> None:
         self.signal: int | None = None
@@ -16,7 +16,7 @@ class Interruption:
 
     def listen(self) -> None:
         """Replaces the signal handlers, unless they ignore the signal; the Trainer restores its caller's at the end."""
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, self._note)
 

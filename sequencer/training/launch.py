@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,20 +13,29 @@ from sequencer.config.schema import Config
 from sequencer.distributed import world_size
 
 
-def launch(config: Config) -> None:
+def launch(config: Config, environment: Mapping[str, str] | None = None) -> None:
     """Starts this command again under torchrun where the run wants several devices and was started without it.
 
+    Args:
+        config: The run.
+        environment: Variables that are added for the ranks.
+
     Raises:
-        RequestError: `trainer.devices` is no number of devices, or does not divide `data.batch_size`; or this command
-            does not run on `trainer.num_nodes` machines.
+        RequestError: `trainer.devices` is no number of devices, or does not divide `data.batch_size`; this command does
+            not run on `trainer.num_nodes` machines; or it is no script.
     """
     _check_machines(config)
     if "RANK" not in os.environ:
         devices = _devices(config)
         if devices > 1:
             _check_batch(config, devices)
+            if not hasattr(sys.modules["__main__"], "__file__"):
+                raise RequestError(
+                    f"trainer.devices={config.trainer.devices} starts this script again for each device, and a "
+                    "notebook or a prompt is no script: use train.py, or trainer.devices=1"
+                )
             command = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={devices}", *sys.argv]
-            os.execv(sys.executable, [sys.executable, *command])
+            os.execve(sys.executable, [sys.executable, *command], os.environ | (environment or {}))
         return
     _check_batch(config, world_size())
 

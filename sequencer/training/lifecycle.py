@@ -12,8 +12,8 @@ from pytorch_lightning.trainer.states import TrainerStatus
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 from sequencer import distributed
-from sequencer.config.errors import summarise_error
-from sequencer.config.request import load_run, load_summary
+from sequencer.config.errors import RequestError, summarise_error
+from sequencer.config.request import is_used, load_run, load_summary
 from sequencer.config.schema import Config
 from sequencer.console import say
 from sequencer.data import DataModule
@@ -37,7 +37,7 @@ MOST_ROLLBACKS = 3  # to one checkpoint
 def run(config: Config, resume: bool = False) -> dict[str, Any]:
     """Trains and evaluates a model and writes the run folder `config.run_dir`.
 
-    With several devices it starts the current command again under torchrun.
+    With several devices it starts the current script again under torchrun.
 
     Args:
         config: the run; `sequencer.config.compose` makes one from overrides.
@@ -48,7 +48,7 @@ def run(config: Config, resume: bool = False) -> dict[str, Any]:
 
     Raises:
         RequestError: the configuration cannot be realised, or the run in the folder is in use, another one, or one with
-            other data; nothing was written.
+            other data; or the folder holds files and `resume` is false. Nothing was written.
         WriteError: a file of the run cannot be written, as on a full disk; the last good checkpoint stays.
         Diverged: training has diverged, with `trainer.on_divergence=stop` or after the last rollback.
         KeyboardInterrupt: interrupted; the run can be resumed.
@@ -61,6 +61,7 @@ def run(config: Config, resume: bool = False) -> dict[str, Any]:
 
 def _run(config: Config, resume: bool) -> dict[str, Any]:
     folder = RunFolder(Path(config.run_dir))
+    distributed.on_first(lambda: None if resume else _check_unused(folder.path))
     if resume and (summary := distributed.on_first(lambda: _finished(config, folder.path))):
         if distributed.is_first():
             for line in _describe_finished(summary, folder.path):
@@ -144,6 +145,18 @@ def _describe_finished(summary: dict[str, Any], run_dir: Path) -> list[str]:
 
 def _resume_command(run_dir: Path) -> str:
     return f"python train.py resume={shlex.quote(str(run_dir))}"
+
+
+def _check_unused(run_dir: Path) -> None:
+    """Checks that a run that starts from the beginning overwrites nothing.
+
+    Raises:
+        RequestError: The folder holds files.
+    """
+    if is_used(run_dir):
+        raise RequestError(
+            f"run_dir={run_dir} is not empty: run(config, resume=True) resumes a run; choose another for a new one"
+        )
 
 
 def _finished(config: Config, run_dir: Path) -> dict[str, Any] | None:

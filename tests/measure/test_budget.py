@@ -1,6 +1,9 @@
 """Plans of requests that take long or do not fit: they answer in time, by smaller batches or by estimates."""
 
+import os
+import socket
 import time
+from contextlib import redirect_stdout
 
 import numpy as np
 import pytest
@@ -12,11 +15,12 @@ from sequencer.config.command import parse_command
 from sequencer.config.composition import to_config
 from sequencer.config.sources import Sources
 from sequencer.data.files import FileSplit
-from sequencer.measure import Plan, forecast, plan
+from sequencer.measure import Plan, forecast, measurement, plan
 from sequencer.measure.budget import OutOfTime, available_memory, until
 from sequencer.measure.size import Size, estimate_size, measure_size
 from sequencer.models import create_model
 from tests.helpers import SMALL, SMALL_MODEL, small_config
+from tests.processes import start_function
 
 
 @pytest.fixture
@@ -69,9 +73,9 @@ def test_size_of_models(name):
 
 
 def test_large_batches_are_measured_with_small_ones(photos, capsys, monkeypatch):
-    monkeypatch.setattr(forecast, "SECONDS", 0.05)
-    monkeypatch.setattr(forecast, "_rate", lambda device: 1e6)  # as if the machine were slow
-    monkeypatch.setattr(forecast, "SLOWEST_STEP", float("inf"))
+    monkeypatch.setattr(measurement, "SECONDS", 0.05)
+    monkeypatch.setattr(measurement, "_rate", lambda device: 1e6)  # as if the machine were slow
+    monkeypatch.setattr(measurement, "SLOWEST_STEP", float("inf"))
     found = on_photos(photos, SMALL_MODEL, "model.name=sequencer2d_t_8", "data.img_size=16", "data.batch_size=8")
     assert "measured with 2 images per device and scaled to 8: " in capsys.readouterr().out
     assert found.images == 8
@@ -82,8 +86,10 @@ def test_large_batches_are_measured_with_small_ones(photos, capsys, monkeypatch)
 def test_what_cannot_be_measured_is_estimated(memory, photos, capsys, monkeypatch):
     """A model of 54 million parameters on images of 448 px: nothing of it is computed."""
     monkeypatch.setattr(forecast, "available_memory", lambda device: memory)
-    monkeypatch.setattr(forecast, "_rate", lambda device: 1e10)
-    monkeypatch.setattr(forecast, "_fit", pytest.fail)
+    monkeypatch.setattr(forecast, "LIMIT", 600.0)  # a busy machine takes long to find the size
+    monkeypatch.setattr(forecast, "SIZING", 200.0)
+    monkeypatch.setattr(measurement, "_rate", lambda device: 1e10)
+    monkeypatch.setattr(measurement, "_fit", pytest.fail)
     found = on_photos(photos, "model.name=sequencer2d_l", "data.img_size=448", "data.batch_size=1024")
     printed = capsys.readouterr().out
     if memory == 1 << 20:
@@ -144,9 +150,52 @@ def test_a_plan_answers_within_a_minute(overrides, photographs_root, tmp_path):
     assert time.monotonic() - started < 60
 
 
+def run_out_of_time(*args):
+    raise OutOfTime
+
+
+def test_a_step_that_cannot_be_sized(photos, capsys, monkeypatch):
+    """The plan prints the rest."""
+    monkeypatch.setattr(forecast, "estimate_size", run_out_of_time)
+    monkeypatch.setattr(measurement, "_fit", pytest.fail)
+    found = on_photos(photos, SMALL_MODEL, "model.name=sequencer2d_t_8", "data.img_size=16", "data.batch_size=4")
+    printed = capsys.readouterr().out
+    assert f"{found.parameters:,} parameters" in printed
+    assert "4 updates in 2 epochs of 2 batches" in printed
+    assert "time and memory of a step are not known, since its operations could not be counted in time: at l" in printed
+    assert "forecast: an unknown time of training, an unknown time of testing" in printed
+
+
+def plan_as_a_rank(photos, port, rank):
+    """Plans with two ranks; the images of rank 1 never arrive."""
+    ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in (ranks | address).items()})
+    forecast.LIMIT = forecast.LEAST = 6.0
+    if rank == 1:
+        FileSplit.load = lambda self, index: time.sleep(60)
+    with open(photos / f"printed{rank}", "w") as file, redirect_stdout(file):
+        model = [SMALL_MODEL, "model.name=sequencer2d_t_8"]
+        on_photos(photos, *model, "data.img_size=16", "data.batch_size=4", "trainer.devices=2")
+
+
+def test_the_deadline_of_two_ranks(photos):
+    """Rank 0 prints what is known; the other ends as if it had succeeded."""
+    started = time.monotonic()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    ranks = [start_function(plan_as_a_rank, photos, port, rank) for rank in range(2)]
+    for process in ranks:
+        process.join(60)
+    assert [process.exitcode for process in ranks] == [0, 0]
+    assert time.monotonic() - started < 50
+    assert "estimated by operations, since no step ended in time" in (photos / "printed0").read_text()
+    assert (photos / "printed1").read_text() == ""
+
+
 def test_published_weights_are_not_downloaded(photos, capsys, monkeypatch):
     monkeypatch.setattr("timm.models._builder.load_pretrained", pytest.fail)
-    monkeypatch.setattr(forecast, "_fit", lambda config, clock, data: clock.steps.append([1.0]))
+    monkeypatch.setattr(measurement, "_fit", lambda config, clock, data: clock.steps.append([1.0]))
     options = ["data.img_size=224", "data.batch_size=2", "model.pretrained=true"]
     assert on_photos(photos, "model.name=sequencer2d_s", *options).problems == []
     assert "model.pretrained                   True" in capsys.readouterr().out

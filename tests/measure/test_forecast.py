@@ -12,7 +12,8 @@ from sequencer.config import Config
 from sequencer.config.command import parse_command
 from sequencer.config.composition import to_config
 from sequencer.config.sources import Sources
-from sequencer.measure import Plan, forecast, plan
+from sequencer.data.split import make_fingerprint
+from sequencer.measure import Plan, forecast, measurement, plan
 from sequencer.measure.plan_result import Measured
 from sequencer.training import run
 from tests.helpers import SMALL, SMALL_MODEL
@@ -38,7 +39,7 @@ def test_sources_of_values():
 @pytest.fixture
 def planned(tmp_path, monkeypatch) -> Callable[..., tuple[Plan, Config]]:
     """`planned(*overrides)` plans a small run into `tmp_path / "run"`; returns the plan and the configuration."""
-    monkeypatch.setattr(forecast, "SECONDS", 0.05)
+    monkeypatch.setattr(measurement, "SECONDS", 0.05)
 
     def make(*overrides: str) -> tuple[Plan, Config]:
         command = parse_command([*SMALL, SMALL_MODEL, f"run_dir={tmp_path / 'run'}", *overrides])
@@ -91,7 +92,7 @@ def test_max_steps_ends_an_epoch_early(planned, capsys):
 def test_forecast_is_the_sum_of_its_steps(planned, monkeypatch):
     """20 updates in 2.5 epochs of 8 training and 3 validation batches; 2 test batches."""
     measured = Measured(step_s=2.0, val_s=0.5, rest_s=3.0, start_s=7.0, memory=1, disk=1 << 60)
-    monkeypatch.setattr(forecast, "_measure", lambda *args: measured)
+    monkeypatch.setattr(forecast, "measure", lambda *args: measured)
     limits = [f"trainer.limit_{name}_batches={number}" for name, number in (("train", 8), ("val", 3), ("test", 2))]
     found, _ = planned(*limits, "trainer.max_epochs=9", "trainer.max_steps=20", "data.eval_batch_size=32")
     assert found.train_s == 7 + 2.5 * (8 * 2 + 3 * 0.5 + 3)
@@ -111,8 +112,8 @@ def test_measured_times(planned, monkeypatch):
         clock.validations = [0.1 * config.trainer.limit_val_batches] * 3
         clock.epochs = [100.0, 140.0, 150.0][: config.trainer.max_epochs]
 
-    monkeypatch.setattr(forecast, "SECONDS", 3.0)
-    monkeypatch.setattr(forecast, "_fit", fit)
+    monkeypatch.setattr(measurement, "SECONDS", 3.0)
+    monkeypatch.setattr(measurement, "_fit", fit)
     found, _ = planned("trainer.limit_train_batches=20", "data.eval_batch_size=8")
     assert limits == [(1, 4, 1), (3, 6, 10)]  # 3 s of steps of 0.5 s; 1 s of validation batches of 0.1 s
     measured = found.measured
@@ -146,10 +147,22 @@ def test_unreadable_images(planned, tmp_path, capsys):
     assert found.problems[0] in capsys.readouterr().out.replace("\n", "")
 
 
+def test_the_data_are_hashed_once(planned, monkeypatch):
+    hashed = []
+
+    def count(number, *contents):
+        hashed.append(number)
+        return make_fingerprint(number, *contents)
+
+    monkeypatch.setattr("sequencer.data.memory.make_fingerprint", count)
+    planned()
+    assert sorted(hashed) == [143, 359, 1295]
+
+
 @pytest.fixture
 def command(tmp_path, monkeypatch) -> Callable[..., None]:
     """train.py in an empty folder, with a short measurement."""
-    monkeypatch.setattr(forecast, "SECONDS", 0.05)
+    monkeypatch.setattr(measurement, "SECONDS", 0.05)
     monkeypatch.chdir(tmp_path)
     return lambda *arguments: train.main(parse_command([*arguments, *SMALL, SMALL_MODEL]))
 
@@ -163,7 +176,7 @@ def test_command(command, tmp_path, capsys):
 def test_plan_of_a_sweep(command, tmp_path, capsys, monkeypatch):
     """Two epochs of four batches, 600 s each."""
     measured = Measured(step_s=600.0, val_s=0.0, rest_s=0.0, start_s=0.0, memory=1, disk=1 << 20)
-    monkeypatch.setattr(forecast, "_measure", lambda *args: measured)
+    monkeypatch.setattr(forecast, "measure", lambda *args: measured)
     command("-m", "seed=1,2,3", "plan=true")
     printed = capsys.readouterr().out
     assert "forecast: 80.0 min of training, 0 s of testing; 3 trials 4.0 h\n" in printed

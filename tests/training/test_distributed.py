@@ -157,17 +157,24 @@ def test_a_batch_that_devices_do_not_divide_is_refused(config, tmp_path):
 
 def test_several_devices_start_torchrun(config, monkeypatch):
     class Replaced(Exception):
-        """Stands for the process that `os.execv` replaces this one by."""
+        """Stands for the process that `os.execve` replaces this one by."""
 
-    def execv(program, arguments):
+    def execve(program, arguments, environment):
         raise Replaced(program, arguments)
 
-    monkeypatch.setattr(os, "execv", execv)
+    monkeypatch.setattr(os, "execve", execve)
     monkeypatch.setattr(sys, "argv", ["train.py", "trainer.devices=2"])
     with pytest.raises(Replaced) as replaced:
         run(config("trainer.devices=2"))
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     assert replaced.value.args == (sys.executable, [sys.executable, *launcher, "train.py", "trainer.devices=2"])
+
+
+def test_a_notebook_is_not_replaced_by_torchrun(config, monkeypatch):
+    monkeypatch.setattr(os, "execve", pytest.fail)
+    monkeypatch.delattr(sys.modules["__main__"], "__file__")
+    with pytest.raises(RequestError, match=r"trainer\.devices=2 starts this script again .* a notebook or a prompt"):
+        run(config("trainer.devices=2"))
 
 
 @pytest.mark.slow

@@ -12,8 +12,9 @@ from sequencer.training.interruption import Interruption
 @pytest.fixture(autouse=True)
 def handlers():
     """Restores the handlers of the process, which heeds Ctrl-C meanwhile."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which nohup ignores
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -23,7 +24,7 @@ def send(number: int) -> None:
     os.kill(os.getpid(), number)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_the_first_signal_is_recorded(number):
     heard = Interruption()
     heard.listen()

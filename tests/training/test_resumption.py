@@ -213,6 +213,16 @@ def test_metrics_that_were_deleted_or_edited_are_written_again(result, change):
     assert read_rows(result) == rows
 
 
+@pytest.mark.parametrize("name", ["config.yaml", "notes.txt"])
+def test_a_folder_with_files_is_not_started_over(config, tmp_path, name):
+    """`run` as a function does what train.py does."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / name).write_text("of another")
+    with pytest.raises(RequestError, match=r"run is not empty: run\(config, resume=True\) resumes a run; "):
+        run(config())
+    assert (tmp_path / "run" / name).read_text() == "of another"
+
+
 def test_a_folder_with_hidden_files_only_holds_no_run(config, tmp_path):
     """A run that is killed as it starts leaves such a folder."""
     (tmp_path / "run").mkdir()
