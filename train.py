@@ -80,7 +80,7 @@ def trial(composed: DictConfig, trials: Trials | None = None) -> float | None:
 
 def exit_code(error: Exception) -> int:
     """Prints an error and returns the exit code: 2 if the request was wrong, 1 if the work failed."""
-    rank = os.environ.get("RANK", "0")
+    rank = os.environ.get("RANK", "0") if os.environ.get("WORLD_SIZE", "1") != "1" else "0"
     if os.environ.get("HYDRA_FULL_ERROR") == "1":
         traceback.print_exception(error)
     elif rank == "0" or not isinstance(error, SharedError):

@@ -53,30 +53,6 @@ def test_a_wrong_request_is_refused_before_torch_is_imported(arguments, expected
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(
-    ("variables", "message"),
-    [
-        ({"WORLD_SIZE": "x"}, "WORLD_SIZE=x: torchrun sets it to a number of 1 or more; unset it"),
-        ({"LOCAL_WORLD_SIZE": "0"}, "LOCAL_WORLD_SIZE=0: torchrun sets it to a number of 1 or more; unset it"),
-        ({"RANK": "-1"}, "RANK=-1: torchrun sets it to a number of 0 or more; unset it"),
-        ({"RANK": "1"}, "RANK=1, but there are 1 ranks: torchrun sets both; unset RANK"),
-        ({"LOCAL_RANK": "3"}, "LOCAL_RANK=3, but there are 1 ranks: torchrun sets both; unset LOCAL_RANK"),
-        (
-            {"WORLD_SIZE": "4"},
-            "WORLD_SIZE=4, but RANK is not set: torchrun sets both; for a single rank unset WORLD_SIZE",
-        ),
-    ],
-)
-def test_variables_of_ranks_that_torchrun_has_not_set(monkeypatch, variables, message):
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(RequestError) as error:
-        check_environment()
-    assert str(error.value) == message
-
-
 def test_an_unknown_backend_in_the_environment(monkeypatch, tmp_path):
     monkeypatch.setenv("SEQUENCER_BACKEND", "trition")
     result = train(cwd=tmp_path)

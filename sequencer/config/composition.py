@@ -1,5 +1,6 @@
 """Composition of overrides into a typed configuration, by Hydra."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,6 +84,7 @@ def to_config(node: DictConfig) -> Config:
         raise _from_omegaconf(error) from error
     assert isinstance(config, Config)
     validate(config)
+    config.run_dir = os.path.expanduser(config.run_dir)  # only some shells do it in key=value
     return config
 
 

@@ -22,6 +22,7 @@ def validate(config: Config) -> None:
         RequestError: A value is illegal; the message names its key.
     """
     check_bounds(config)
+    _check_run_dir(config.run_dir)
     _check_optim(config)
     _check_trainer(config)
     _check_images(config)
@@ -87,6 +88,11 @@ def _check_text(key: str, text: str, path: bool) -> None:
         return  # whether it must exist is for its reader to check
     except OSError as error:
         raise RequestError(f"{key}={show(text)}: {error.strerror}") from error
+
+
+def _check_run_dir(run_dir: str) -> None:
+    if "://" in run_dir:
+        raise RequestError(f"run_dir={show(run_dir)} is an address: a run is written to a folder")
 
 
 def _check_optim(config: Config) -> None:

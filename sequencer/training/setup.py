@@ -7,10 +7,12 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback, EarlyStopping
+from pytorch_lightning.plugins.environments import LightningEnvironment
 from torch import Tensor, nn
 
 from sequencer import distributed
@@ -245,12 +247,17 @@ def _build_trainer(config: Config, callbacks: list[Callback]) -> pl.Trainer:
     if bar:
         callbacks.append(EpochBar())
     settings = lightning_settings(section)
-    settings |= trainer_settings(config) if distributed.world_size() > 1 else {"devices": 1}
+    plugins: list[Any] = [SafeCheckpointIO()]
+    if distributed.world_size() > 1:
+        settings |= trainer_settings(config)
+    else:  # and the variables of SLURM, MPI and other launchers, which Lightning would look for, do not count
+        settings["devices"] = 1
+        plugins.append(LightningEnvironment())
     try:
         return pl.Trainer(
             **settings,
             logger=False,
-            plugins=[SafeCheckpointIO()],
+            plugins=plugins,
             use_distributed_sampler=False,  # the DataModule's samplers serve each rank its shard
             callbacks=callbacks,
             enable_progress_bar=bar,

@@ -9,7 +9,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 
 import train
 from sequencer.config import RequestError, compose, conf_dir
-from sequencer.config.command import parse_command
+from sequencer.config.command import check_environment, parse_command
 from sequencer.config.request import Request, refuse_sweep, resume_request
 from sequencer.config.sources import Sources
 
@@ -131,3 +131,48 @@ def test_what_a_library_user_composes():
     config = compose(["data=cifar10", "optim.lr=1e-2"])
     assert (config.data.name, config.optim.lr) == ("cifar10", 0.01)
     assert compose().data.name == "digits"
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"WORLD_SIZE": "x"}, "WORLD_SIZE=x: torchrun sets it to a number of 1 or more; unset it"),
+        ({"LOCAL_WORLD_SIZE": "0"}, "LOCAL_WORLD_SIZE=0: torchrun sets it to a number of 1 or more; unset it"),
+        ({"RANK": "-1"}, "RANK=-1: torchrun sets it to a number of 0 or more; unset it"),
+        ({"RANK": "1"}, "RANK=1, but there are 1 ranks: torchrun sets both; unset RANK"),
+        ({"LOCAL_RANK": "3"}, "LOCAL_RANK=3, but there are 1 ranks: torchrun sets both; unset LOCAL_RANK"),
+        (
+            {"WORLD_SIZE": "4"},
+            "WORLD_SIZE=4, but RANK is not set: torchrun sets both; for a single rank unset WORLD_SIZE",
+        ),
+    ],
+)
+def test_variables_of_ranks_that_torchrun_has_not_set(monkeypatch, variables, message):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(RequestError) as error:
+        check_environment()
+    assert str(error.value) == message
+
+
+def test_a_run_dir_in_the_home_folder(monkeypatch, tmp_path):
+    """Not every shell expands `run_dir=~/runs`."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert compose(["run_dir='~/runs/one'"]).run_dir == f"{tmp_path}/runs/one"
+
+
+def test_a_run_dir_that_is_an_address_is_refused():
+    with pytest.raises(RequestError, match=r"run_dir=s3://bucket/run is an address: a run is written to a folder"):
+        compose(["run_dir=s3://bucket/run"])
+
+
+def test_a_wrong_rank_is_said(monkeypatch, capsys):
+    """Rank 1 leaves errors that all ranks share to rank 0, but here there is none."""
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with pytest.raises(RequestError) as error:
+        parse_command([])
+    assert train.exit_code(error.value) == 2
+    assert capsys.readouterr().err == "train.py: RANK=1, but there are 1 ranks: torchrun sets both; unset RANK\n"

@@ -13,6 +13,7 @@ import torch
 from sequencer.config import RequestError
 from sequencer.training import run
 from sequencer.training.random_state import seed_rank
+from sequencer.training.setup import build_parts
 from tests.helpers import RANDOM, SMALL, SMALL_MODEL, assert_same_run, read_last, read_rows
 from tests.processes import TRAIN, finish, heed_ctrl_c, start_ranks, wait_for
 
@@ -168,6 +169,14 @@ def test_several_devices_start_torchrun(config, monkeypatch):
         run(config("trainer.devices=2"))
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     assert replaced.value.args == (sys.executable, [sys.executable, *launcher, "train.py", "trainer.devices=2"])
+
+
+def test_the_variables_of_other_launchers_do_not_count(config, monkeypatch):
+    """As in a shell that `salloc --ntasks=4` has opened."""
+    for name, value in {"NTASKS": 4, "PROCID": 2, "LOCALID": 2, "JOB_ID": 1, "JOB_NAME": "x"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", str(value))
+    trainer = build_parts(config()).trainer
+    assert (trainer.world_size, trainer.is_global_zero) == (1, True)
 
 
 def test_a_notebook_is_not_replaced_by_torchrun(config, monkeypatch):
