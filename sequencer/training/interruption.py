@@ -1,6 +1,7 @@
 """Ctrl-C, SIGTERM and SIGHUP as requests to stop as soon as a checkpoint can be saved."""
 
 import signal
+import threading
 import time
 from types import FrameType
 
@@ -15,7 +16,12 @@ class Interruption:
         self._since = 0.0
 
     def listen(self) -> None:
-        """Replaces the signal handlers, unless they ignore the signal; the Trainer restores its caller's at the end."""
+        """Replaces the signal handlers, unless they ignore the signal; the Trainer restores its caller's at the end.
+
+        A run in a thread of a program leaves the signals to the program: only the main thread can have handlers.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            return
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, self._note)

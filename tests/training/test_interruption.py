@@ -2,6 +2,7 @@
 
 import os
 import signal
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -41,6 +42,13 @@ def test_a_second_ctrl_c_interrupts_at_once(monkeypatch):
     monkeypatch.setattr(interruption, "PATIENCE", 0.0)
     with pytest.raises(KeyboardInterrupt):
         send(signal.SIGINT)
+
+
+def test_a_run_in_a_thread_leaves_the_signals_to_the_program():
+    before = signal.getsignal(signal.SIGTERM)
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(Interruption().listen).result()
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_ignored_signals_stay_ignored():
