@@ -40,18 +40,13 @@ def request(config: Config) -> Request:
     if os.environ.get("RANK", "0") != "0":  # rank 0 decides and tells the other ranks
         return Request(config)
     _check_writable(run_dir)
-    if not is_used(run_dir):
-        return Request(config)
+    if not run_dir.exists() or (run_dir.is_dir() and all(path.name.startswith(".") for path in run_dir.iterdir())):
+        return Request(config)  # a run killed as it started leaves hidden files only
     if not (run_dir / "config.yaml").is_file():
         raise RequestError(f"run_dir={run_dir} is not empty and holds no run: choose another")
     if differences := differing_settings(load_run(run_dir), config, run_dir / "config.yaml"):
         raise RequestError(f"run_dir={run_dir} holds another run: {differences}")
     return Request(config, resume=True)
-
-
-def is_used(run_dir: Path) -> bool:
-    """Whether a folder holds files; a run that is killed as it starts leaves hidden ones only, which do not count."""
-    return run_dir.is_dir() and any(not path.name.startswith(".") for path in run_dir.iterdir())
 
 
 def _check_writable(folder: Path) -> None:

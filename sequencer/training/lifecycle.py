@@ -13,7 +13,7 @@ from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 from sequencer import distributed
 from sequencer.config.errors import RequestError, summarise_error
-from sequencer.config.request import is_used, load_run, load_summary
+from sequencer.config.request import load_run, load_summary, request
 from sequencer.config.schema import Config
 from sequencer.console import say
 from sequencer.data import DataModule
@@ -61,7 +61,7 @@ def run(config: Config, resume: bool = False) -> dict[str, Any]:
 
 def _run(config: Config, resume: bool) -> dict[str, Any]:
     folder = RunFolder(Path(config.run_dir))
-    distributed.on_first(lambda: None if resume else _check_unused(folder.path))
+    distributed.on_first(lambda: _check_folder(config, resume))
     if resume and (summary := distributed.on_first(lambda: _finished(config, folder.path))):
         if distributed.is_first():
             for line in _describe_finished(summary, folder.path):
@@ -147,15 +147,16 @@ def _resume_command(run_dir: Path) -> str:
     return f"python train.py resume={shlex.quote(str(run_dir))}"
 
 
-def _check_unused(run_dir: Path) -> None:
-    """Checks that a run that starts from the beginning overwrites nothing.
+def _check_folder(config: Config, resume: bool) -> None:
+    """Checks, as `train.py` does, that a run overwrites nothing but the files of the run that it resumes.
 
     Raises:
-        RequestError: The folder holds files.
+        RequestError: The folder holds another run or other files, or the same run, which is not to be resumed.
     """
-    if is_used(run_dir):
+    if request(config).resume and not resume:
         raise RequestError(
-            f"run_dir={run_dir} is not empty: run(config, resume=True) resumes a run; choose another for a new one"
+            f"run_dir={config.run_dir} holds this run: run(config, resume=True) resumes it; choose another folder to start"
+            " over"
         )
 
 

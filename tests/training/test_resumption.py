@@ -213,14 +213,26 @@ def test_metrics_that_were_deleted_or_edited_are_written_again(result, change):
     assert read_rows(result) == rows
 
 
-@pytest.mark.parametrize("name", ["config.yaml", "notes.txt"])
-def test_a_folder_with_files_is_not_started_over(config, tmp_path, name):
+def test_a_run_is_not_started_over(result, finished):
     """`run` as a function does what train.py does."""
+    before = content(result)
+    config = small_config(result)
+    with pytest.raises(RequestError, match=r"run holds this run: run\(config, resume=True\) resumes it; "):
+        run(config)
+    assert run(config, resume=True) == finished[1]
+    config.optim.lr = 0.5
+    with pytest.raises(RequestError, match=r"run holds another run: optim.lr \("):
+        run(config, resume=True)
+    assert content(result) == before
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_folder_with_other_files_is_not_written(config, tmp_path, resume):
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / name).write_text("of another")
-    with pytest.raises(RequestError, match=r"run is not empty: run\(config, resume=True\) resumes a run; "):
-        run(config())
-    assert (tmp_path / "run" / name).read_text() == "of another"
+    (tmp_path / "run" / "notes.txt").write_text("of another")
+    with pytest.raises(RequestError, match=r"run is not empty and holds no run: choose another"):
+        run(config(), resume=resume)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["notes.txt"]
 
 
 def test_a_folder_with_hidden_files_only_holds_no_run(config, tmp_path):
