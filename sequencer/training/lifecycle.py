@@ -155,8 +155,8 @@ def _check_folder(config: Config, resume: bool) -> None:
     """
     if request(config).resume and not resume:
         raise RequestError(
-            f"run_dir={config.run_dir} holds this run: run(config, resume=True) resumes it; choose another folder to start"
-            " over"
+            f"run_dir={config.run_dir} holds this run: run(config, resume=True) resumes it; "
+            "choose another folder to start over"
         )
 
 
