@@ -33,7 +33,7 @@ def first_line(error: object) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Returns a time as people say it: `90 s`, `12.5 min` or `3.2 h`."""
+    """Returns a time as people say it: `90 s`, `12.5 min` or `3.2 h`; NaN is `an unknown time`."""
     if math.isnan(seconds):
         return "an unknown time"
     if seconds < 120:

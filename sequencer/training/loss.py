@@ -13,7 +13,8 @@ from sequencer.config.errors import RequestError
 from sequencer.config.schema import DataConfig, OptimConfig
 from sequencer.data import channel_statistics
 from sequencer.files import to_json
-from sequencer.models import CheckpointError, LoadedModel, is_export, load_model
+from sequencer.models import CheckpointError, LoadedModel, load_model
+from sequencer.models.exported import is_export
 
 
 def build_criterion(config: OptimConfig, smoothing: float) -> nn.Module:
