@@ -21,6 +21,7 @@ from sequencer.config.errors import RequestError, SharedError, show, summarise_e
 from sequencer.config.named_runs import named_run
 from sequencer.config.preflight import check_model_name, check_source
 from sequencer.config.schema import LARGEST_INTEGER
+from sequencer.files import WriteError, nearest_existing, writing
 from sequencer.output import drop_unread_output
 from sequencer.printing import printable
 
@@ -204,23 +205,36 @@ def make_folder(output: Path) -> None:
 
 @contextmanager
 def created(output: Path) -> Iterator[None]:
-    """Creates an output folder as `make_folder` does; removes a new folder again if an error leaves it empty."""
-    existed = output.is_dir()
-    make_folder(output)
+    """Creates an output folder as `make_folder` does; removes new folders again if an error leaves them empty."""
+    output = output.absolute()
+    existing = nearest_existing(output)
     try:
+        make_folder(output)
         yield
     except BaseException:
-        if not existed:
+        for folder in (output, *output.parents):
+            if folder == existing:
+                break
             with suppress(OSError):  # not empty, or already removed by another rank
-                output.rmdir()
+                folder.rmdir()
         raise
 
 
 @contextmanager
 def prepared(output: Path) -> Iterator[Path]:
-    """Yields a temporary folder whose files are moved to `output` at the end; after an error nothing is left."""
-    with created(output), TemporaryDirectory(prefix=".", dir=output) as folder:
-        yield Path(folder)
+    """Yields a temporary folder whose files are moved to `output` at the end; after an error nothing is left.
+
+    Raises:
+        RequestError: `output` cannot be created or written.
+        WriteError: A file cannot be written; the error names the file in `output`.
+    """
+    with created(output), TemporaryDirectory(prefix=".", dir=output) as name:
+        folder = Path(name)
+        try:
+            yield folder
+        except WriteError as error:
+            raise WriteError(output / error.path.relative_to(folder), error.reason) from error
         (output / "certificate.json").unlink(missing_ok=True)  # that of an older export does not hold for this one
-        for path in sorted(Path(folder).iterdir(), key=lambda path: path.name == "certificate.json"):
-            os.replace(path, output / path.name)
+        for path in sorted(folder.iterdir(), key=lambda path: path.suffix == ".json"):
+            with writing(output / path.name):
+                os.replace(path, output / path.name)

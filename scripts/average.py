@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from _cli import Parser, add_model_options, load_original, named_model, prepared, run
 
 from sequencer.config.errors import RequestError
+from sequencer.files import writing
 from sequencer.printing import printable
 
 if TYPE_CHECKING:
@@ -40,6 +41,8 @@ def parse(argv: list[str] | None) -> Namespace:
 
 def work(args: Namespace) -> None:
     sources = [named_model(source, args) for source in args.models]
+    from safetensors import SafetensorError
+
     from sequencer.export import write_model_folder
     from sequencer.models import CheckpointError, average_models
 
@@ -52,7 +55,8 @@ def work(args: Namespace) -> None:
             average = average_models(models())
         except CheckpointError as error:
             raise RequestError(str(error)) from error
-        write_model_folder(average, folder)
+        with writing(folder / "model.safetensors", SafetensorError):
+            write_model_folder(average, folder)
     print(f"{printable(args.output)}: the average of {len(args.models)} models, {average.arch}, {average.slot} weights")
 
 

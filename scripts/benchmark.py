@@ -20,7 +20,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from _cli import Parser, integer, make_folder, need_onnx, pick_device, run
+from _cli import Parser, created, integer, need_onnx, pick_device, run
 from rich.console import Console
 from rich.table import Table
 
@@ -172,27 +172,27 @@ def contest(
     device, dtype = pick_device(args.device), getattr(torch, args.dtype)
     backends = choose_backends(args.backend, device, dtype)
     output = args.output or Path("outputs/benchmark") / f"{args.what}_{time.strftime('%Y-%m-%d_%H-%M-%S')}"
-    make_folder(output)
-    torch.manual_seed(0)
-    machine = print_machine(device)
-    flop_rate, byte_rate = peak_rates(device, dtype)
-    print(f"{flop_rate / 1e9:.0f} GFLOP/s in matrix products, {byte_rate / 1e9:.1f} GB/s in copies\n")
-    records: list[dict[str, Any]] = []
-    failures: dict[str, dict[str, str]] = {}
-    for comparison in compare(Settings(device, dtype, args.mode, args.rounds, flop_rate, byte_rate), backends):
-        Console(width=140).print(table(comparison))
-        for name, reason in comparison.failures.items():
-            print(f"{name} does not compile: {reason}")
-        records += comparison.records
-        failures |= {comparison.title: comparison.failures} if comparison.failures else {}
-    arguments = {name: value for name, value in vars(args).items() if name != "work"} | {"output": str(output)}
-    about = {"machine": machine, "dtype": args.dtype, "arguments": arguments}
-    about |= {
-        "ceilings": {"flops_per_s": flop_rate, "bytes_per_s": byte_rate},
-        "results": records,
-        "failures": failures,
-    }
-    write_json(output / "benchmark.json", about)
+    with created(output):
+        torch.manual_seed(0)
+        machine = print_machine(device)
+        flop_rate, byte_rate = peak_rates(device, dtype)
+        print(f"{flop_rate / 1e9:.0f} GFLOP/s in matrix products, {byte_rate / 1e9:.1f} GB/s in copies\n")
+        records: list[dict[str, Any]] = []
+        failures: dict[str, dict[str, str]] = {}
+        for comparison in compare(Settings(device, dtype, args.mode, args.rounds, flop_rate, byte_rate), backends):
+            Console(width=140).print(table(comparison))
+            for name, reason in comparison.failures.items():
+                print(f"{name} does not compile: {reason}")
+            records += comparison.records
+            failures |= {comparison.title: comparison.failures} if comparison.failures else {}
+        arguments = {name: value for name, value in vars(args).items() if name != "work"} | {"output": str(output)}
+        about = {"machine": machine, "dtype": args.dtype, "arguments": arguments}
+        about |= {
+            "ceilings": {"flops_per_s": flop_rate, "bytes_per_s": byte_rate},
+            "results": records,
+            "failures": failures,
+        }
+        write_json(output / "benchmark.json", about)
     print(f"written to {printable(output)}")
     return output, records
 

@@ -113,8 +113,9 @@ def work(args: Namespace) -> None:
     distributed.on_first(lambda: check_output(output, setting))
     with created(output):
         found = evaluate_model(loaded, data, split, device, args.flip, output / "bad_samples.csv")
+        if distributed.is_first():
+            write_evaluation(found, output, args.model)
     if distributed.is_first():
-        write_evaluation(found, output, args.model)
         show(found, output)
 
 

@@ -19,7 +19,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from _cli import Parser, add_model_options, integer, load, make_folder, named_model, pick_device, run
+from _cli import Parser, add_model_options, created, integer, load, named_model, pick_device, run
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TimeRemainingColumn
 
@@ -61,13 +61,12 @@ def parse(argv: list[str] | None) -> Namespace:
 
 def work(args: Namespace) -> int:
     args.model = named_model(args.model, args)
-    if args.output and args.output.is_dir():
-        raise RequestError(f"--output {args.output} is a folder; name a file")
+    if args.output and args.output.exists() and not args.output.is_file():
+        raise RequestError(f"--output {args.output} is no regular file; name a file, or leave it out to print")
     found = predictions(args)
     if args.output is None:
         sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # a TextIOWrapper
         return write(found, sys.stdout, args)
-    make_folder(args.output.parent)
     code = 0
 
     def to_file(path: Path) -> None:
@@ -75,7 +74,8 @@ def work(args: Namespace) -> int:
         with open(path, "w", encoding="utf-8", newline="") as file:
             code = write(found, file, args)
 
-    write_atomically(args.output, to_file)
+    with created(args.output.parent):
+        write_atomically(args.output, to_file)
     print(f"written: {printable(args.output)}", file=sys.stderr)
     return code
 

@@ -11,7 +11,7 @@ from argparse import Namespace, RawDescriptionHelpFormatter
 from pathlib import Path
 from tarfile import TarError
 
-from _cli import Parser, integer, make_folder, run
+from _cli import Parser, integer, prepared, run
 
 from sequencer.config.errors import RequestError
 from sequencer.printing import printable
@@ -40,23 +40,51 @@ def write_shards(args: Namespace) -> None:
     """Writes every split of an image folder as shards with their index."""
     import random
 
-    from webdataset import ShardWriter
-
     splits = [split for split in SPLITS if (args.source / split).is_dir()]
     if "train" not in splits:
         raise RequestError(f"{printable(args.source)} has no folder train/")
     found = {split: scan(args.source / split) for split in splits}
-    make_folder(args.output)
-    for split, (samples, classes) in found.items():
-        random.Random(0).shuffle(samples)  # training shuffles within a buffer only: every shard needs all classes
-        with ShardWriter(str(args.output / f"{split}-%06d.tar"), maxcount=args.images, verbose=0) as writer:
-            for number, (path, label) in enumerate(samples):
-                image = {Path(path).suffix.lstrip(".").lower(): Path(path).read_bytes()}
-                writer.write({"__key__": f"{number:08d}", **image, "cls": str(label)})
-        counts = [min(args.images, len(samples) - first) for first in range(0, len(samples), args.images)]
-        shards = [args.output / f"{split}-{number:06d}.tar" for number in range(len(counts))]
-        write_index(args.output / f"{split}.json", dict(zip(shards, counts, strict=True)), classes)
-        print(f"{split}: {len(samples):,} images in {len(shards)} shards")
+    written = []
+    with prepared(args.output) as folder:
+        for split, (samples, classes) in found.items():
+            random.Random(0).shuffle(samples)  # training shuffles within a buffer only: every shard needs all classes
+            counts = [min(args.images, len(samples) - first) for first in range(0, len(samples), args.images)]
+            shards = [folder / f"{split}-{number:06d}.tar" for number in range(len(counts))]
+            for number, shard in enumerate(shards):
+                write_shard(shard, samples, range(len(samples))[number * args.images :][: args.images])
+            write_index(folder / f"{split}.json", dict(zip(shards, counts, strict=True)), classes)
+            written.append(f"{split}: {len(samples):,} images in {len(shards)} shards")
+    print("\n".join(written))
+
+
+def write_shard(path: Path, samples: list[tuple[str, int]], numbers: range) -> None:
+    """Writes the samples with these numbers as a shard.
+
+    Raises:
+        RequestError: An image cannot be read.
+        WriteError: The shard cannot be written.
+    """
+    from webdataset import TarWriter
+
+    from sequencer.files import writing
+
+    with writing(path), TarWriter(str(path)) as writer:
+        for number in numbers:
+            image, label = Path(samples[number][0]), samples[number][1]
+            content = {image.suffix.lstrip(".").lower(): read(image), "cls": str(label)}
+            writer.write({"__key__": f"{number:08d}", **content})
+
+
+def read(image: Path) -> bytes:
+    """Reads an image file.
+
+    Raises:
+        RequestError: It cannot be read.
+    """
+    try:
+        return image.read_bytes()
+    except OSError as error:
+        raise RequestError(f"{printable(image)}: {error.strerror}") from error
 
 
 def scan(folder: Path) -> tuple[list[tuple[str, int]], list[str]]:

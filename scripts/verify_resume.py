@@ -131,10 +131,10 @@ def kill(overrides: list[str], run_dir: Path, delay: float, within_save: bool) -
     wait_for_training(process, run_dir)
     time.sleep(delay)
     partial = run_dir / "checkpoints" / ".last.ckpt.partial"
-    stale = partial.stat().st_ino if partial.exists() else None
+    stale = partial.stat().st_mtime_ns if partial.exists() else None
     while within_save and process.poll() is None:
         try:
-            if partial.stat().st_ino != stale:
+            if partial.stat().st_mtime_ns != stale:
                 break
         except FileNotFoundError:
             stale = None

@@ -1,6 +1,7 @@
 """Files and folders: written atomically with errors that name the file, checked to be regular, listed once."""
 
 import errno
+import fcntl
 import json
 import math
 import os
@@ -8,7 +9,7 @@ import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from sequencer.printing import first_line
 
@@ -16,7 +17,14 @@ NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
 class WriteError(RuntimeError):
-    """A file that could not be written; the message is one line, which names the file and the reason."""
+    """A file or folder that could not be written, with the reason in one line."""
+
+    def __init__(self, path: Path, reason: str) -> None:
+        self.path, self.reason = path, reason
+        super().__init__(path, reason)
+
+    def __str__(self) -> str:
+        return f"{self.path} could not be written: {self.reason}"
 
 
 @contextmanager
@@ -37,8 +45,7 @@ def writing(path: Path, *also: type[Exception]) -> Iterator[None]:
         raise
     except failures as error:
         failed = _system_error(error)
-        reason = failed.strerror if failed else first_line(error)
-        raise WriteError(f"{path} could not be written: {reason}") from error
+        raise WriteError(path, (failed.strerror if failed else None) or first_line(error)) from error
 
 
 def is_full(error: BaseException) -> bool:
@@ -57,30 +64,49 @@ def _system_error(error: BaseException | None) -> OSError | None:
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Writes a file under a temporary name in the same folder, syncs it to disk and renames it to `path`.
 
-    A reader finds the old file or the new one, never part of either.
+    A reader finds the old file or the new one, never part of either. Where `path` is a link, its target is written.
 
     Args:
         path: The file; its folder is created where it does not exist.
         write: Writes the content to the path that it is given.
 
     Raises:
-        WriteError: The file cannot be written; an existing file is unchanged.
+        WriteError: The file cannot be written, is no regular file, or is being written by another process; an existing
+            file is unchanged.
     """
-    temporary = path.with_name(f".{path.name}.partial")
     with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            write(temporary)
-            with open(temporary, "rb+") as file:
+        target = Path(os.path.realpath(path))
+        if target.exists():
+            check_regular(target)  # a renamed file would take the place of a device such as /dev/null
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_name(f".{target.name}.partial")
+        with open(temporary, "ab") as file:  # kept open for its lock
+            _lock(file)
+            try:
+                write(temporary)
                 os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-        folder = os.open(path.parent, os.O_RDONLY)
+                os.replace(temporary, target)
+            finally:
+                temporary.unlink(missing_ok=True)
+        folder = os.open(target.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def _lock(file: IO[bytes]) -> None:
+    """Locks a file until it is closed, unless its file system has no locks.
+
+    Raises:
+        OSError: Another process has locked it.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise OSError("another process is writing it") from None
+    except OSError:
+        pass
 
 
 def write_json(path: Path, content: Any) -> None:

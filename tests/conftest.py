@@ -13,6 +13,7 @@ import hashlib
 import importlib.util
 import pickle
 import random
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -41,6 +42,18 @@ def config(tmp_path) -> Callable[..., Any]:
     from tests.helpers import small_config  # after the line above that seeds the run-time type checks
 
     return lambda *overrides, run_dir="run": small_config(tmp_path / run_dir, *overrides)
+
+
+@pytest.fixture
+def small_disk(tmp_path, request):
+    """A file system of 300 KiB, or of the size that the test is parametrized with."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={getattr(request, 'param', '300k')}", "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("no small file system can be mounted here: it takes root")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
@@ -180,3 +181,10 @@ def fail() -> None:
 
 def terminate() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
+
+
+def fill(folder: Path) -> None:
+    """Fills the file system of a folder."""
+    with open(folder / "filler", "ab", buffering=0) as file, suppress(OSError):
+        while True:
+            file.write(bytes(1024))

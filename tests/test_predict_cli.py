@@ -93,7 +93,10 @@ def test_table(script, run_folder, images, tmp_path, capsys):
     printed = capsys.readouterr()
     table = printed.out.splitlines()
     assert table[0].split() == [str(images[0]), *NAMES[best.argmax()].split(), f"{best.max():.2%}"]
-    assert table[1].split(maxsplit=1) == ["bad.png", "cannot be read: cannot identify image file 'bad.png'"]
+    assert table[1].split(maxsplit=1) == [
+        "bad.png",
+        "cannot be read: no image in one of the formats JPEG, PNG, WEBP, PPM, BMP, TIFF, GIF",
+    ]
     assert table[0].index("class") == table[1].index("cannot") == table[2].index("class")
 
 
@@ -125,7 +128,7 @@ def test_what_is_no_image_file_is_an_error_of_its_line(script, run_folder, image
         *("fifo.png", "zero", "zero.png"),
     ]
     assert [name for name, reason in reasons if not reason] == ["1.png", "2.JPG", "3.bmp", "thin.png"]
-    assert dict(reasons)["eps.jpg"].startswith("cannot identify image file")
+    assert dict(reasons)["eps.jpg"].startswith("no image in one of the formats")
     assert dict(reasons)["\0.png"] == "embedded null byte"
 
 

@@ -155,6 +155,13 @@ def test_the_table_has_means_over_seeds(tmp_path):
     assert "| cell gru | 100 | 63.00 ± 4.24 | 2 | 60 |" in text
 
 
+def test_a_result_that_is_not_finite_is_shown(tmp_path):
+    trial(tmp_path / "seed=0", None, 0, "lstm", 100)
+    trial(tmp_path / "seed=1", 0.5, 1, "gru", 100)
+    assert [row.label for row in write_sweep(tmp_path, "cells")] == ["cell lstm", "cell gru"]
+    assert "| cell lstm | 100 | nan | 1 | 60 |" in (tmp_path / "sweep.md").read_text()
+
+
 def test_the_table_has_numbers_in_their_order(tmp_path):
     for name in ("lstm1997,D=16", "lstm,D=16", "lstm1997,D=8", "lstm,D=8"):
         trial(tmp_path / name, 0.5, 0, f"'{name}'", 100)

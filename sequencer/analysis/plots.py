@@ -15,6 +15,7 @@ from matplotlib import colormaps, rc_context
 from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
+from matplotlib.font_manager import findfont, get_font
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator, PercentFormatter
 from numpy.typing import ArrayLike, NDArray
@@ -206,13 +207,13 @@ def plot_sweep(rows: Sequence[tuple[str, str, int, Sequence[float]]], title: str
     for number, (_, family, _, values) in enumerate(rows):
         axes[0].plot(np.mean(values), number, "|", color=colours[family], markersize=13, markeredgewidth=3)
         axes[0].plot(values, [number] * len(values), "o", color=FAINT, markerfacecolor="none", markersize=5)
-    axes[0].set_yticks(range(len(rows)), [printable(label) for label, _, _, _ in rows])
+    axes[0].set_yticks(range(len(rows)), [_drawable(label) for label, _, _, _ in rows])
     axes[0].set_ylim(len(rows) - 0.5, -0.5)
     per_cents = FuncFormatter(lambda value, _: f"{100 * value:g}%")
     axes[0].xaxis.set_major_locator(MaxNLocator(5))
     axes[0].xaxis.set_major_formatter(per_cents)
     axes[0].set_xlabel("top-1")
-    figure.suptitle(printable(title), x=0.01, ha="left", fontsize=11, fontweight="bold")
+    figure.suptitle(_drawable(title), x=0.01, ha="left", fontsize=11, fontweight="bold")
     if panels > 1:
         for family in families:
             points = sorted((parameters, np.mean(values)) for _, own, parameters, values in rows if own == family)
@@ -273,7 +274,7 @@ def plot_confusion(confusion: ArrayLike, class_names: Sequence[str], output: Pat
     _add_colour_bar(figure, axes, image, numbered)
     total = int(counts.sum())
     result = f"top-1 {counts.trace() / total:.2%} of {total:,} images" if total else "no image has a prediction"
-    axes.set_title(printable(title), pad=24)
+    axes.set_title(_drawable(title), pad=24)
     axes.annotate(result, (0, 1), (0, 8), xycoords="axes fraction", textcoords="offset points")
     _save(figure, output)
     return figure
@@ -310,8 +311,14 @@ def _round_numbers() -> Any:
 
 
 def _shorten(name: str) -> str:
-    name = printable(name)
+    name = _drawable(name)
     return name if len(name) <= LONGEST_LABEL else name[: LONGEST_LABEL - 1] + "…"
+
+
+def _drawable(text: str) -> str:
+    """Returns text as `printable` shows it, with escapes in place of characters that the font lacks, such as CJK."""
+    glyphs = get_font(findfont(STYLE["font.family"])).get_charmap()
+    return "".join(c if ord(c) in glyphs else c.encode("unicode_escape").decode() for c in printable(text))
 
 
 def _add_colour_bar(figure: Figure, axes: Axes, image: Any, numbered: bool) -> None:

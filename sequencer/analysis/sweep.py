@@ -87,7 +87,7 @@ def _rows(records: list[dict[str, Any]], varied: list[str], outcome: str) -> lis
             ", ".join(settings) or "equal settings",
             settings[0] if settings else "",
             group[0]["parameters"],
-            tuple(record[outcome] for record in group),
+            tuple(math.nan if record[outcome] is None else record[outcome] for record in group),
             mean(record["time/train_s"] for record in group),
         )
         for settings, group in groups.items()

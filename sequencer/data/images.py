@@ -5,7 +5,7 @@ from io import BytesIO
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from sequencer.files import check_regular
 from sequencer.printing import first_line
@@ -50,6 +50,8 @@ def read_image(path: str | Path, file: BytesIO | None = None, shorter_side: int 
                 _check_tiles(image)
                 image.load()
                 return _to_rgb(image)
+        except UnidentifiedImageError as error:
+            raise UnreadableImage(path, f"no image in one of the formats {', '.join(FORMATS)}") from error
         except Exception as error:  # Pillow's decoders raise a dozen types
             raise UnreadableImage(path, reason_of(error)) from error
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any, NamedTuple
 from urllib.parse import urlparse
 
 import numpy as np
-from pydantic import BaseModel, Field
+from pydantic import AfterValidator, BaseModel, Field
 
 from sequencer.config.errors import RequestError
 from sequencer.data.images import UnreadableImage, reason_of
@@ -22,13 +22,23 @@ SCHEMES = ("", "file", *REMOTE)
 IMAGES = ("jpg", "jpeg", "png", "webp", "ppm", "bmp", "tif", "tiff", "gif")
 MOST_INDEX = 2**27  # bytes of an index
 MOST_FILE = 2**30  # bytes of a file in a shard
+MOST_HEADER = 2**17  # bytes of a header of a file in a shard
+# of names and attributes that a plain header has no room for
+LONG_HEADERS = {tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE}
+LONG_HEADERS |= {tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK}
 MOST_IN_SHARD = 10**7  # samples; those of ImageNet in a single shard are a tenth of that
+
+
+def _check_length(text: str) -> str:
+    if not 1 <= len(text) <= 4096:  # pydantic's own limits refuse bytes that are not UTF-8
+        raise ValueError("input should have 1 to 4096 characters")
+    return text
 
 
 class ShardEntry(BaseModel):
     """A shard: its address and its number of samples."""
 
-    url: Annotated[str, Field(min_length=1, max_length=4096)]
+    url: Annotated[str, AfterValidator(_check_length)]
     nsamples: Annotated[int, Field(ge=1, le=MOST_IN_SHARD)]
 
 
@@ -115,9 +125,28 @@ def read_samples(url: str) -> Iterator[Sample]:
             yield Sample(image, int(label) if known else -1, f"{url}#{sample['__key__']}")
 
 
+class _Header(tarfile.TarInfo):
+    """The header of a file in a tar stream, which ends the stream with an error if it is damaged or very large.
+
+    tarfile takes a damaged header for the end of the stream, and reads a header of any size into memory.
+    """
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "_Header":
+        try:
+            header = super().frombuf(buf, encoding, errors)
+        except tarfile.HeaderError as error:
+            if not buf.strip(b"\0"):  # the end
+                raise
+            raise tarfile.ReadError(f"damaged header: {error}") from error
+        if header.type in LONG_HEADERS and header.size > MOST_HEADER:
+            raise tarfile.ReadError(f"a header of {header.size} bytes")
+        return header
+
+
 def _members(file: Any) -> Iterator[tuple[str, bytes]]:
     """The files of a tar stream; one of more than `MOST_FILE` bytes, which a compressed shard may hold, is empty."""
-    with tarfile.open(fileobj=file, mode="r|*") as stream:
+    with tarfile.open(fileobj=file, mode="r|*", tarinfo=_Header) as stream:
         for member in stream:
             stream.members = []  # type: ignore[attr-defined]  # otherwise the list of all members stays in memory
             if not member.isreg() or re.match(r"__[^/]*__($|/)", member.name):  # WebDataset's metadata

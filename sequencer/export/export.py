@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
@@ -14,6 +15,7 @@ from sequencer.export.folder import write_model_folder
 from sequencer.export.formats import DTYPES, to_onnx, to_program
 from sequencer.export.provenance import versions
 from sequencer.export.verify import compare, real_images, sha256_of_file, sha256_of_weights
+from sequencer.files import writing
 from sequencer.models import (
     LoadedModel,
     create_model,
@@ -72,17 +74,27 @@ def export_weights(loaded: LoadedModel, folder: Path, form: str, name: str) -> d
     """
     path = folder / EXPORTED_WEIGHTS[form]
     channels, img_size, _ = loaded.pretrained_cfg["input_size"]
+    with writing(path, SafetensorError):
+        _write(loaded, path, form, name)
     if form == "hub":
-        write_model_folder(loaded, folder)
-        (folder / "README.md").write_text(generate_readme(model_card(loaded, name), loaded.arch))
         again = load_model(folder).model
     else:
-        weights = loaded.model.state_dict()
-        save_file(weights, path) if form == "timm" else torch.save({"state_dict": to_paper_layout(weights)}, path)
         sizes = {"num_classes": loaded.model.num_classes, "in_chans": channels, "img_size": img_size}
         again = create_model(loaded.arch, **(sizes | loaded.model_args)).eval()
         load_weights(again, read_weights(path))
     return certify(again, loaded, path, img_size, "fp32")
+
+
+def _write(loaded: LoadedModel, path: Path, form: str, name: str) -> None:
+    weights = loaded.model.state_dict()
+    if form == "hub":
+        write_model_folder(loaded, path.parent)
+        (path.parent / "README.md").write_text(generate_readme(model_card(loaded, name), loaded.arch))
+    elif form == "timm":
+        save_file(weights, path)
+    else:
+        with open(path, "wb") as file:  # given a path, torch reports a full disk without saying that it is full
+            torch.save({"state_dict": to_paper_layout(weights)}, file)
 
 
 def certify(exported: nn.Module, loaded: LoadedModel, path: Path, img_size: int, dtype: str) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Conversion of models to ONNX graphs and torch.export programs."""
 
 import copy
+import io
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ from timm.layers import resample_abs_pos_embed_nhwc
 from torch import Tensor, nn
 
 from sequencer.export.recurrence import use_lstms, use_nodes
-from sequencer.files import to_json
+from sequencer.files import to_json, writing
 from sequencer.models import VSequencer
 from sequencer.models.exported import ENTRY
 
@@ -80,7 +81,8 @@ def to_onnx(
         )
     assert program is not None
     program.model.metadata_props[ENTRY] = to_json(description)
-    program.save(path)
+    with writing(path):
+        program.save(path)
 
 
 def to_program(model: nn.Module, path: Path, description: dict[str, Any], dtype: torch.dtype) -> None:
@@ -97,7 +99,10 @@ def to_program(model: nn.Module, path: Path, description: dict[str, Any], dtype:
     module, example = _prepare(model, description, dtype, use_lstms)
     shapes = ({0: torch.export.Dim("batch")},)
     program = torch.export.export(module, (example,), dynamic_shapes=shapes)
-    torch.export.save(program, path, extra_files={ENTRY: to_json(description)})
+    file = io.BytesIO()  # given a path, torch aborts the process where the disk is full
+    torch.export.save(program, file, extra_files={ENTRY: to_json(description)})
+    with writing(path):
+        path.write_bytes(file.getbuffer())
 
 
 def _prepare(

@@ -12,7 +12,7 @@ from pytorch_lightning.trainer.states import TrainerStatus
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 from sequencer import distributed
-from sequencer.config.errors import RequestError, summarise_error
+from sequencer.config.errors import RequestError
 from sequencer.config.request import load_run, load_summary, request
 from sequencer.config.schema import Config
 from sequencer.console import say
@@ -94,7 +94,7 @@ def _run(config: Config, resume: bool) -> dict[str, Any]:
             log.info("interrupted; resume with:\n%s", _resume_command(folder.path))
         raise
     except WriteError as error:
-        raise WriteError(f"{summarise_error(error)}\n{describe_rescue(folder.path)}") from error
+        raise WriteError(error.path, f"{error.reason}\n{describe_rescue(folder.path)}") from error
     finally:
         folder.close()
 

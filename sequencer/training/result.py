@@ -128,5 +128,7 @@ def describe_result(summary: dict[str, Any], run_dir: Path, remark: str = "") ->
     ]
 
 
-def _cell(name: str, value: float) -> str:
+def _cell(name: str, value: float | None) -> str:
+    if value is None:  # a number that was not finite
+        return "nan"
     return f"{value:.4f}" if name == "loss" else f"{value:.2%}"

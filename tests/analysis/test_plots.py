@@ -185,3 +185,10 @@ def test_sweep_with_many_families_has_one_colour(output):
 
 def test_sweep_with_one_model_size_has_one_panel(output):
     assert len(plot_sweep([("lr 1", "lr 1", 50, (0.5,)), ("lr 2", "lr 2", 50, (0.6,))], "rates", output).axes) == 1
+
+
+def test_characters_that_the_font_lacks_are_escaped(output):
+    names = ["chat à poil", "\u732b", "\U0001f600 dog"]
+    axes = plot_confusion(confusion(3), names, output, "\u732b").axes[0]  # a warning of matplotlib is an error
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["chat à poil", r"\u732b", r"\U0001f600 dog"]
+    assert axes.get_title(loc="left") == r"\u732b"

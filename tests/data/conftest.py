@@ -1,3 +1,4 @@
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -47,3 +48,20 @@ def in_memory(made_root) -> Callable[..., DataConfig]:
         return replace(config, augment=augment or AugmentConfig(), batch_size=8)
 
     return build
+
+
+@pytest.fixture(scope="session")
+def shards_root(tmp_path_factory) -> Path:
+    """A set in shards, as `shard_helpers.write_split` writes it. Not to be changed."""
+    from tests.data.shard_helpers import SIZES, write_split  # skips the test without webdataset
+
+    root = tmp_path_factory.mktemp("shards")
+    write_split(root, "train", SIZES)
+    write_split(root, "val", (5, 4))
+    return root
+
+
+@pytest.fixture
+def shards_copy(shards_root, tmp_path) -> Path:
+    """A copy of `shards_root` that may be changed."""
+    return Path(shutil.copytree(shards_root, tmp_path / "shards"))

@@ -67,7 +67,7 @@ def test_postscript_does_not_start_ghostscript(tmp_path, monkeypatch):
     monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *args, **kwargs: started.append(args))
     (tmp_path / "image.jpg").write_text(EPS)
     for file in (None, io.BytesIO(EPS.encode())):
-        with pytest.raises(UnreadableImage, match="cannot identify image file"):
+        with pytest.raises(UnreadableImage, match="no image in one of the formats JPEG, PNG"):
             read_image(tmp_path / "image.jpg", file)
     assert not started
 
@@ -75,7 +75,7 @@ def test_postscript_does_not_start_ghostscript(tmp_path, monkeypatch):
 @pytest.mark.parametrize("kind", ["TGA", "PCX", "SGI", "ICO", "MSP", "PDF", "DDS"])
 def test_other_formats_are_not_decoded(tmp_path, kind):
     Image.new("1" if kind == "MSP" else "RGB", (16, 16)).save(tmp_path / "image.png", kind)
-    with pytest.raises(UnreadableImage, match="cannot identify image file"):
+    with pytest.raises(UnreadableImage, match="no image in one of the formats JPEG, PNG"):
         read_image(tmp_path / "image.png")
 
 

@@ -2,11 +2,9 @@
 
 import csv
 import functools
-import io
 import json
 import os
 import shutil
-import tarfile
 import threading
 from collections import Counter
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -16,71 +14,20 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from sequencer.config.composition import compose
 from sequencer.config.errors import RequestError
-from sequencer.config.schema import AugmentConfig, DataConfig
-from sequencer.data import DataModule, Quarantine, TooManyBadImages, UnreadableImage, open_split
-from sequencer.data.shard_files import Sample, ShardReader, read_samples, resolve
+from sequencer.config.schema import AugmentConfig
+from sequencer.data import DataModule, TooManyBadImages, open_split
+from sequencer.data.shard_files import ShardReader, read_samples
 from sequencer.data.shard_order import ShardOrder
-from sequencer.data.shards import EvaluationStream, ShardSampler, ShardSplit, TrainingStream
+from sequencer.data.shards import EvaluationStream, ShardSampler, TrainingStream
 from sequencer.data.streams import open_stream
 from sequencer.models import read_checkpoint
 from sequencer.training import run
+from tests.data.shard_helpers import SIZES, config, module, val_split
 
 webdataset = pytest.importorskip("webdataset", reason="webdataset is not installed")
-SIZES = (7, 3, 11, 1, 8)  # samples of the shards of the training split
-
-
-def png(value: int) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(np.full((8, 8, 3), value, dtype=np.uint8)).save(file, "png")
-    return file.getvalue()
-
-
-def write_split(folder: Path, split: str, sizes: tuple[int, ...]) -> None:
-    """Image `n` of a split has the grey value `n` everywhere and the label n % 3."""
-    first, shards = 0, []
-    for number, size in enumerate(sizes):
-        name = f"{split}-{number}.tar"
-        with webdataset.TarWriter(str(folder / name)) as writer:
-            for value in range(first, first + size):
-                writer.write({"__key__": f"{value:05}", "png": png(value), "cls": str(value % 3)})
-        shards.append({"url": name, "nsamples": size})
-        first += size
-    (folder / f"{split}.json").write_text(json.dumps({"shardlist": shards, "classes": ["a", "b", "c"]}))
-
-
-@pytest.fixture(scope="session")
-def shards_root(tmp_path_factory) -> Path:
-    """Not to be changed."""
-    root = tmp_path_factory.mktemp("shards")
-    write_split(root, "train", SIZES)
-    write_split(root, "val", (5, 4))
-    return root
-
-
-@pytest.fixture
-def folder(shards_root, tmp_path) -> Path:
-    """A copy that may be changed."""
-    return Path(shutil.copytree(shards_root, tmp_path / "shards"))
-
-
-def config(root: object, **changes: object) -> DataConfig:
-    plain = {"img_size": 8, "mean": [0.0], "std": [1.0], "crop_pct": 1.0, "augment": AugmentConfig(), "num_workers": 0}
-    changes = {"batch_size": 4, "eval_batch_size": 4, "shuffle_buffer": 5} | plain | changes
-    return DataConfig(name="webdataset", root=str(root), **changes)  # type: ignore[arg-type]
-
-
-def module(root: object, rank: int = 0, world_size: int = 1, **changes: object) -> DataModule:
-    data = DataModule(config(root, **changes), seed=0, rank=rank, world_size=world_size)
-    data.setup()
-    return data
-
-
-def val_split(root: object) -> ShardSplit:
-    return open_split(config(root), "val", lambda image: torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255)
 
 
 def values(images: torch.Tensor) -> list[int]:
@@ -156,12 +103,14 @@ def test_what_a_split_tells_of_its_samples(shards_root):
         split.subset(np.arange(3))
 
 
-def test_examples_are_readable_samples(folder):
-    (folder / "val.json").write_text((folder / "val.json").read_text().replace('["a", "b", "c"]', '["a", "b"]'))
-    examples = val_split(folder).examples(3)  # of samples 0 to 8, of which every third has a label too many
+def test_examples_are_readable_samples(shards_copy):
+    (shards_copy / "val.json").write_text(
+        (shards_copy / "val.json").read_text().replace('["a", "b", "c"]', '["a", "b"]')
+    )
+    examples = val_split(shards_copy).examples(3)  # of samples 0 to 8, of which every third has a label too many
     assert values(torch.stack([image for image, _ in examples])) == [0, 1, 3]
     assert [label for _, label in examples] == [0, 1, 0]
-    assert len(val_split(folder).examples(100)) == 6
+    assert len(val_split(shards_copy).examples(100)) == 6
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -248,9 +197,9 @@ class Server(SimpleHTTPRequestHandler):
 
 
 @pytest.fixture
-def address(folder):
+def address(shards_copy):
     Server.broken, Server.times, Server.redirects = {}, Counter(), {}
-    server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Server, directory=str(folder)))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Server, directory=str(shards_copy)))
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_address[1]}"
     server.shutdown()
@@ -258,19 +207,19 @@ def address(folder):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_over_http(address, folder, workers):
-    there, here = (module(root, num_workers=workers).train_dataloader() for root in (address, folder))
+def test_over_http(address, shards_copy, workers):
+    there, here = (module(root, num_workers=workers).train_dataloader() for root in (address, shards_copy))
     assert all(torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) for a, b in zip(there, here, strict=True))
 
 
-def test_a_shard_that_breaks_off_once_is_read_again(address, folder):
+def test_a_shard_that_breaks_off_once_is_read_again(address, shards_copy):
     Server.broken, Server.times = {"train-2.tar": 9000}, Counter({"train-2.tar": 1})
-    there, here = (module(root).train_dataloader() for root in (address, folder))
+    there, here = (module(root).train_dataloader() for root in (address, shards_copy))
     assert all(torch.equal(a[0], b[0]) for a, b in zip(there, here, strict=True))
     assert Server.times["train-2.tar"] == 0
 
 
-def test_what_a_broken_shard_lacks_is_listed_and_replaced(address, folder, tmp_path):
+def test_what_a_broken_shard_lacks_is_listed_and_replaced(address, shards_copy, tmp_path):
     Server.broken, Server.times = {"train-2.tar": 9000}, Counter({"train-2.tar": -1})
     data = DataModule(
         config(address, max_bad_share=0.9, shuffle_buffer=20), 0, bad_samples=tmp_path / "bad_samples.csv"
@@ -288,45 +237,47 @@ def test_what_a_broken_shard_lacks_is_listed_and_replaced(address, folder, tmp_p
         list(strict.train_dataloader())
 
 
-def test_a_shard_cut_short_on_the_disk(folder, tmp_path):
-    path = folder / "train-2.tar"
+def test_a_shard_cut_short_on_the_disk(shards_copy, tmp_path):
+    path = shards_copy / "train-2.tar"
     path.write_bytes(path.read_bytes()[:9000])
-    data = DataModule(config(folder, max_bad_share=0.9), 0, bad_samples=tmp_path / "bad.csv")
+    data = DataModule(config(shards_copy, max_bad_share=0.9), 0, bad_samples=tmp_path / "bad.csv")
     data.setup()
     readable = data.count_readable()
     with open(tmp_path / "bad.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert {row["split"] for row in rows} == {"train"}
-    assert all(row["path"].startswith(f"{folder}/train-2.tar#") for row in rows)
+    assert all(row["path"].startswith(f"{shards_copy}/train-2.tar#") for row in rows)
     assert 30 - 11 + 9 < readable == 30 + 9 - len(rows)
 
 
-def test_a_shard_with_fewer_samples_than_its_index_says(folder):
-    found = ShardReader([f"{folder}/train-1.tar"], np.array([0, 5])).read(np.arange(5))
-    assert [found[number].name for number in range(3)] == [f"{folder}/train-1.tar#{value:05}" for value in (7, 8, 9)]
-    assert [found[number].path for number in (3, 4)] == [f"{folder}/train-1.tar#{number}" for number in (3, 4)]
+def test_a_shard_with_fewer_samples_than_its_index_says(shards_copy):
+    found = ShardReader([f"{shards_copy}/train-1.tar"], np.array([0, 5])).read(np.arange(5))
+    assert [found[number].name for number in range(3)] == [
+        f"{shards_copy}/train-1.tar#{value:05}" for value in (7, 8, 9)
+    ]
+    assert [found[number].path for number in (3, 4)] == [f"{shards_copy}/train-1.tar#{number}" for number in (3, 4)]
     assert {found[number].reason for number in (3, 4)} == {"the shard breaks off: it ends after 3 samples"}
 
 
-def test_shards_without_a_readable_sample_are_an_error(folder):
-    for path in folder.glob("train-*.tar"):
+def test_shards_without_a_readable_sample_are_an_error(shards_copy):
+    for path in shards_copy.glob("train-*.tar"):
         path.write_bytes(b"")
     with pytest.raises(RuntimeError, match="none of 5 consecutive samples of the shards can be read"):
-        next(iter(module(folder).train_dataloader()))
+        next(iter(module(shards_copy).train_dataloader()))
 
 
-def test_from_s3(folder, tmp_path, monkeypatch):
+def test_from_s3(shards_copy, tmp_path, monkeypatch):
     """Through the aws command, here one that copies from the folder."""
     programs = tmp_path / "bin"
     programs.mkdir()
-    (programs / "aws").write_text(f'#!/bin/sh\ntest "$1 $2 $4" = "s3 cp -" && cat "{folder}/$(basename "$3")"\n')
+    (programs / "aws").write_text(f'#!/bin/sh\ntest "$1 $2 $4" = "s3 cp -" && cat "{shards_copy}/$(basename "$3")"\n')
     (programs / "aws").chmod(0o755)
     monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
-    there, here = (module(root).train_dataloader() for root in ("s3://bucket/set", folder))
+    there, here = (module(root).train_dataloader() for root in ("s3://bucket/set", shards_copy))
     assert all(torch.equal(a[0], b[0]) for a, b in zip(there, here, strict=True))
 
 
-def test_a_command_gets_addresses_as_they_are(folder, tmp_path, monkeypatch):
+def test_a_command_gets_addresses_as_they_are(shards_copy, tmp_path, monkeypatch):
     programs = tmp_path / "bin"
     programs.mkdir()
     (programs / "aws").write_text('#!/bin/sh\nprintf "%s\\n" "$@"\nexit 3\n')
@@ -341,92 +292,26 @@ def test_a_command_gets_addresses_as_they_are(folder, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("target", ["file://{}/val-0.tar", "ftp://127.0.0.1:1/val-0.tar", "scp://127.0.0.1/a.tar"])
-def test_a_redirect_does_not_leave_http(address, folder, target):
-    Server.redirects = {"moved.tar": f"{address}/val-0.tar", "evil.tar": target.format(folder)}
+def test_a_redirect_does_not_leave_http(address, shards_copy, target):
+    Server.redirects = {"moved.tar": f"{address}/val-0.tar", "evil.tar": target.format(shards_copy)}
     assert len(list(read_samples(f"{address}/moved.tar"))) == 5
     with pytest.raises(OSError, match="curl ends with exit code 1"):
         list(read_samples(f"{address}/evil.tar"))
 
 
-def test_an_address_is_no_pattern(address, folder):
-    shutil.copy(folder / "val-0.tar", folder / "{a,b}[1-9].tar")
+def test_an_address_is_no_pattern(address, shards_copy):
+    shutil.copy(shards_copy / "val-0.tar", shards_copy / "{a,b}[1-9].tar")
     assert len(list(read_samples(f"{address}/{{a,b}}[1-9].tar"))) == 5
 
 
-@pytest.mark.parametrize("name", ["/etc/a.tar", "file:///etc/a.tar", "~/a.tar", "file:a.tar"])
-def test_a_remote_index_names_no_local_file(name):
-    for root in ("http://host/set", "https://host", "s3://bucket"):
-        with pytest.raises(RequestError, match="may not name files of this machine"):
-            resolve(root, name)
-
-
-def test_addresses_that_an_index_may_name():
-    assert resolve("/data/o'clock", "a b.tar") == "/data/o'clock/a b.tar"
-    assert resolve("/data", "/other/a.tar") == "/other/a.tar"
-    assert resolve("/data", "~/a.tar") == os.path.expanduser("~/a.tar")
-    assert resolve("/data", "https://host/a.tar") == "https://host/a.tar"
-    assert resolve("https://host/set/", "s3://bucket/a.tar") == "s3://bucket/a.tar"
-    assert resolve("https://host/set/", "a.tar") == "https://host/set/a.tar"
-    for name in ("https://host/\n.tar", "gopher://host/a.tar", "pipe:id", "scp://host/a.tar", "sftp://host/a.tar"):
-        with pytest.raises(RequestError, match="addresses are files, http, https or s3"):
-            resolve("/data", name)
-
-
-@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero"), Path.mkdir])
-def test_shards_and_indexes_are_regular_files(folder, make):
-    (folder / "val-0.tar").unlink()
-    make(folder / "val-0.tar")
-    found = val_split(folder).reader().read(np.arange(5))
-    assert all("no regular file" in error.reason for error in found.values())
-    (folder / "train.json").unlink()
-    make(folder / "train.json")
-    with pytest.raises(RequestError, match="no regular file"):
-        module(folder)
-
-
 @pytest.mark.parametrize("classes", [["a", "b"], ["a", "c", "b"], ["a", "b", "c", "d"]])
-def test_splits_with_different_classes_are_refused(folder, classes):
-    index = json.loads((folder / "val.json").read_text())
-    (folder / "val.json").write_text(json.dumps(index | {"classes": classes}))
+def test_splits_with_different_classes_are_refused(shards_copy, classes):
+    index = json.loads((shards_copy / "val.json").read_text())
+    (shards_copy / "val.json").write_text(json.dumps(index | {"classes": classes}))
     with pytest.raises(
         RequestError, match=r"val\.json has other classes, or the same in another order, than .*train\."
     ):
-        module(folder)
-
-
-def test_an_index_is_read_up_to_a_bound(folder, monkeypatch):
-    monkeypatch.setattr("sequencer.data.shard_files.MOST_INDEX", 100)
-    with pytest.raises(RequestError, match="an index has at most"):
-        module(folder)
-
-
-def test_a_damaged_index_of_the_test_split_is_not_taken_for_none(folder):
-    (folder / "test.json").write_text("{")
-    with pytest.raises(RequestError, match=r"test\.json: invalid JSON"):
-        module(folder)
-
-
-def test_files_in_a_shard_are_read_up_to_a_bound(folder, monkeypatch):
-    """A compressed shard may hold a file that is far larger than itself."""
-    with tarfile.open(folder / "val-0.tar", "w:gz") as tar:
-        for name, size in (("0.png", len(png(7))), ("0.cls", 1), ("1.png", 10**7), ("1.cls", 1), ("2.png", 8)):
-            member = tarfile.TarInfo(name)
-            member.size = size
-            content = {"0.png": png(7), "0.cls": b"1", "1.cls": b"2"}.get(name, bytes(size))
-            tar.addfile(member, io.BytesIO(content))
-        link = tarfile.TarInfo("3.png")
-        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
-        tar.addfile(link)
-    monkeypatch.setattr("sequencer.data.shard_files.MOST_FILE", 10**6)
-    samples = list(read_samples(str(folder / "val-0.tar")))
-    assert [(len(sample.file), sample.label) for sample in samples] == [(len(png(7)), 1), (0, 2), (8, -1)]
-
-
-@pytest.mark.parametrize("label", [b"9" * 5000, b"-1", b"1.5", b"\xff", "٣".encode(), b"1e3"])
-def test_a_label_that_is_no_number(folder, label):
-    with webdataset.TarWriter(str(folder / "val-0.tar")) as writer:
-        writer.write({"__key__": "0", "png": png(0), "cls": label})
-    assert [sample.label for sample in read_samples(str(folder / "val-0.tar"))] == [-1]
+        module(shards_copy)
 
 
 def test_the_order_of_a_trillion_samples_takes_no_memory():
@@ -436,57 +321,6 @@ def test_the_order_of_a_trillion_samples_takes_no_memory():
     found = [order.sample(epoch, index) for epoch in range(2) for index in range(0, 10**11, 10**10 + 1)]
     assert len(set(found)) == len(found)
     assert 0 <= min(found) <= max(found) < 10**12
-
-
-@pytest.mark.parametrize(
-    ("index", "message"),
-    [
-        (None, r"no complete set in .*/train\.json \(No such file or directory\)\nscripts/shards\.py writes"),
-        ("{}", r"no complete set in .*/train\.json \(train\.json: shardlist: field required\)"),
-        ("{", r"train\.json: invalid JSON"),
-        ("[" * 300, r"train\.json: invalid JSON"),
-        ("[1]", r"train\.json: input should be an object"),
-        ('{"shardlist": []}', r"train\.json: shardlist: list should have at least 1 item"),
-        ('{"shardlist": [{"url": "a.tar", "nsamples": 0}]}', r"shardlist\.0\.nsamples: .* greater than or equal to 1"),
-        ('{"shardlist": [{"url": "a.tar", "nsamples": 1e308}]}', r"nsamples: input should be a valid integer"),
-        (
-            '{"shardlist": [{"url": "a.tar", "nsamples": 1000000000000}]}',
-            r"nsamples: .* less than or equal to 10000000",
-        ),
-        ('{"shardlist": [{"url": 5, "nsamples": 1}]}', r"url: input should be a valid string"),
-        ('{"shardlist": [{"url": "a.tar", "nsamples": 1}], "classes": 5}', r"classes: input should be a valid array"),
-        ('{"shardlist": [{"url": "a.tar", "nsamples": 1}], "classes": [[1]]}', r"classes\.0\.str: input should be"),
-        (
-            '{"shardlist": [{"url": "a.tar", "nsamples": 1}], "classes": ["a"]}',
-            r"data\.num_classes=3, but 1 classes were",
-        ),
-        ('{"shardlist": [{"url": "pipe:rm x", "nsamples": 1}], "classes": ["a"]}', "addresses are files, http"),
-        (
-            '{"shardlist": [{"url": "http://host/\'; rm x; \'.tar", "nsamples": 1}], "classes": ["a"]}',
-            "addresses are files, http",
-        ),
-        ('{"shardlist": [{"url": "a.tar", "nsamples": 1}]}', r"names no classes: set data\.num_classes"),
-    ],
-)
-def test_a_wrong_index_is_refused(folder, index, message):
-    path = folder / "train.json"
-    path.unlink() if index is None else path.write_text(index)
-    with pytest.raises(RequestError, match=message):
-        module(folder, num_classes=3 if index and '["a"]' in index else None)
-
-
-def test_a_label_that_no_class_has(folder, tmp_path):
-    (folder / "val.json").write_text((folder / "val.json").read_text().replace('["a", "b", "c"]', '["a", "b"]'))
-    split = val_split(folder)
-    split.quarantine = Quarantine(tmp_path / "bad.csv", "val", 9, 1.0)
-    batches = list(split.evaluation_loader(config(folder)))
-    assert [index for _, _, indices in batches for index in indices.tolist()] == [0, 1, 3, 4, 6, 7]
-    assert (tmp_path / "bad.csv").read_text().count("its label is 2 of 2 classes") == 3
-
-
-def test_a_sample_without_a_label(shards_root):
-    with pytest.raises(UnreadableImage, match=r"its label is -1 of 3 classes"):
-        val_split(shards_root).decode(Sample(png(0), -1, "sample"))
 
 
 SMALL = ["model.name=sequencer2d_t_32", "trainer.accelerator=cpu", "trainer.max_epochs=2", "data.batch_size=4",

@@ -1,8 +1,6 @@
 """A disk that is full when a run writes a file: two lines that name the file, and a run that can be resumed."""
 
 from collections.abc import Callable
-from contextlib import suppress
-from pathlib import Path
 
 import pytest
 
@@ -16,7 +14,7 @@ from sequencer.tracking.loggers import EventFiles
 from sequencer.training import divergence, folder, result, run
 from sequencer.training.checkpoints import SafeCheckpointIO
 from sequencer.training.report import EpochReport
-from tests.helpers import DIGITS, small_config
+from tests.helpers import DIGITS, fill, small_config
 
 
 @pytest.fixture
@@ -35,12 +33,6 @@ def fill_before(small_disk, monkeypatch) -> Callable[..., None]:
         monkeypatch.setattr(owner, name, filled)
 
     return patch
-
-
-def fill(folder: Path) -> None:
-    with open(folder / "filler", "ab", buffering=0) as file, suppress(OSError):
-        while True:
-            file.write(bytes(1024))
 
 
 CASES = {  # file in the run folder: function before whose call the disk is filled, number of that call, overrides
