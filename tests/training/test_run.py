@@ -191,6 +191,14 @@ def test_resuming_a_finished_run_trains_nothing(config, tmp_path, finished):
     assert (tmp_path / "run" / "checkpoints" / "last.ckpt").stat().st_mtime_ns == before
 
 
+def test_a_result_that_is_not_finite_is_shown(config, tmp_path, finished, capsys):
+    folder = shutil.copytree(finished[0], tmp_path / "run")
+    summary = json.loads((folder / "summary.json").read_text())
+    (folder / "summary.json").write_text(json.dumps(summary | {"val/loss": None}))
+    run(config(), resume=True)
+    assert re.search(r"validation, raw weights .* nan ", capsys.readouterr().out)
+
+
 def test_a_run_killed_before_its_summary_is_finished_by_resuming(config, tmp_path, finished):
     folder, summary = finished
     shutil.copytree(folder, tmp_path / "run")
