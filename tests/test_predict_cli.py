@@ -258,7 +258,7 @@ def test_a_nan_output_is_an_error(script, run_folder, images, monkeypatch, capsy
         (["set", "set"], "set is neither a run nor a model folder"),
         (["RUN"], "the following arguments are required: PATHS"),
         (["RUN", "set", "--top", "0"], "--top: 0 is less than 1"),
-        (["RUN", "set", "--output", "set"], "--output set is a folder; name a file"),
+        (["RUN", "set", "--output", "set"], "--output set is no regular file; name a file, or leave it out"),
         (["RUN", "set", "--output", "set/a/1.png/out.csv"], "set/a/1.png cannot be written: File exists"),
         (["RUN/model/config.json", "set"], "config.json"),
     ],

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import sequencer.measure  # noqa: F401 - compiled here, not below the calls of a test
 from sequencer.files import WriteError, write_json
 from tests.helpers import DIGITS, exit_code, fill, save_run
 
