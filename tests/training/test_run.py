@@ -196,7 +196,7 @@ def test_a_result_that_is_not_finite_is_shown(config, tmp_path, finished, capsys
     summary = json.loads((folder / "summary.json").read_text())
     (folder / "summary.json").write_text(json.dumps(summary | {"val/loss": None}))
     run(config(), resume=True)
-    assert re.search(r"validation, raw weights .* nan ", capsys.readouterr().out)
+    assert re.search(r"validation, raw weights .* nan\b", capsys.readouterr().out)
 
 
 def test_a_run_killed_before_its_summary_is_finished_by_resuming(config, tmp_path, finished):
