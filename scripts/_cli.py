@@ -21,6 +21,7 @@ from sequencer.config.errors import RequestError, SharedError, show, summarise_e
 from sequencer.config.named_runs import named_run
 from sequencer.config.preflight import check_model_name, check_source
 from sequencer.config.schema import LARGEST_INTEGER
+from sequencer.files import nearest_existing
 from sequencer.output import drop_unread_output
 from sequencer.printing import printable
 
@@ -204,15 +205,17 @@ def make_folder(output: Path) -> None:
 
 @contextmanager
 def created(output: Path) -> Iterator[None]:
-    """Creates an output folder as `make_folder` does; removes a new folder again if an error leaves it empty."""
-    existed = output.is_dir()
+    """Creates an output folder as `make_folder` does; removes new folders again if an error leaves them empty."""
+    existing = nearest_existing(output)
     make_folder(output)
     try:
         yield
     except BaseException:
-        if not existed:
-            with suppress(OSError):  # not empty, or already removed by another rank
-                output.rmdir()
+        folder = output.absolute()
+        with suppress(OSError):  # not empty, or already removed by another rank
+            while folder != existing:
+                folder.rmdir()
+                folder = folder.parent
         raise
 
 
