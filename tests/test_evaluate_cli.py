@@ -218,7 +218,7 @@ def test_many_classes(script, run_of_30_classes, capsys):
     printed = capsys.readouterr().out
     assert "imagefolder, val split\n60 images of 8 px, crop 1\n" in printed
     assert "the 10 classes with the lowest recall, of 30" in printed
-    assert printed.count("[class] ") == 10
+    assert printed.count("\n[class] ") == 10
     table = read_csv(run_of_30_classes / FOLDERS / "per_class.csv")
     assert len(table) == 30
     assert all(row["support"] == "2" for row in table)

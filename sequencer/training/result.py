@@ -92,7 +92,7 @@ def finish(
     )
     save_model_folder(result, run_dir / "model")
     report.write()  # the file may have been deleted or edited since the last epoch
-    plot_curves(run_dir / "metrics.csv", run_dir / "curves.png", summary["best_epoch"])
+    plot_curves(run_dir / "metrics.csv", run_dir / "curves.png", int(best_row["epoch"]) + 1)
     title = f"{config.name}: {split} split"
     plot_confusion(metrics.confusion.cpu(), data.class_names, run_dir / "confusion.png", title)
     write_json(run_dir / "summary.json", summary)
