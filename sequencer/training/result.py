@@ -25,10 +25,11 @@ from sequencer.training.report import EpochReport
 
 log = logging.getLogger("sequencer")
 
-NEXT_STEPS = (  # what is done with a finished run; {run} is its folder
+NEXT_STEPS = (  # lines of what is done with a finished run; {run} is its folder
     "python scripts/evaluate.py {run}",
     "python scripts/predict.py {run} IMAGES",
-    "python scripts/export.py {run} --format onnx --output {run}/onnx",
+    "python scripts/export.py {run} \\",
+    "    --format onnx --output {run}/onnx",
 )
 
 
