@@ -28,7 +28,12 @@ def main(command: CommandLine) -> None:
     check_restarts(command)
     if command.resume:
         return train(resume_request(command))
-    composed = command.compose()
+    try:
+        composed = command.compose()
+    except RequestError:
+        if not command.flags.multirun:
+            refuse_sweep(command)  # values without -m, or a list without brackets, are the likeliest mistakes
+        raise
     if command.flags.cfg:
         to_config(composed.config)
         return ask_hydra(trial, command.flags, command.first_lines, command.files)

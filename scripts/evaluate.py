@@ -17,7 +17,7 @@ import os
 from argparse import ArgumentTypeError, Namespace, RawDescriptionHelpFormatter
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from _cli import Parser, add_model_options, created, integer, load, named_model, pick_device, run
 
@@ -106,7 +106,7 @@ def work(args: Namespace) -> None:
         eval_batch_size=args.batch_size,
         num_workers=args.num_workers,
     )
-    split = args.split or ("test" if has_test_split(data) else "val")
+    split: Literal["val", "test"] = args.split or ("test" if has_test_split(data) else "val")
     check_data(data, [split], root=ROOT)
     setting = describe_setting(loaded.arch, loaded.slot, data, split, args.flip)
     output = args.output or default_output(Path(args.model), setting)

@@ -109,7 +109,7 @@ def test_ctrl_c(tmp_path):
     process.send_signal(signal.SIGINT)
     output, errors = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "interrupted; resume with:\npython train.py resume=run\n" in output
+    assert "stopped; resume with:\npython train.py resume=run\n" in output
     assert errors == "interrupted\n"
     assert "Traceback" not in errors
     assert (tmp_path / "run" / "checkpoints" / "last.ckpt").exists()

@@ -2,6 +2,7 @@
 
 import io
 import logging
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -9,6 +10,7 @@ from rich.console import Console
 from sequencer.console import say, table_lines
 from sequencer.tracking.loggers import close_log, log, start_log
 from sequencer.training.progress import EpochBar
+from sequencer.training.result import describe_result
 
 LONG = "wandb sync " + "/a folder with a name" * 20
 
@@ -49,3 +51,23 @@ def test_the_progress_bar_has_one_line(width):
     assert line.startswith("epoch 299/300 ━━")
     assert " 99999/100000 " in line
     assert line.rstrip().endswith(" loss 123.4567")
+
+
+def test_the_closing_lines_fit_80_columns_and_can_be_copied():
+    summary = {"slot": "ema", "best_epoch": 29, "epochs": 30, "time/train_s": 61.4}
+    for split in ("val", "val_ema", "test"):
+        summary |= {f"{split}/loss": 0.123456, f"{split}/top1": 0.98333, f"{split}/balanced": 0.5}
+    assert describe_result(summary, Path("outputs/my run/2026-01-31_12-00-00"), "never predicted: snowdrop") == [
+        "                           top-1   balanced     loss",
+        "validation, raw weights   98.33%     50.00%   0.1235",
+        "validation, EMA weights   98.33%     50.00%   0.1235",
+        "test, ema weights         98.33%     50.00%   0.1235",
+        "never predicted: snowdrop",
+        "best epoch: 29 of 30; trained in 61 s",
+        "run folder: outputs/my run/2026-01-31_12-00-00",
+        "next steps:",
+        "python scripts/evaluate.py 'outputs/my run/2026-01-31_12-00-00'",
+        "python scripts/predict.py 'outputs/my run/2026-01-31_12-00-00' IMAGES",
+        "python scripts/export.py 'outputs/my run/2026-01-31_12-00-00' \\",
+        "    --format onnx --output 'outputs/my run/2026-01-31_12-00-00'/onnx",
+    ]

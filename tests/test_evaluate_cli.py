@@ -6,6 +6,7 @@ import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -15,6 +16,9 @@ from sequencer.data import eval_transform, open_split
 from sequencer.evaluation import evaluation_data
 from sequencer.models import create_model, load_model, timm_preprocessing
 from tests.helpers import DIGITS, SCRIPTS, exit_code, read_csv, save_run
+
+SETTING = Path("evaluation", "digits-test-raw-8px-crop1")  # below the run
+FOLDERS = Path("evaluation", "imagefolder-val-raw-8px-crop1")
 
 
 @pytest.fixture
@@ -32,7 +36,7 @@ def test_run(script, run_folder, capsys):
     images = open_split(DIGITS, "test", eval_transform(DIGITS))
     logits = load_model(run_folder).model(torch.stack([image for image, _ in images]))
     hits = logits.argmax(1).numpy() == images.labels
-    result = json.loads((run_folder / "evaluation" / "evaluation.json").read_text())
+    result = json.loads((run_folder / SETTING / "evaluation.json").read_text())
     assert result.pop("loss") == pytest.approx(
         torch.nn.functional.cross_entropy(logits, torch.from_numpy(images.labels)).item(), rel=1e-5
     )
@@ -45,19 +49,21 @@ def test_run(script, run_folder, capsys):
         "arch": "sequencer2d_t_8",
         "slot": "raw",
         "data": "digits",
+        "data_root": "data",
         "split": "test",
         "img_size": 8,
         "crop_pct": 1.0,
         "flip": False,
         "top1": hits.mean(),
+        "balanced": pytest.approx(np.mean([hits[images.labels == label].mean() for label in range(10)])),
         "total": len(images),
         "unreadable": 0,
     }
-    table = read_csv(run_folder / "evaluation" / "per_class.csv")
+    table = read_csv(run_folder / SETTING / "per_class.csv")
     assert [row["class"] for row in table] == list("0123456789")
     assert sum(int(row["support"]) for row in table) == len(images)
     assert float(table[3]["recall"]) == pytest.approx(hits[images.labels == 3].mean())
-    rows = read_csv(run_folder / "evaluation" / "predictions.csv")
+    rows = read_csv(run_folder / SETTING / "predictions.csv")
     assert [row["id"] for row in rows] == [str(index) for index in images.indices]
     assert [row["class"] for row in rows] == [str(label) for label in images.labels]
     assert [row["predicted"] for row in rows] == [str(label) for label in logits.argmax(1).tolist()]
@@ -89,6 +95,50 @@ def test_size_crop_and_mirror_images(script, run_folder, tmp_path):
     assert [int(row["predicted"]) for row in read_csv(Path("out/predictions.csv"))] == expected.tolist()
 
 
+def test_each_setting_has_its_folder_and_is_named(script, run_folder, capsys):
+    assert script.main([str(run_folder), "--split", "val"]) == 0
+    assert script.main([str(run_folder / "model"), "--split", "val", "--flip", "--img-size", "12"]) == 0
+    printed = capsys.readouterr().out
+    assert (
+        "sequencer2d_t_8 (raw weights) on digits, val split\n143 images of 12 px, crop 1, with mirror images\n"
+        in printed
+    )
+    names = ["digits-val-raw-12px-crop1-flip", "digits-val-raw-8px-crop1"]
+    assert sorted(path.name for path in (run_folder / "evaluation").iterdir()) == names
+    output = run_folder / "evaluation" / names[1]
+    before = (output / "evaluation.json").read_bytes()
+    assert script.main([str(run_folder), "--output", str(output)]) == 2
+    assert capsys.readouterr().err == (
+        f"error: {output} holds another evaluation: split (val there, test here)\nname another folder with --output\n"
+    )
+    assert (output / "evaluation.json").read_bytes() == before
+
+
+def test_unbalanced_classes(script, tmp_path, capsys):
+    for name, number in (("heather", 4), ("orchid", 2), ("snowdrop", 1)):
+        (tmp_path / "images" / "valid" / name).mkdir(parents=True)
+        for index in range(number):
+            Image.new("RGB", (8, 8)).save(tmp_path / "images" / "valid" / name / f"{index}.png")
+    data = replace(DIGITS, name="imagefolder", root=str(tmp_path / "images"), num_classes=None, in_chans=3)
+    folder = save_run(tmp_path / "run", data, ["heather", "orchid", "snowdrop"])
+    assert script.main([str(folder)]) == 0
+    printed = capsys.readouterr().out
+    assert "   balanced accuracy 33.33%\n" in printed  # one of the three is predicted for every image
+    assert "top-5" not in printed
+    assert printed.count("never predicted: ") == 1
+    result = json.loads((folder / FOLDERS / "evaluation.json").read_text())
+    assert result["balanced"] == pytest.approx(1 / 3)
+    assert not [key for key in result if key.startswith("top5")]
+
+
+def test_missing_data_is_asked_for_by_the_flag_of_the_script(script, run_of_30_classes, folder_of_30_classes, capsys):
+    folder_of_30_classes.rename(folder_of_30_classes.with_name("moved"))
+    assert script.main([str(run_of_30_classes)]) == 2
+    assert "\n--data-root DIR must name a folder with train/ and val/ (test/ is optional), each with a folder of" in (
+        check_error(capsys)
+    )
+
+
 def test_three_ranks_give_the_results_of_one(script, run_of_30_classes, tmp_path):
     """59 images, of which one cannot be read: shares of 20, 20 and 19."""
     folder = run_of_30_classes.parent / "images" / "val"
@@ -103,7 +153,7 @@ def test_three_ranks_give_the_results_of_one(script, run_of_30_classes, tmp_path
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3", str(SCRIPTS / "evaluate.py")]
     done = subprocess.run([sys.executable, *command, *arguments, str(three)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("split, 58 images") == 1
+    assert done.stdout.count("58 images of 8 px") == 1
     results = [json.loads((output / "evaluation.json").read_text()) for output in (one, three)]
     for name in ("top1", "top5", "top1_low", "total", "unreadable"):
         assert results[0][name] == results[1][name]
@@ -130,7 +180,12 @@ def test_file_with_architecture(script, tmp_path):
     arguments = ["weights.safetensors", "--arch", "sequencer2d_t_8"]
     assert script.main(arguments) == 2
     assert script.main([*arguments, "--data", "digits", "--num-workers", "0"]) == 0
-    assert json.loads(Path("evaluation/evaluation.json").read_text())["total"] == 359
+    assert (
+        json.loads(
+            Path("outputs/evaluation/weights.safetensors-digits-test-raw-8px-crop1/evaluation.json").read_text()
+        )["total"]
+        == 359
+    )
 
 
 def test_other_data_set_keeps_the_preprocessing_of_the_model(run_folder):
@@ -161,10 +216,10 @@ def run_of_30_classes(tmp_path, folder_of_30_classes):
 def test_many_classes(script, run_of_30_classes, capsys):
     assert script.main([str(run_of_30_classes)]) == 0
     printed = capsys.readouterr().out
-    assert "imagefolder, val split, 60 images" in printed
+    assert "imagefolder, val split\n60 images of 8 px, crop 1\n" in printed
     assert "the 10 classes with the lowest recall, of 30" in printed
-    assert printed.count("[class] ") == 10
-    table = read_csv(run_of_30_classes / "evaluation" / "per_class.csv")
+    assert printed.count("\n[class] ") == 10
+    table = read_csv(run_of_30_classes / FOLDERS / "per_class.csv")
     assert len(table) == 30
     assert all(row["support"] == "2" for row in table)
     assert any(row["precision"] == "" for row in table)  # never predicted
@@ -182,10 +237,10 @@ def test_too_many_unreadable_images_end_the_work(script, run_of_30_classes, fold
     (folder_of_30_classes / "val" / "[class] 00" / "0.png").write_bytes(b"no image")
     assert script.main([str(run_of_30_classes)]) == 1
     assert "1 of 60 val images cannot be read, more than data.max_bad_share=0.01 allows" in check_error(capsys)
-    assert [path.name for path in (run_of_30_classes / "evaluation").iterdir()] == ["bad_samples.csv"]
+    assert [path.name for path in (run_of_30_classes / FOLDERS).iterdir()] == ["bad_samples.csv"]
     Image.new("RGB", (12, 10)).save(folder_of_30_classes / "val" / "[class] 00" / "0.png")
     assert script.main([str(run_of_30_classes)]) == 0
-    assert not (run_of_30_classes / "evaluation" / "bad_samples.csv").exists()  # that of the other evaluation
+    assert not (run_of_30_classes / FOLDERS / "bad_samples.csv").exists()  # that of the other evaluation
 
 
 def check_error(capsys) -> str:

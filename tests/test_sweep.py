@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import signal
 import sqlite3
 import subprocess
@@ -60,6 +61,7 @@ def test_a_recipe_may_be_a_sweep(arguments, expected):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
+        (["seed=1"], "-m sweeps over nothing: give a key several values, as in seed=0,1,2, or leave out -m"),
         (["seed=1,2", "optim.lr=1e-3,-1"], "optim.lr=-1.0 is out of range"),
         (["data=digits,cifar1"], "did you mean cifar10?"),
         (["trainer.slot=raw,emma"], "did you mean ema?"),
@@ -115,6 +117,8 @@ def test_a_trial_is_named_by_what_it_varies():
 def test_a_sweep_leaves_its_trials_and_a_table(tmp_path):
     code, output = sweep("-m", "seed=1,2", "run_dir=runs", cwd=tmp_path)
     assert code == 0, output
+    assert "\ntrial 1 of 2\nruns/seed=1\n" in output
+    assert re.search(r"\ntrial 2 of 2, about \d+ s left\nruns/seed=2\n", output)
     assert {path.name for path in (tmp_path / "runs").iterdir()} == {
         "seed=1", "seed=2", "sweep.csv", "sweep.md", "sweep.png", "multirun.yaml"
     }  # fmt: skip

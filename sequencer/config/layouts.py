@@ -10,7 +10,7 @@ from sequencer.config.errors import RequestError
 from sequencer.config.schema import DataConfig
 from sequencer.printing import printable
 
-ROOT, DOWNLOAD = "data.root=DIR", "data.download=true"  # how train.py is told
+ROOT, DOWNLOAD = "data.root=...", "data.download=true"  # how train.py is told
 FOLDERS = {"val": ("val", "validation", "valid")}  # of a split in an image folder, by its name
 IMAGE_FOLDER = "{root} must name a folder with train/ and val/ (test/ is optional), each with "
 

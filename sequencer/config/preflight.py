@@ -25,11 +25,12 @@ WEIGHTS_OF_A_RUN = ("checkpoints", "model")  # what a run folder has of these is
 
 
 @lru_cache
-def _words() -> frozenset[str]:
-    return frozenset(re.findall(r"\w+", _sources_of_timm()))
+def _names_in_timm() -> dict[str, None]:
+    """Returns what may be names of timm's models: functions of its modules of models, and keys of their tables."""
+    found = re.finditer(r"^def (\w+)\(|['\"](\w+)(?:\.\w+)?['\"]\s*:", _sources_of_timm(), re.MULTILINE)
+    return dict.fromkeys(match[1] or match[2] for match in found)
 
 
-@lru_cache
 def _sources_of_timm() -> str:
     """Returns the sources of timm's models as one text; importing them would take seconds."""
     spec = find_spec("timm")
@@ -40,9 +41,9 @@ def _sources_of_timm() -> str:
 
 
 def may_be_model(name: str) -> bool:
-    """Whether a name occurs as a word in the sources of the models; False if no model has this name."""
+    """Whether a name, without its tag, may be that of a model; False if no model has this name."""
     arch = name.partition(".")[0]
-    return arch in VARIANTS or arch in _words()
+    return arch in VARIANTS or arch in _names_in_timm()
 
 
 def check_model_name(name: str) -> None:
@@ -52,8 +53,7 @@ def check_model_name(name: str) -> None:
         RequestError: There is no such model; the message suggests similar names.
     """
     if not may_be_model(name):
-        known = [*VARIANTS, *re.findall(r"^@register_model\s+def (\w+)", _sources_of_timm(), re.MULTILINE)]
-        nearest = difflib.get_close_matches(name, dict.fromkeys(known), n=3)
+        nearest = difflib.get_close_matches(name, dict.fromkeys([*VARIANTS, *_names_in_timm()]), n=3)
         hint = f"; did you mean {', '.join(nearest)}?" if nearest else ""
         raise RequestError(f"unknown model {quote_odd(name)}{hint}")
 
@@ -100,7 +100,7 @@ def check_published(name: str) -> None:
         return
     if not cached:
         raise RequestError(
-            f"the weights of {name} cannot be downloaded: {constants.ENDPOINT} does not answer ({problem})\n"
+            f"{name}: its weights are not here, and {constants.ENDPOINT} does not answer ({problem})\n"
             "check the connection, or name a file or folder with weights"
         )
     constants.HF_HUB_OFFLINE = True

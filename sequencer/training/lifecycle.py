@@ -91,7 +91,7 @@ def _run(config: Config, resume: bool) -> dict[str, Any]:
                 )
     except (KeyboardInterrupt, SystemExit):
         if distributed.is_first() and has_checkpoint(folder.path):
-            log.info("interrupted; resume with:\n%s", _resume_command(folder.path))
+            log.info("stopped; resume with:\n%s", _resume_command(folder.path))
         raise
     except WriteError as error:
         raise WriteError(error.path, f"{error.reason}\n{describe_rescue(folder.path)}") from error

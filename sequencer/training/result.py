@@ -25,10 +25,11 @@ from sequencer.training.report import EpochReport
 
 log = logging.getLogger("sequencer")
 
-NEXT_STEPS = (  # what is done with a finished run; {run} is its folder
+NEXT_STEPS = (  # lines of what is done with a finished run; {run} is its folder
     "python scripts/evaluate.py {run}",
     "python scripts/predict.py {run} IMAGES",
-    "python scripts/export.py {run} --format onnx --output {run}/onnx",
+    "python scripts/export.py {run} \\",
+    "    --format onnx --output {run}/onnx",
 )
 
 
@@ -92,7 +93,7 @@ def finish(
     )
     save_model_folder(result, run_dir / "model")
     report.write()  # the file may have been deleted or edited since the last epoch
-    plot_curves(run_dir / "metrics.csv", run_dir / "curves.png", summary["best_epoch"])
+    plot_curves(run_dir / "metrics.csv", run_dir / "curves.png", int(best_row["epoch"]) + 1)
     title = f"{config.name}: {split} split"
     plot_confusion(metrics.confusion.cpu(), data.class_names, run_dir / "confusion.png", title)
     write_json(run_dir / "summary.json", summary)

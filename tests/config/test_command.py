@@ -80,6 +80,18 @@ def test_wrong_commands(arguments, message):
     assert "\n" not in str(error.value)
 
 
+def test_values_without_brackets_are_the_mistake_that_is_told(started):
+    with pytest.raises(RequestError, match=r"^data\.mean=0\.1,0\.2: .* or write data\.mean=\[0\.1,0\.2\] for a list$"):
+        train.main(parse_command(["data.mean=0.1,0.2"]))
+    assert not started
+
+
+def test_a_model_is_chosen_by_its_key(started):
+    with pytest.raises(RequestError, match=r"^model=resnet18 does not exist: did you mean model\.name=resnet18\?$"):
+        train.main(parse_command(["model=resnet18"]))
+    assert not started
+
+
 @pytest.mark.parametrize("arguments", [["--cfg", "job"], ["--info", "defaults"]], ids=" ".join)
 def test_what_hydra_answers(arguments, started, capsys):
     train.main(parse_command(arguments))
@@ -101,8 +113,12 @@ def test_completion(started, capsys):
 
 
 def test_several_values_are_a_sweep_or_a_list():
-    with pytest.raises(RequestError, match=r"seed=1,2: add -m for a sweep, or write seed=\[1,2\] for a list"):
-        refuse_sweep(parse_command(["seed=1,2"]))
+    with pytest.raises(RequestError, match=r"^optim\.lr=1e-3,2e-3: add -m for a sweep$"):
+        refuse_sweep(parse_command(["optim.lr=1e-3,2e-3"]))
+    with pytest.raises(
+        RequestError, match=r"^logger=csv,wandb: .* for a sweep, or write logger=\[csv,wandb\] for a list$"
+    ):
+        refuse_sweep(parse_command(["logger=csv,wandb"]))
     with pytest.raises(RequestError, match="resumes one run"):
         resume_request(parse_command(["-m", "resume=runs/a"]))
 

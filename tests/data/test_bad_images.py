@@ -292,9 +292,11 @@ def test_a_run_goes_on_and_its_evaluation_counts_what_it_read(root, tmp_path, lo
     printed = capsys.readouterr().out
     assert "12 images" in printed
     assert "2 more could not be read" in printed
-    result = json.loads((tmp_path / "run" / "evaluation" / "evaluation.json").read_text())
+    result = json.loads(
+        (tmp_path / "run" / "evaluation" / "imagefolder-val-raw-16px-crop0.875" / "evaluation.json").read_text()
+    )
     assert (result["total"], result["unreadable"]) == (12, 2)
-    assert len(listed(tmp_path / "run" / "evaluation" / "bad_samples.csv")) == 2
+    assert len(listed(tmp_path / "run" / "evaluation" / "imagefolder-val-raw-16px-crop0.875" / "bad_samples.csv")) == 2
 
 
 @pytest.mark.parametrize("option", ["data.num_workers=2", "data.check=true"])

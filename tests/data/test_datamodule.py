@@ -18,6 +18,7 @@ from sequencer.config.errors import RequestError
 from sequencer.config.schema import AugmentConfig, DataConfig
 from sequencer.data import DataModule
 from sequencer.data.seeding import EpochSampler, SeededSet
+from sequencer.data.split import limit_workers
 
 AUGMENT = AugmentConfig(scale=[0.3, 1.0], hflip=0.5, auto_augment="rand-m9-mstd0.5-inc1", reprob=0.5)
 
@@ -304,3 +305,10 @@ def test_photographs_are_served(photographs_root):
     images, labels = next(iter(module.train_dataloader()))
     assert (images.shape, labels.shape) == ((8, 3, 64, 64), (8,))
     assert len(module.val_dataloader()) == 1
+
+
+@pytest.mark.parametrize(("wanted", "ranks", "workers"), [(0, 1, 0), (2, 1, 2), (8, 1, 4), (8, 2, 2), (8, 16, 1)])
+def test_loader_workers_do_not_exceed_the_processors(monkeypatch, wanted, ranks, workers):
+    monkeypatch.setattr("joblib.cpu_count", lambda: 4)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+    assert limit_workers(wanted) == workers

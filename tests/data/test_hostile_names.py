@@ -133,8 +133,12 @@ def test_a_run_and_its_evaluation_show_names_escaped(root, tmp_path, load_script
         assert_plain(text)
     assert f"{SHOWN[0]}/bad" in "".join(printed.out.replace("\n", "").split(" "))
     for name in ("predictions.csv", "per_class.csv", "bad_samples.csv"):
-        assert_plain((folder / "evaluation" / name).read_text("utf-8"))
-    lines = (folder / "evaluation" / "predictions.csv").read_text("utf-8").splitlines()
+        assert_plain((folder / "evaluation" / "imagefolder-val-raw-16px-crop0.875" / name).read_text("utf-8"))
+    lines = (
+        (folder / "evaluation" / "imagefolder-val-raw-16px-crop0.875" / "predictions.csv")
+        .read_text("utf-8")
+        .splitlines()
+    )
     assert len(lines) == 13
     rows = list(csv.DictReader(lines))
     assert {row["class"] for row in rows} == set(SHOWN)

@@ -10,6 +10,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from sequencer.config.errors import RequestError
+from sequencer.config.layouts import Layout
 from sequencer.config.schema import DataConfig
 from sequencer.data import DATA_SETS, DataModule, DataSet, FileSplit, IndexedSplit, has_test_split, open_split
 from sequencer.data.sets import stratified_split
@@ -247,7 +248,9 @@ def open_squares(config, name):
 
 
 def test_a_set_of_files_is_added_by_a_row(tmp_path, monkeypatch):
-    monkeypatch.setitem(DATA_SETS, "squares", DataSet(open_squares, has_test=lambda config: False, layout="squares"))
+    monkeypatch.setitem(
+        DATA_SETS, "squares", DataSet(open_squares, has_test=lambda config: False, layout=Layout("squares"))
+    )
     config = DataConfig(
         name="squares", root=str(tmp_path), img_size=8, mean=[0.0], std=[1.0], batch_size=4, num_workers=0
     )
