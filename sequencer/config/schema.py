@@ -287,6 +287,12 @@ def lower_is_better(metric: str) -> bool:
     return metric.endswith("loss")
 
 
+def objective(best_metric: str, slot: str) -> str:
+    """Returns the metric by which runs are compared: `trainer.best_metric`, or for `epoch` the top-1 of `trainer.slot`."""
+    last = "val_ema/top1" if slot == "ema" else "val/top1"
+    return last if best_metric == "epoch" else best_metric
+
+
 def lightning_settings(section: TrainerConfig) -> dict[str, Any]:
     """The keys of the section that are arguments of Lightning's Trainer, with their values."""
     return {f.name: getattr(section, f.name) for f in fields(section) if not f.metadata["ours"]}
