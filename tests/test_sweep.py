@@ -16,6 +16,7 @@ from sequencer.config import conf_dir
 from sequencer.config.command import parse_command
 from sequencer.config.conf_files import ConfigFiles
 from sequencer.config.errors import RequestError
+from sequencer.config.request import load_run
 from sequencer.config.sweep import Sweep, _folder_name, prepare_sweep
 
 TRAIN = Path(__file__).parents[1] / "train.py"
@@ -124,6 +125,7 @@ def test_a_sweep_leaves_its_trials_and_a_table(tmp_path):
     assert [row["seed"] for row in rows] == ["1", "2"]
     assert [float(row["val/loss"]) for row in rows] == [summary["val/loss"] for summary in summaries]
     assert not any(name.startswith("test") for name in rows[0])
+    assert load_run(tmp_path / "runs" / "seed=1").logger.group == "runs"
     best = min((1, 2), key=lambda seed: summaries[seed - 1]["val/loss"])
     assert f"best by val/loss: runs/seed={best}\n" in output
 

@@ -162,7 +162,9 @@ def _run_trial(script: str, composed: DictConfig, folder: Path) -> float | None:
     """
     hydra = HydraConfig.get()
     overrides = [override for override in hydra.overrides.task if not override.startswith("run_dir=")]
-    command = [sys.executable, script, *_flags(hydra), *overrides, f"run_dir={quoted(str(folder))}", "hydra.mode=RUN"]
+    group = f"logger.group={quoted(folder.parent.name)}"  # the first, so that one of the command replaces it
+    ours = [f"run_dir={quoted(str(folder))}", "hydra.mode=RUN"]
+    command = [sys.executable, script, *_flags(hydra), group, *overrides, *ours]
     code = _run(command)
     if code == 0:
         summary = load_summary(folder)
