@@ -53,6 +53,8 @@ def test_plan_and_resume_are_no_overrides():
     assert command.plan
     assert command.lines == ["seed=1", "optim.lr=1"]
     assert not parse_command(["seed=1"]).plan
+    assert not parse_command(["plan=false"]).plan
+    assert parse_command(["plan=full"]).plan == "full"
     assert parse_command(["resume=runs/a"]).resume == Path("runs/a")
 
 
@@ -67,7 +69,7 @@ def test_plan_and_resume_are_no_overrides():
         (["-m", "--cfg", "job"], "--multirun and --cfg exclude each other"),
         (["--resolve"], "--resolve needs --cfg or --help"),
         (["--experimental-rerun", "job.pickle"], "--experimental-rerun is not supported"),
-        (["plan=yess"], "it is true or false"),
+        (["plan=yess"], "plan=yess: it is true, full (lists every value) or false"),
         (["resume=runs/a", "--cfg", "job"], "is in runs/a/config.yaml"),
         (["plan=true", "resume=runs/a"], "exclude each other: a plan"),
     ],
