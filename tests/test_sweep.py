@@ -190,6 +190,16 @@ def _running(folder: Path) -> bool:
 
 
 @pytest.mark.slow
+def test_a_sweep_of_a_recipe_in_a_folder_of_the_users_own(tmp_path):
+    (tmp_path / "mine" / "experiment").mkdir(parents=True)
+    (tmp_path / "mine" / "experiment" / "own.yaml").write_text("# @package _global_\nname: own\nrun_dir: runs\n")
+    code, output = sweep("--config-dir", "mine", "-m", "experiment=own", "seed=1,2", cwd=tmp_path)
+    assert code == 0, output
+    for seed in (1, 2):
+        assert json.loads((tmp_path / "runs" / f"seed={seed}" / "summary.json").read_text())["name"] == "own"
+
+
+@pytest.mark.slow
 def test_optuna_goes_on_with_its_study(tmp_path):
     pytest.importorskip("optuna", reason="the extra 'sweep' is not installed")
     search = [

@@ -80,7 +80,7 @@ def test_wandb(logged):
     assert "val/top1" in rows[0]
     assert float(rows[-1]["test/top1"]) == summary["test/top1"]
     assert rows[-1]["trainer/global_step"] == str(summary["updates"])
-    media = [path for path in folder.glob("wandb/offline-run-*/files/media/images/*.png")]
+    media = list(folder.glob("wandb/offline-run-*/files/media/images/*.png"))
     assert sorted(path.name.partition("_")[0] for path in media) == ["confusion", "curves"]
     for path in media:
         assert path.read_bytes() == (folder / f"{path.name.partition('_')[0]}.png").read_bytes()
