@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
 
 import train
 from sequencer.config import RequestError, compose, conf_dir
@@ -13,7 +14,6 @@ from sequencer.config.command import check_environment, parse_command
 from sequencer.config.request import Request, refuse_sweep, resume_request
 from sequencer.config.sources import Sources
 from sequencer.config.sweep import prepare_sweep
-from sequencer.training.folder import RunFolder
 
 
 @pytest.fixture
@@ -127,7 +127,8 @@ def test_a_recipe_of_the_users_own(recipes, started):
     ("text", "message"),
     [
         ("# @package _global_\noptim:\n  lrr: 1\n", "unknown key 'optim.lrr': did you mean optim.lr?"),
-        ("# @package _global_\noptim:\n  lr: fast\n", "optim.lr: Value 'fast' of type 'str' could not be converted to Float"),
+        ("# @package _global_\noptim:\n  lr: fast\n", "optim.lr: Value 'fast' of type 'str' could not be converted "
+         "to Float"),
         ("optim:\n  lr: 1\n", "a file of this group begins with the line `# @package _global_`"),
         ("# @package _global_\nname: [\n", "line 3: expected the node content, but found '<stream end>'"),
         ("# @package _global_\noptim:\n  lr: -1\n", "optim.lr=-1.0 is out of range: it must be between 0 and 1000"),
@@ -169,7 +170,8 @@ def test_plans_sweeps_and_resumed_runs_of_a_recipe_of_the_users_own(recipes, sta
     swept = prepare_sweep(command, command.compose())
     assert (swept.config.name, swept.trials) == ("mine", 2)
     train.main(parse_command([*arguments, "run_dir=run"]))
-    RunFolder(tmp_path / "run").start(started[0].config)
+    (tmp_path / "run").mkdir()
+    OmegaConf.save(OmegaConf.structured(started[0].config), tmp_path / "run" / "config.yaml")
     train.main(parse_command(["resume=run"]))
     assert started[1].resume
     assert started[1].config.optim.lr == 0.125
