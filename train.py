@@ -59,7 +59,7 @@ def show_plan(command: CommandLine, config: Config, trials: int = 1) -> None:
     check_request(config, plan=True)
     from sequencer.measure import plan  # imports torch
 
-    plan(config, Sources(command), trials, started)
+    plan(config, Sources(command), trials, started, full=command.plan == "full")
 
 
 def sweep(wanted: Sweep) -> None:

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from sequencer.analysis import write_sweep
 from sequencer.config import conf_dir
 from sequencer.config.command import parse_command
 from sequencer.config.conf_files import ConfigFiles
 from sequencer.config.errors import RequestError
+from sequencer.config.request import load_run
 from sequencer.config.sweep import Sweep, _folder_name, prepare_sweep
 
 TRAIN = Path(__file__).parents[1] / "train.py"
@@ -127,56 +127,11 @@ def test_a_sweep_leaves_its_trials_and_a_table(tmp_path):
         rows = list(csv.DictReader(file))
     summaries = [json.loads((tmp_path / "runs" / f"seed={seed}" / "summary.json").read_text()) for seed in (1, 2)]
     assert [row["seed"] for row in rows] == ["1", "2"]
-    assert [float(row["test/top1"]) for row in rows] == [summary["test/top1"] for summary in summaries]
-
-
-def trial(folder: Path, top1: float, seed: int, cell: str, parameters: int) -> None:
-    folder.mkdir(parents=True)
-    (folder / "config.yaml").write_text(f"seed: {seed}\nrun_dir: {folder}\nmodel:\n  kwargs:\n    cell: {cell}\n")
-    summary = {"name": "cells", "model": "m", "slot": "raw", "epochs": 1, "best_epoch": 1, "time/train_s": 60.0}
-    summary |= {"parameters": parameters, "test/top1": top1, "val/top1": 0.5}
-    (folder / "summary.json").write_text(json.dumps(summary))
-
-
-def test_a_damaged_summary_is_named(tmp_path):
-    trial(tmp_path / "seed=0", 0.5, 0, "lstm", 100)
-    path = tmp_path / "seed=0" / "summary.json"
-    path.write_text(path.read_text()[:20])
-    with pytest.raises(RequestError, match=r"seed=0/summary\.json: invalid JSON: .*\nwithout this file, "):
-        write_sweep(tmp_path, "cells")
-
-
-def test_the_table_has_means_over_seeds(tmp_path):
-    for cell, values in (("lstm", (0.70, 0.72)), ("gru", (0.60, 0.66))):
-        for seed, top1 in enumerate(values):
-            trial(tmp_path / f"{cell}{seed}", top1, seed, cell, 100 if cell == "gru" else 130)
-    rows = write_sweep(tmp_path, "cells")
-    assert [(row.label, row.parameters, row.top1) for row in rows] == [
-        ("cell gru", 100, (0.60, 0.66)), ("cell lstm", 130, (0.70, 0.72))
-    ]  # fmt: skip
-    text = (tmp_path / "sweep.md").read_text()
-    assert "| cell lstm | 130 | 71.00 ± 1.41 | 2 | 60 |" in text
-    assert "| cell gru | 100 | 63.00 ± 4.24 | 2 | 60 |" in text
-
-
-def test_a_result_that_is_not_finite_is_shown(tmp_path):
-    trial(tmp_path / "seed=0", None, 0, "lstm", 100)
-    trial(tmp_path / "seed=1", 0.5, 1, "gru", 100)
-    assert [row.label for row in write_sweep(tmp_path, "cells")] == ["cell lstm", "cell gru"]
-    assert "| cell lstm | 100 | nan | 1 | 60 |" in (tmp_path / "sweep.md").read_text()
-
-
-def test_the_table_has_numbers_in_their_order(tmp_path):
-    for name in ("lstm1997,D=16", "lstm,D=16", "lstm1997,D=8", "lstm,D=8"):
-        trial(tmp_path / name, 0.5, 0, f"'{name}'", 100)
-    assert [row.label for row in write_sweep(tmp_path, "sizes")] == [
-        "cell lstm,D=8", "cell lstm,D=16", "cell lstm1997,D=8", "cell lstm1997,D=16"
-    ]  # fmt: skip
-
-
-def test_a_folder_without_a_finished_trial_has_no_table(tmp_path):
-    assert write_sweep(tmp_path, "none") == []
-    assert not list(tmp_path.iterdir())
+    assert [float(row["val/loss"]) for row in rows] == [summary["val/loss"] for summary in summaries]
+    assert not any(name.startswith("test") for name in rows[0])
+    assert load_run(tmp_path / "runs" / "seed=1").logger.group == "runs"
+    best = min((1, 2), key=lambda seed: summaries[seed - 1]["val/loss"])
+    assert f"best by val/loss: runs/seed={best}\n" in output
 
 
 @pytest.mark.slow
@@ -239,6 +194,16 @@ def _running(folder: Path) -> bool:
 
 
 @pytest.mark.slow
+def test_a_sweep_of_a_recipe_in_a_folder_of_the_users_own(tmp_path):
+    (tmp_path / "mine" / "experiment").mkdir(parents=True)
+    (tmp_path / "mine" / "experiment" / "own.yaml").write_text("# @package _global_\nname: own\nrun_dir: runs\n")
+    code, output = sweep("--config-dir", "mine", "-m", "experiment=own", "seed=1,2", cwd=tmp_path)
+    assert code == 0, output
+    for seed in (1, 2):
+        assert json.loads((tmp_path / "runs" / f"seed={seed}" / "summary.json").read_text())["name"] == "own"
+
+
+@pytest.mark.slow
 def test_optuna_goes_on_with_its_study(tmp_path):
     pytest.importorskip("optuna", reason="the extra 'sweep' is not installed")
     search = [
@@ -257,6 +222,8 @@ def test_optuna_goes_on_with_its_study(tmp_path):
         (direction,) = database.execute("select direction from study_directions").fetchone()
     assert states == ["COMPLETE"] * 3
     assert direction == "MAXIMIZE"
+    rates = {float(path.parent.name.partition("=")[2]) for path in (tmp_path / "runs").glob("*/summary.json")}
+    assert rates == {float(f"{rate:.4g}") for rate in rates}  # the study's own values, which name the folders
     summaries = [json.loads(path.read_text()) for path in (tmp_path / "runs").glob("*/summary.json")]
     assert sorted(values) == sorted(summary["val/top1"] for summary in summaries)
     assert (tmp_path / "runs" / "optimization_results.yaml").exists()

@@ -17,9 +17,18 @@ from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont, get_font
 from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator, PercentFormatter
+from matplotlib.ticker import (
+    EngFormatter,
+    FuncFormatter,
+    LogLocator,
+    MaxNLocator,
+    NullFormatter,
+    NullLocator,
+    PercentFormatter,
+)
 from numpy.typing import ArrayLike, NDArray
 
+from sequencer.config.schema import lower_is_better
 from sequencer.files import write_atomically
 from sequencer.printing import printable
 
@@ -181,15 +190,16 @@ def plot_growth(records: Sequence[dict[str, Any]], output: Path) -> Figure:
 
 
 @rc_context(STYLE)
-def plot_sweep(rows: Sequence[tuple[str, str, int, Sequence[float]]], title: str, output: Path) -> Figure:
-    """Plots the top-1 accuracy of the trials of a sweep.
+def plot_sweep(rows: Sequence[tuple[str, str, int, Sequence[float]]], metric: str, title: str, output: Path) -> Figure:
+    """Plots a metric of the trials of a sweep.
 
     The left panel shows each seed as a ring and the mean over seeds as a bar. If the trials differ in their number of
     parameters, a right panel shows the means over that number, with a line through each family. Each family has a
     colour of its own, unless there are more families than colours.
 
     Args:
-        rows: Tuples `(label, family, parameters, top-1 of each seed as fractions)`.
+        rows: Tuples `(label, family, parameters, value for each seed)`, from top to bottom.
+        metric: The metric, e.g. `val/top1`; all but losses are fractions, shown in per cent.
         title: Title of the figure.
         output: The image file that is written; its suffix decides the format.
 
@@ -209,25 +219,31 @@ def plot_sweep(rows: Sequence[tuple[str, str, int, Sequence[float]]], title: str
         axes[0].plot(values, [number] * len(values), "o", color=FAINT, markerfacecolor="none", markersize=5)
     axes[0].set_yticks(range(len(rows)), [_drawable(label) for label, _, _, _ in rows])
     axes[0].set_ylim(len(rows) - 0.5, -0.5)
-    per_cents = FuncFormatter(lambda value, _: f"{100 * value:g}%")
+    as_text = "{x:g}" if lower_is_better(metric) else PercentFormatter(1)
     axes[0].xaxis.set_major_locator(MaxNLocator(5))
-    axes[0].xaxis.set_major_formatter(per_cents)
-    axes[0].set_xlabel("top-1")
+    axes[0].xaxis.set_major_formatter(as_text)
+    axes[0].set_xlabel(metric)
     figure.suptitle(_drawable(title), x=0.01, ha="left", fontsize=11, fontweight="bold")
     if panels > 1:
         for family in families:
             points = sorted((parameters, np.mean(values)) for _, own, parameters, values in rows if own == family)
             line = f"o{'-' if few else ''}"
             axes[1].plot(*zip(*points, strict=True), line, color=colours[family], markersize=7, markeredgecolor="white")
-        axes[1].set_xscale("log")
-        axes[1].xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-        axes[1].xaxis.set_minor_formatter(NullFormatter())
-        axes[1].xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5)))
-        axes[1].margins(x=0.15)
-        axes[1].yaxis.set_major_formatter(per_cents)
-        axes[1].set_xlabel("parameters")
+        _scale_parameters(axes[1], [parameters for _, _, parameters, _ in rows])
+        axes[1].yaxis.set_major_formatter(as_text)
     _save(figure, output)
     return figure
+
+
+def _scale_parameters(axes: Axes, parameters: Sequence[int]) -> None:
+    """Labels a logarithmic axis of numbers of parameters, with as few ticks as have room beside each other."""
+    ratio = max(parameters) / min(parameters)
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(MaxNLocator(4) if ratio < 4 else LogLocator(subs=(1, 2, 5) if ratio < 50 else (1,)))
+    axes.xaxis.set_major_formatter(EngFormatter())
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.margins(x=0.15)
+    axes.set_xlabel("parameters")
 
 
 def _draw_line(axes: Axes, epochs: Array, values: Array, colour: str, label: str | None = None) -> None:

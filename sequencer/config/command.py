@@ -4,6 +4,7 @@ import os
 from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from hydra.core.override_parser.types import Override
 
@@ -24,7 +25,7 @@ class CommandLine:
     flags: Namespace  # Hydra's own flags
     overrides: tuple[Override, ...]  # all but `plan` and `resume`
     files: ConfigFiles
-    plan: bool = False
+    plan: bool | Literal["full"] = False  # "full" lists every value
     resume: Path | None = None
 
     @property
@@ -76,8 +77,8 @@ def parse_command(arguments: list[str]) -> CommandLine:
     check_environment()
     overrides = parse_overrides(flags.overrides)
     plan, resume = (_last(overrides, key) for key in ("plan", "resume"))
-    if not isinstance(plan, bool | None):
-        raise RequestError(f"plan={plan}: it is true or false")
+    if plan not in (None, True, False, "full"):
+        raise RequestError(f"plan={plan}: it is true, full (lists every value) or false")
     if plan and resume:
         raise RequestError("plan=true and resume=RUN exclude each other: a plan is made of a new run")
     if resume and flags.cfg:
@@ -85,7 +86,8 @@ def parse_command(arguments: list[str]) -> CommandLine:
             f"--cfg shows what a new run would be; that of the run is in {Path(str(resume), 'config.yaml')}"
         )
     others = tuple(override for override in overrides if override.key_or_group not in ("plan", "resume"))
-    return CommandLine(flags, others, files, bool(plan), None if resume is None else Path(str(resume)))
+    wanted: bool | Literal["full"] = "full" if plan == "full" else bool(plan)
+    return CommandLine(flags, others, files, wanted, None if resume is None else Path(str(resume)))
 
 
 def check_environment() -> None:

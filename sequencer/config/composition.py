@@ -1,6 +1,7 @@
 """Composition of overrides into a typed configuration, by Hydra."""
 
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +13,13 @@ from hydra.core.config_store import ConfigStore
 from hydra.errors import ConfigCompositionException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+from yaml import MarkedYAMLError
 
 from sequencer.config.conf_files import ConfigFiles, conf_dir
 from sequencer.config.errors import RequestError, show
 from sequencer.config.hydra_internals import VERSION_BASE
-from sequencer.config.overrides import complete, parse_overrides
+from sequencer.config.overrides import complete, describe_unknown, parse_overrides
 from sequencer.config.schema import Config, leaves
 from sequencer.config.validation import validate
 from sequencer.printing import first_line
@@ -58,7 +60,12 @@ def compose_lines(lines: list[str], files: ConfigFiles) -> Composed:
         with initialize_config_dir(str(files.main.absolute()), version_base=VERSION_BASE):
             node = hydra_compose(files.name, overrides=[*lines, *files.lines], return_hydra_config=True)
     except ConfigCompositionException as error:
-        raise _from_omegaconf(error.__cause__ or error) from error
+        raise _from_composition(error, files) from error
+    except MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        raise RequestError(
+            f"{mark.name}, line {mark.line + 1}: {error.problem}" if mark else first_line(error)
+        ) from error
     except Exception as error:  # Hydra and OmegaConf raise Python's own errors too
         raise RequestError(first_line(error)) from error
     mode, sweeper = node.hydra.mode, OmegaConf.to_container(node.hydra.sweeper, resolve=False)
@@ -99,6 +106,22 @@ def _check_lists(values: Any) -> None:
             for entry in value:
                 if isinstance(entry, (list, dict)):
                     raise RequestError(f"{key}={show(value)}: its entries are numbers")
+
+
+def _from_composition(error: ConfigCompositionException, files: ConfigFiles) -> RequestError:
+    """Returns the error of an override, or of a file, which the message then names."""
+    if error.__cause__ is not None:
+        return _from_omegaconf(error.__cause__)
+    found = re.match(r"In '(.+?)': ", str(error))
+    path = files.find(found[1]) if found else None
+    cause = error.__context__
+    if path is None or not isinstance(cause, OmegaConfBaseException):
+        return _from_omegaconf(error)
+    key = str(cause.full_key)
+    if key == path.parent.name:
+        return RequestError(f"{path}: a file of this group begins with the line `# @package _global_`")
+    reason = describe_unknown(key) if isinstance(cause, ConfigKeyError) else _from_omegaconf(cause)
+    return RequestError(f"{path}: {reason}")
 
 
 def _from_omegaconf(error: BaseException) -> RequestError:

@@ -32,7 +32,7 @@ def parse_flags(arguments: list[str]) -> Namespace:
         raise RequestError(f"{message}; --hydra-help lists the flags")
 
     parser.error = refuse  # type: ignore[method-assign]  # argparse's own prints its usage and exits
-    return parser.parse_args(arguments)
+    return parser.parse_intermixed_args(arguments)  # a flag may stand among the overrides
 
 
 def run_hydra(

@@ -70,14 +70,19 @@ def check_key(override: Override, groups: dict[str, list[str]]) -> None:
         if not override.is_delete():
             _check_choice(override, groups[key])
     elif key not in KEYS and not key.startswith(("hydra.", "hydra/", "model.kwargs.")):
-        nearest = _nearest(key)
-        hint = f"did you mean {' or '.join(nearest)}?" if nearest else "docs/configuration.md lists every key"
-        raise RequestError(f"unknown key {key!r}: {hint}")
+        raise RequestError(describe_unknown(key))
     if (package := PLUGINS.get(key)) and override.value() not in ("basic", None) and find_spec(package) is None:
         raise RequestError(
             f"{key}={override.value()} needs {package.rpartition('.')[2]}: install the extra 'sweep', e.g. "
             "python -m pip install -e '.[sweep]'"
         )
+
+
+def describe_unknown(key: str) -> str:
+    """Describes a key that the schema does not have, with the nearest one that it has."""
+    nearest = _nearest(key)
+    hint = f"did you mean {' or '.join(nearest)}?" if nearest else "docs/configuration.md lists every key"
+    return f"unknown key {key!r}: {hint}"
 
 
 def swept_values(override: Override) -> Iterator[Any]:

@@ -261,6 +261,11 @@ class LoggerConfig:
     tensorboard: bool = knob(False, "write TensorBoard event files into the run folder", on_resume=True)
     project: str = knob("sequencer", "W&B project", on_resume=True)
     entity: str | None = knob(None, "W&B user or team; null takes the account's default", on_resume=True)
+    group: str | None = knob(
+        None,
+        "W&B group of the run; a sweep takes the name of its folder, and its runs are named by their trials",
+        on_resume=True,
+    )
 
 
 @dataclass
@@ -285,6 +290,12 @@ class Config:
 def lower_is_better(metric: str) -> bool:
     """Whether a lower value of `trainer.best_metric` is better."""
     return metric.endswith("loss")
+
+
+def objective(best_metric: str, slot: str) -> str:
+    """Returns the metric that ranks runs: `trainer.best_metric`, or for `epoch` the top-1 of `trainer.slot`."""
+    last = "val_ema/top1" if slot == "ema" else "val/top1"
+    return last if best_metric == "epoch" else best_metric
 
 
 def lightning_settings(section: TrainerConfig) -> dict[str, Any]:

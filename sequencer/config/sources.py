@@ -44,6 +44,10 @@ class Sources:
                 for leaf, value in leaves(override.value(), key).items():
                     self._places[leaf] = (COMMAND_LINE, value)
 
+    def differs(self, key: str) -> bool:
+        """Whether a file or the command line gives a key another value than its default."""
+        return key in self._places and self._places[key][1] != DEFAULTS.get(key)
+
     def __getitem__(self, key: str) -> str:
         """Returns the source of a key; an interpolated key reports the source of its target."""
         place, value = self._places.get(key, (SCHEMA, DEFAULTS.get(key)))

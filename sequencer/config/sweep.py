@@ -28,7 +28,7 @@ from sequencer.config.composition import Composed, compose_lines, to_config
 from sequencer.config.errors import RequestError
 from sequencer.config.overrides import parse_overrides, quoted, swept_values, to_line
 from sequencer.config.request import load_summary
-from sequencer.config.schema import Config, lower_is_better
+from sequencer.config.schema import Config, lower_is_better, objective
 from sequencer.console import say
 from sequencer.printing import duration
 
@@ -162,12 +162,14 @@ def _run_trial(script: str, composed: DictConfig, folder: Path) -> float | None:
     """
     hydra = HydraConfig.get()
     overrides = [override for override in hydra.overrides.task if not override.startswith("run_dir=")]
-    command = [sys.executable, script, *_flags(hydra), *overrides, f"run_dir={quoted(str(folder))}", "hydra.mode=RUN"]
+    group = f"logger.group={quoted(folder.parent.name)}"  # the first, so that one of the command replaces it
+    ours = [f"run_dir={quoted(str(folder))}", "hydra.mode=RUN"]
+    command = [sys.executable, script, *_flags(hydra), group, *overrides, *ours]
     code = _run(command)
     if code == 0:
         summary = load_summary(folder)
         assert summary is not None  # a trial that succeeds has written it
-        return _value(summary, composed.trainer)
+        return float(summary[objective(composed.trainer.best_metric, composed.trainer.slot)])
     if code in INTERRUPTED:
         say("the same command resumes the sweep")
         raise SystemExit(code if code > 0 else 128 - code)
@@ -182,12 +184,6 @@ def _flags(hydra: Any) -> list[str]:
     folders = {source.provider: source.path for source in hydra.runtime.config_sources if source.path}
     flags = [f"--config-path={folders['main']}", f"--config-name={hydra.job.config_name}"]
     return flags + ([f"--config-dir={folders['command-line']}"] if "command-line" in folders else [])
-
-
-def _value(summary: dict[str, Any], trainer: DictConfig) -> float:
-    """Returns the metric that a search optimises: `trainer.best_metric`, or for `epoch` the top-1 of `trainer.slot`."""
-    last = "val_ema/top1" if trainer.slot == "ema" else "val/top1"
-    return float(summary[last if trainer.best_metric == "epoch" else trainer.best_metric])
 
 
 def _run(command: list[str]) -> int:

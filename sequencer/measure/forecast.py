@@ -20,13 +20,14 @@ from sequencer.config.sources import Sources
 from sequencer.data import DataModule
 from sequencer.measure.budget import OutOfTime, available_memory, together_until, until
 from sequencer.measure.measurement import LARGEST_SHARE, images_per_batch, measure
-from sequencer.measure.plan_result import RATES, Plan, print_plan, print_values
+from sequencer.measure.plan_result import RATES, Plan, print_plan, print_problems, print_values
 from sequencer.measure.problems import (
     find_data_problems,
     find_disk_problems,
     find_memory_problems,
     find_weights_problems,
 )
+from sequencer.measure.progress import stages
 from sequencer.measure.size import Size, count_parameters, estimate_size
 from sequencer.training.launch import launch, training_device, uses_gpu
 from sequencer.training.optim import build_optimizer, build_schedule
@@ -39,7 +40,7 @@ OPENING, SIZING, EXAMINING = 20.0, 9.0, 5.0  # s of these for opening the data, 
 STARTED = "SEQUENCER_PLAN_STARTED"  # environment variable in which the ranks find when their command was started
 
 
-def plan(config: Config, sources: Sources, trials: int = 1, started: float | None = None) -> Plan:
+def plan(config: Config, sources: Sources, trials: int = 1, started: float | None = None, full: bool = False) -> Plan:
     """Prints the plan of a run and returns it; nothing that is trained or written is kept.
 
     Args:
@@ -47,6 +48,7 @@ def plan(config: Config, sources: Sources, trials: int = 1, started: float | Non
         sources: Where its values come from.
         trials: Number of trials, if the run is the first trial of a sweep.
         started: When the command started, before its imports, in seconds of `time.monotonic`; by default now.
+        full: Print every value of the configuration, not only those that differ from their defaults.
 
     Raises:
         RequestError: As for the run itself.
@@ -61,19 +63,24 @@ def plan(config: Config, sources: Sources, trials: int = 1, started: float | Non
     asked, model = config, dataclasses.replace(config.model, pretrained=False)  # no download
     config = dataclasses.replace(config, model=model)
     available = distributed.from_first(available_memory(training_device(config)))
-    with TemporaryDirectory(prefix="plan", ignore_cleanup_errors=True) as folder:
+    with TemporaryDirectory(prefix="plan", ignore_cleanup_errors=True) as folder, stages() as show:
         folder = distributed.from_first(folder)
         whole = dataclasses.replace(config, run_dir=str(Path(folder, "whole")))
+        show("opening the data")
         data = _open_data(whole, deadline)
+        show("counting the operations of a step")
         size = distributed.on_first(lambda: _size(config, data.num_classes, deadline))
         images = images_per_batch(config, data)
         needed = size.memory(config, images)
+        show("building the model and the optimizer")
         parts = _build(whole, data, deadline, size.memory(config, 0) < LARGEST_SHARE * available)
+        show("examining images")
         problems += _examine(data, config, deadline)
         problems += find_memory_problems(needed, available)
         batches, val_batches, test_batches = _count_batches(data, config)
         updates, per_epoch = _count_updates(config, batches)
         rates = _sample_rates(config, parts.model, updates, per_epoch)
+        show("timing training steps")
         measured = measure(config, Path(folder), batches, val_batches, data, size, available, deadline)
     epochs = updates / per_epoch
     result = Plan(
@@ -91,7 +98,8 @@ def plan(config: Config, sources: Sources, trials: int = 1, started: float | Non
         problems=problems + find_disk_problems(Path(config.run_dir), trials * measured.disk),
     )
     if distributed.is_first():
-        print_values(asked, sources)
+        print_problems(result.problems)
+        print_values(asked, sources, full)
         print_plan(result, config, [*parts.description, *parts.details], trials)
     return result
 

@@ -8,9 +8,10 @@ from omegaconf import OmegaConf
 from sequencer.config.schema import Config, leaves
 from sequencer.config.sources import SCHEMA, Sources
 from sequencer.console import say
-from sequencer.printing import duration
+from sequencer.printing import duration, printable
 
 BARS = "▁▂▃▄▅▆▇█"
+LONGEST_VALUE = 24  # characters that the column of values is wide at most
 RATES = 60  # samples of the learning rate's schedule
 
 
@@ -58,16 +59,31 @@ class Plan:
     problems: list[str]
 
 
-def print_values(config: Config, sources: Sources) -> None:
-    """Prints every key with its value and source; defaults of the schema are dimmed."""
+def print_values(config: Config, sources: Sources, full: bool) -> None:
+    """Prints the keys that differ from their defaults, with their values and sources.
+
+    Args:
+        full: Print every key; values that the schema gives are dimmed.
+    """
     values = leaves(OmegaConf.to_container(OmegaConf.structured(config)))
-    for key, value in values.items():
-        line = f"{key:<34} {value!s:<28} {sources[key]}"
+    shown = {key: printable(value) for key, value in values.items() if full or sources.differs(key)}
+    key_width = max(map(len, shown), default=0)
+    value_width = min(max(map(len, shown.values()), default=0), LONGEST_VALUE)
+    for key, value in shown.items():
+        line = f"{key:<{key_width}}  {value:<{value_width}}  {sources[key]}"
         say(line, style=None if sources[key] != SCHEMA else "dim")
+    if not full:
+        say("every other key has its default: plan=full lists them")
+
+
+def print_problems(problems: list[str]) -> None:
+    """Prints the problems of a plan, a line each."""
+    for problem in problems or ["none found"]:
+        say(f"problems: {problem}", style="bold" if problems else None)
 
 
 def print_plan(plan: Plan, config: Config, description: list[str], trials: int) -> None:
-    """Prints the size of a run, its learning rate, the forecast and the problems.
+    """Prints the size of a run, its learning rate and the forecast.
 
     Args:
         plan: What to print.
@@ -104,8 +120,6 @@ def print_plan(plan: Plan, config: Config, description: list[str], trials: int) 
     whole = f"; {trials} trials {duration(trials * (plan.train_s + plan.test_s))}" if trials > 1 else ""
     say(f"forecast: {at_most}{duration(plan.train_s)} of training, {duration(plan.test_s)} of testing{whole}")
     say(f"disk: {trials * measured.disk / 2**20:.0f} MiB in {config.run_dir}")
-    for problem in plan.problems or ["none found"]:
-        say(f"problems: {problem}")
 
 
 def _sparkline(values: list[float]) -> str:

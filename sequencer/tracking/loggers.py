@@ -3,15 +3,19 @@
 import logging
 import os
 import threading
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict
 from netrc import NetrcParseError, netrc
 from pathlib import Path
 from typing import Any
 
-from pytorch_lightning.loggers import Logger, TensorBoardLogger
+import numpy as np
+from omegaconf import OmegaConf
+from PIL import Image
+from pytorch_lightning.loggers import TensorBoardLogger
 
-from sequencer.config.schema import Config
+from sequencer.config.schema import Config, leaves
 from sequencer.console import ConsoleHandler
 from sequencer.files import is_full, write_atomically, writing
 from sequencer.tracking.wandb_guard import WandbGuard
@@ -61,17 +65,32 @@ class EventFiles(TensorBoardLogger):
     The writer's thread ends with an error that the writer raises again at the next call: the thread prints nothing.
     """
 
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder.parent, name=folder.name, version="")
+    def __init__(self, folder: Path, config: Config) -> None:
+        super().__init__(folder.parent, name=folder.name, version="", default_hp_metric=False)
         threading.excepthook = _print_unless_full
+        self._values = asdict(config)
+        with writing(folder):
+            self.experiment.add_text("config", f"```yaml\n{OmegaConf.to_yaml(self._values)}```")
 
     def log_metrics(self, *args: Any, **kwargs: Any) -> None:
         with writing(Path(self.log_dir), ValueError):  # by which Lightning replaces any error
             super().log_metrics(*args, **kwargs)
 
+    def log_result(self, metrics: Mapping[str, float], pictures: Mapping[str, Path], step: int) -> None:
+        """Logs metrics and pictures of a finished run, and the configuration for TensorBoard's table of runs."""
+        with writing(Path(self.log_dir), ValueError):
+            self.log_hyperparams(leaves(self._values), dict(metrics), step)
+            for name, path in pictures.items():
+                with Image.open(path) as image:
+                    self.experiment.add_image(name, np.asarray(image.convert("RGB")), step, dataformats="HWC")
+            self.experiment.close()
+
     def finalize(self, status: str) -> None:
         with writing(Path(self.log_dir)):
             super().finalize(status)
+
+    def close(self) -> None:
+        """Does nothing: `finalize` and `log_result` have closed the file."""
 
 
 def _print_unless_full(arguments: threading.ExceptHookArgs) -> None:
@@ -86,20 +105,21 @@ def close_log() -> None:
         log.removeHandler(handler)
 
 
-def build_loggers(config: Config, run_dir: Path) -> list[Logger]:
+def build_loggers(config: Config, run_dir: Path) -> list[EventFiles | WandbGuard]:
     """Builds and starts the loggers that `config.logger` asks for, TensorBoard and W&B.
 
     W&B never prompts for an API key: without one it logs offline.
     """
-    loggers: list[Logger] = []
+    loggers: list[EventFiles | WandbGuard] = []
     if config.logger.tensorboard:
-        loggers.append(EventFiles(run_dir / "tensorboard"))
+        loggers.append(EventFiles(run_dir / "tensorboard", config))
     if config.logger.wandb:
         guard = WandbGuard(
             mode=os.environ.get("WANDB_MODE") or ("online" if _has_wandb_key() else "offline"),
             project=config.logger.project,
             entity=config.logger.entity,
-            name=config.name,
+            group=config.logger.group,
+            name=run_dir.name if run_dir.parent.name == config.logger.group else config.name,  # a trial by its folder
             dir=str(run_dir),
             id=_wandb_id(run_dir),
             resume="allow",
@@ -108,13 +128,6 @@ def build_loggers(config: Config, run_dir: Path) -> list[Logger]:
         guard.start()
         loggers.append(guard)
     return loggers
-
-
-def close_loggers(loggers: list[Logger]) -> None:
-    """Ends loggers that work in the background; waits for them a limited time."""
-    for logger in loggers:
-        if isinstance(logger, WandbGuard):
-            logger.close()
 
 
 def _has_wandb_key() -> bool:

@@ -25,7 +25,8 @@ SEND_LIMIT = 20.0  # s that wandb has at the end to send what is left; then it c
 FINISH_LIMIT = 30.0  # s that the end of training waits for W&B
 INTERRUPT_LIMIT = 5.0  # the same where training failed or was interrupted: schedulers kill soon after SIGTERM
 
-Message = tuple[dict[str, Any], int | None] | int  # a row and its step; the last message is the exit code
+# a row, its step or None, and the files of pictures by name; the last message is the exit code
+Message = tuple[dict[str, Any], int | None, dict[str, str]] | int
 
 
 class WandbGuard(Logger):
@@ -66,22 +67,33 @@ class WandbGuard(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        self._queue.put((dict(metrics), step))
+        self._queue.put((dict(metrics) | {"trainer/global_step": step}, step, {}))
+
+    @rank_zero_only
+    def log_result(self, metrics: Mapping[str, float], pictures: Mapping[str, Path], step: int) -> None:
+        """Logs metrics and pictures of a finished run, and tells W&B that it has succeeded."""
+        row = dict(metrics) | {"trainer/global_step": step}
+        self._queue.put((row, None, {name: str(path) for name, path in pictures.items()}))  # W&B's own next step
+        self._end(0, FINISH_LIMIT)
 
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
         """Does nothing: the arguments of `wandb.init` include the configuration."""
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        """Tells W&B that the run has ended; it finishes in the background until `close`."""
+        """Tells W&B that training has failed; where it has succeeded, `log_result` is still to come."""
+        if status != "success":
+            self._end(1, INTERRUPT_LIMIT)
+
+    def _end(self, exit_code: int, limit: float) -> None:
+        """Sends the exit code, after which W&B finishes in the background until `close`."""
         if self._deadline is None:
-            succeeded = status == "success"
-            self._deadline = time.monotonic() + (FINISH_LIMIT if succeeded else INTERRUPT_LIMIT)
-            self._queue.put(0 if succeeded else 1)
+            self._deadline = time.monotonic() + limit
+            self._queue.put(exit_code)
 
     @rank_zero_only
     def close(self) -> None:
-        """Waits for W&B up to the limit that `finalize` set; a run that was not finalized has failed."""
+        """Waits a limited time for W&B; a run without a result has failed."""
         self.finalize("failed")
         assert self._deadline is not None
         with suppress(KeyboardInterrupt):  # training has ended and its exit code stands; Ctrl-C only ends the wait

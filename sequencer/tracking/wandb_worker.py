@@ -55,10 +55,12 @@ def _start(arguments: dict[str, Any]) -> Any:
 
 def _log_rows(guard: Connection, run: Any) -> int:
     """Logs rows until the exit code comes, and returns it."""
+    from wandb import Image
+
     try:
         while not isinstance(message := guard.recv(), int):
-            row, step = message
-            run.log({**row, "trainer/global_step": step}, step=step, commit=True)
+            row, step, pictures = message
+            run.log({**row, **{name: Image(path) for name, path in pictures.items()}}, step=step, commit=True)
     except (EOFError, ConnectionResetError):
         return 1
     return message

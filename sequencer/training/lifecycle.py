@@ -19,7 +19,8 @@ from sequencer.console import say
 from sequencer.data import DataModule
 from sequencer.files import WriteError
 from sequencer.lightning_internals import stop_loader_workers
-from sequencer.tracking.loggers import build_loggers, close_loggers
+from sequencer.tracking.loggers import EventFiles, build_loggers
+from sequencer.tracking.wandb_guard import WandbGuard
 from sequencer.training.checkpoints import describe_rescue
 from sequencer.training.divergence import Diverged
 from sequencer.training.folder import RunFolder
@@ -32,6 +33,7 @@ from sequencer.training.setup import Parts, build_parts
 log = logging.getLogger("sequencer")
 
 MOST_ROLLBACKS = 3  # to one checkpoint
+PICTURES = ("curves", "confusion")  # that loggers receive
 
 
 def run(config: Config, resume: bool = False) -> dict[str, Any]:
@@ -115,6 +117,7 @@ def _train(config: Config, folder: RunFolder, resume: bool, reshuffles: int) -> 
     parts = build_parts(config, resumed=resumed)
     data, model, trainer = parts.data, parts.model, parts.trainer
     checkpoint = distributed.on_first(lambda: _start(config, folder, parts, resume))  # the first to write
+    loggers: list[EventFiles | WandbGuard] = []
     try:
         for line in parts.description:
             log.info(line)
@@ -124,14 +127,20 @@ def _train(config: Config, folder: RunFolder, resume: bool, reshuffles: int) -> 
         if config.data.check and distributed.is_first():
             readable = data.count_readable(sys.stdout.isatty())
             log.info("checked: %d of %d images can be read", readable, sum(map(len, data.splits.values())))
-        trainer.loggers = build_loggers(config, folder.path) if distributed.is_first() else []
+        loggers = build_loggers(config, folder.path) if distributed.is_first() else []
+        trainer.loggers = list(loggers)
         if config.trainer.compile:
             compile_in_place(model)
         data.reshuffle(reshuffles)
         _fit(trainer, parts.module, data, checkpoint)
-        return finish(config, model, data, trainer.strategy.root_device, parts.checkpoints, parts.report)
+        summary = finish(config, model, data, trainer.strategy.root_device, parts.checkpoints, parts.report)
+        test = {name: value for name, value in summary.items() if name.startswith("test/")}
+        for logger in loggers:
+            logger.log_result(test, {name: folder.path / f"{name}.png" for name in PICTURES}, summary["updates"])
+        return summary
     finally:
-        close_loggers(trainer.loggers)
+        for logger in loggers:
+            logger.close()
 
 
 def _describe_finished(summary: dict[str, Any], run_dir: Path) -> list[str]:

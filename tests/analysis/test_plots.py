@@ -1,6 +1,7 @@
 """The contents of the plots, read from the figures that the functions return."""
 
 import csv
+import itertools
 import math
 
 import numpy as np
@@ -161,7 +162,7 @@ def test_growth(output):
 
 def test_sweep_plot(output):
     rows = [("gru 8", "gru", 80, (0.5, 0.6)), ("gru 4", "gru", 40, (0.4,)), ("rnn 8", "rnn", 20, (0.3, 0.2))]
-    left, right = plot_sweep(rows, "cells", output).axes
+    left, right = plot_sweep(rows, "val/top1", "cells", output).axes
     check_image(output)
     assert [label.get_text() for label in left.get_yticklabels()] == ["gru 8", "gru 4", "rnn 8"]
     means, seeds = left.lines[::2], left.lines[1::2]
@@ -178,13 +179,38 @@ def test_sweep_plot(output):
 
 def test_sweep_with_many_families_has_one_colour(output):
     rows = [(f"lr {lr}", f"lr {lr}", 50 + lr, (0.5,)) for lr in range(8)]
-    left, right = plot_sweep(rows, "rates", output).axes
+    left, right = plot_sweep(rows, "val/top1", "rates", output).axes
     check_image(output)
     assert len({line.get_color() for line in [*left.lines[::2], *right.lines]}) == 1
 
 
 def test_sweep_with_one_model_size_has_one_panel(output):
-    assert len(plot_sweep([("lr 1", "lr 1", 50, (0.5,)), ("lr 2", "lr 2", 50, (0.6,))], "rates", output).axes) == 1
+    rows = [("lr=1", "lr=1", 50, (0.5,)), ("lr=2", "lr=2", 50, (0.6,))]
+    assert len(plot_sweep(rows, "val/top1", "rates", output).axes) == 1
+
+
+def test_sweep_of_losses_has_no_per_cents(output):
+    left, _ = plot_sweep([("a", "a", 50, (0.5,)), ("b", "b", 60, (1.5,))], "val/loss", "losses", output).axes
+    assert left.get_xlabel() == "val/loss"
+    assert not any("%" in label.get_text() for label in left.get_xticklabels())
+
+
+@pytest.mark.parametrize(
+    "parameters", [(480_650, 532_618), (126_538, 337_994), (80_000, 900_000), (10_000, 88_000_000)]
+)
+def test_labels_of_the_numbers_of_parameters_do_not_overlap(output, parameters):
+    rows = [(str(number), str(number), number, (0.5,)) for number in parameters]
+    figure = plot_sweep(rows, "val/top1", "sizes", output)
+    axes = figure.axes[1]
+    low, high = axes.get_xlim()
+    boxes = [
+        label.get_window_extent()
+        for tick, label in zip(axes.get_xticks(), axes.get_xticklabels(), strict=True)
+        if low <= tick <= high
+    ]
+    assert len(boxes) >= 2
+    boxes.sort(key=lambda box: box.x0)
+    assert all(left.x1 < right.x0 for left, right in itertools.pairwise(boxes))
 
 
 def test_characters_that_the_font_lacks_are_escaped(output):

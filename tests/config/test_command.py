@@ -6,12 +6,14 @@ from pathlib import Path
 import pytest
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
 
 import train
 from sequencer.config import RequestError, compose, conf_dir
 from sequencer.config.command import check_environment, parse_command
 from sequencer.config.request import Request, refuse_sweep, resume_request
 from sequencer.config.sources import Sources
+from sequencer.config.sweep import prepare_sweep
 
 
 @pytest.fixture
@@ -53,6 +55,8 @@ def test_plan_and_resume_are_no_overrides():
     assert command.plan
     assert command.lines == ["seed=1", "optim.lr=1"]
     assert not parse_command(["seed=1"]).plan
+    assert not parse_command(["plan=false"]).plan
+    assert parse_command(["plan=full"]).plan == "full"
     assert parse_command(["resume=runs/a"]).resume == Path("runs/a")
 
 
@@ -67,7 +71,7 @@ def test_plan_and_resume_are_no_overrides():
         (["-m", "--cfg", "job"], "--multirun and --cfg exclude each other"),
         (["--resolve"], "--resolve needs --cfg or --help"),
         (["--experimental-rerun", "job.pickle"], "--experimental-rerun is not supported"),
-        (["plan=yess"], "it is true or false"),
+        (["plan=yess"], "plan=yess: it is true, full (lists every value) or false"),
         (["resume=runs/a", "--cfg", "job"], "is in runs/a/config.yaml"),
         (["plan=true", "resume=runs/a"], "exclude each other: a plan"),
     ],
@@ -133,6 +137,60 @@ def test_a_recipe_of_the_users_own(recipes, started):
     assert sources["data.img_size"] == "conf/data/mnist.yaml"
     with pytest.raises(RequestError, match="experiment=mine does not exist"):
         compose(["experiment=mine"])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("# @package _global_\noptim:\n  lrr: 1\n", "unknown key 'optim.lrr': did you mean optim.lr?"),
+        ("# @package _global_\noptim:\n  lr: fast\n", "optim.lr: Value 'fast' of type 'str' could not be converted "
+         "to Float"),
+        ("optim:\n  lr: 1\n", "a file of this group begins with the line `# @package _global_`"),
+        ("# @package _global_\nname: [\n", "line 3: expected the node content, but found '<stream end>'"),
+        ("# @package _global_\noptim:\n  lr: -1\n", "optim.lr=-1.0 is out of range: it must be between 0 and 1000"),
+    ],
+    ids=["key", "type", "package", "yaml", "bound"],
+)  # fmt: skip
+def test_an_error_in_a_recipe_of_the_users_own(text, message, recipes, started):
+    path = recipes / "experiment" / "wrong.yaml"
+    path.write_text(text)
+    with pytest.raises(RequestError) as error:
+        train.main(parse_command(["--config-dir", str(recipes), "experiment=wrong"]))
+    assert str(error.value).endswith(message)
+    assert str(path) in str(error.value) or "out of range" in message
+    assert not started
+
+
+def test_overrides_of_a_recipe_of_the_users_own(recipes, started):
+    arguments = ["--config-dir", str(recipes), "experiment=mine"]
+    with pytest.raises(RequestError, match=r"unknown key 'optim\.lrr': did you mean optim\.lr\?"):
+        train.main(parse_command([*arguments, "optim.lrr=1"]))
+    with pytest.raises(RequestError, match="experiment=mien does not exist: did you mean mine"):
+        train.main(parse_command([*arguments[:2], "experiment=mien"]))
+
+
+def test_plans_sweeps_and_resumed_runs_of_a_recipe_of_the_users_own(recipes, started, monkeypatch, tmp_path):
+    arguments = ["--config-dir", str(recipes), "experiment=mine", "data=digits"]
+    planned = []
+    monkeypatch.setattr("sequencer.measure.plan", lambda *args, **kwargs: planned.append((args, kwargs)))
+    train.main(parse_command([*arguments, "plan=full"]))
+    train.main(parse_command([*arguments, "-m", "seed=1,2", "plan=true"]))
+    (one, whole), (two, changed) = planned
+    assert (one[0].optim.lr, two[0].optim.lr, one[2], two[2]) == (0.125, 0.125, 1, 2)
+    assert (whole, changed) == ({"full": True}, {"full": False})
+    sources = one[1]
+    assert [key for key in ("name", "optim.lr", "optim.opt", "trainer.devices", "seed") if sources.differs(key)] == [
+        "name", "optim.lr"
+    ]  # fmt: skip
+    command = parse_command([*arguments, "-m", "seed=1,2"])
+    swept = prepare_sweep(command, command.compose())
+    assert (swept.config.name, swept.trials) == ("mine", 2)
+    train.main(parse_command([*arguments, "run_dir=run"]))
+    (tmp_path / "run").mkdir()
+    OmegaConf.save(OmegaConf.structured(started[0].config), tmp_path / "run" / "config.yaml")
+    train.main(parse_command(["resume=run"]))
+    assert started[1].resume
+    assert started[1].config.optim.lr == 0.125
 
 
 def test_a_recipe_in_both_places_is_refused(recipes):

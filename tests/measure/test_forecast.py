@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+import rich
 from PIL import Image
 
 import train
@@ -15,6 +16,7 @@ from sequencer.config.sources import Sources
 from sequencer.data.split import make_fingerprint
 from sequencer.measure import Plan, forecast, measurement, plan
 from sequencer.measure.plan_result import Measured
+from sequencer.measure.progress import stages
 from sequencer.training import run
 from tests.helpers import SMALL, SMALL_MODEL
 
@@ -66,8 +68,11 @@ def test_sizes_are_those_of_the_run(planned, tmp_path, capsys):
     checkpoints = sum(path.stat().st_size for path in (tmp_path / "run" / "checkpoints").iterdir())
     assert found.measured.disk == pytest.approx(checkpoints, rel=0.2)
     assert found.problems == []
-    for phrase in (f"{found.updates} updates in 2 epochs", "parameter group 0", "learning rate ▁", "problems: none"):
+    assert text.startswith("problems: none found\n")
+    for phrase in (f"{found.updates} updates in 2 epochs", "parameter group 0", "learning rate ▁"):
         assert phrase in text
+    assert "every other key has its default: plan=full lists them\n" in text
+    assert not re.search("^(trainer.devices|model.name|data.hflip|seed) ", text, flags=re.MULTILINE)
     assert re.search(r"optim.lr +0.003 +conf/experiment/digits.yaml", text)
     assert re.search(r"data.batch_size +32 +command line", text)
 
@@ -168,9 +173,26 @@ def command(tmp_path, monkeypatch) -> Callable[..., None]:
 
 
 def test_command(command, tmp_path, capsys):
-    command("plan=true")
-    assert "forecast: " in capsys.readouterr().out
+    command("plan=full")
+    text = capsys.readouterr().out
+    assert "forecast: " in text
+    assert re.search(r"^trainer.benchmark +False +schema$", text, flags=re.MULTILINE)
     assert not list(tmp_path.iterdir())
+
+
+def test_progress_is_shown_on_a_terminal(capsys, monkeypatch):
+    with stages() as show:
+        show("nothing of this")
+    assert capsys.readouterr().out == ""
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(rich, "_console", None)
+    with stages() as show:
+        show("opening the data")
+        show("timing training steps")
+    shown = capsys.readouterr().out
+    assert "plan: opening the data" in shown
+    assert "plan: timing training steps" in shown
 
 
 def test_plan_of_a_sweep(command, tmp_path, capsys, monkeypatch):

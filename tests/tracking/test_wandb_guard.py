@@ -42,6 +42,9 @@ def call(name, *arguments):
     if f"{mode} {name} hangs" in trouble:
         time.sleep(600)
 
+def Image(path):
+    return {"picture": path}
+
 def init(**arguments):
     global mode
     mode = arguments["mode"]
@@ -127,6 +130,8 @@ def log_and_close(guard: WandbGuard, rows: int = 3, status: str = "success") -> 
     for step in range(rows):
         guard.log_metrics({"x": step / 2}, step)
     guard.finalize(status)
+    if status == "success":
+        guard.log_result({"test/x": 0.5}, {"p": Path("p.png")}, rows - 1)
     started = time.monotonic()
     guard.close()
     return time.monotonic() - started
@@ -140,11 +145,16 @@ def logged(rows: int = 3) -> list[list]:
     return [[{"x": step / 2, "trainer/global_step": step}, step] for step in range(rows)]
 
 
+def with_result(rows: int = 3, last: int = 2) -> list[list]:
+    result = {"test/x": 0.5, "trainer/global_step": last, "p": {"picture": "p.png"}}
+    return [*logged(rows), [result, None]]
+
+
 @pytest.mark.parametrize(("status", "exit_code"), [("success", 0), ("failed", 1)])
 def test_rows_arrive_in_order(fake, train_log, tmp_path, status, exit_code):
     log_and_close(start(tmp_path), status=status)
     assert fake.calls("online", "init")[0][0]["id"] == "abcd1234"
-    assert fake.calls("online", "log") == logged()
+    assert fake.calls("online", "log") == (with_result() if status == "success" else logged())
     assert fake.calls("online", "finish") == [[exit_code]]
     assert "INFO W&B logs online\n" in train_log.read_text()
     assert not warnings(train_log)
@@ -166,7 +176,7 @@ def test_what_fails_online_is_kept_offline(fake, train_log, tmp_path, monkeypatc
     fake.fails(trouble)
     log_and_close(start(tmp_path))
     assert fake.calls("offline", "init")[0][0]["id"] == "abcd1234"
-    assert fake.calls("offline", "log") == logged()
+    assert fake.calls("offline", "log") == with_result()
     assert fake.calls("offline", "finish") == [[0]]
     command = f"wandb sync {tmp_path}/wandb/offline-run"
     assert warnings(train_log) == [f"W&B failed ({reason}): it logs offline; send what it lacks with: {command}"]
@@ -181,7 +191,7 @@ def test_a_failure_is_noticed_at_the_next_row(fake, train_log, tmp_path):
     fake.wait_for("offline", "log")
     assert "W&B failed ([Errno 28] No space left on device): it logs offline" in warnings(train_log)[0]
     log_and_close(guard, rows=0)
-    assert fake.calls("offline", "log") == logged(2)
+    assert fake.calls("offline", "log") == with_result(2, last=-1)
 
 
 def test_wandb_that_fails_offline_too_is_given_up(fake, train_log, tmp_path):
@@ -247,7 +257,7 @@ def test_a_training_process_that_is_killed_leaves_a_failed_run(fake, tmp_path):
     process, guard = _start_worker()
     with guard:
         guard.send(({"init": 20.0, "finish": 20.0}, {"mode": "online", "dir": str(tmp_path)}))
-        guard.send(({"x": 0.0}, 0))
+        guard.send(({"x": 0.0, "trainer/global_step": 0}, 0, {}))
         assert guard.recv() == f"{tmp_path}/wandb/online-run"
     assert process.wait(timeout=20) == 0
     assert fake.calls("online", "log") == logged(1)
@@ -287,7 +297,7 @@ def test_runs_of_one_process_are_kept_apart_and_a_resumed_one_goes_on(fake, conf
     assert first["resume"] == "allow"
     assert first["project"] == "sequencer"
     assert first["config"]["optim"]["opt"] == "adamw"
-    assert [step for _, step in fake.calls("online", "log")] == [3, 7, 3, 7, 11]
+    assert [step for _, step in fake.calls("online", "log")] == [3, 7, None, 3, 7, None, 11, None]
     assert "val/top1" in fake.calls("online", "log")[0][0]
     assert fake.calls("online", "finish") == [[0]] * 3
 

@@ -1,0 +1,345 @@
+"""Runs side by side: the settings in which they differ and their results, ranked by the metric that they optimise."""
+
+import csv
+import math
+import re
+import sys
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from omegaconf import OmegaConf
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from sequencer.analysis.plots import plot_sweep
+from sequencer.config.errors import RequestError
+from sequencer.config.overrides import KEYS
+from sequencer.config.request import load_run, load_summary
+from sequencer.config.schema import leaves, lower_is_better, objective
+from sequencer.files import write_atomically
+from sequencer.printing import first_line, printable
+
+FINISHED = "finished"
+# keys that change no result by themselves: where a run is written, what it is called, and copies of the data's keys
+NO_SETTINGS = (
+    "run_dir",
+    "name",
+    "logger",
+    "data.default_model",
+    "model.num_classes",
+    "model.in_chans",
+    "model.img_size",
+)
+CHOOSE_IMAGES = ("data.name", "data.root", "data.val_fraction", "trainer.limit_val_batches")  # that results are of
+LEAF_NAMES = Counter(key.rsplit(".", 1)[-1] for key in KEYS)
+LABEL_WIDTH = 24  # characters of a label that a terminal has room for beside the columns of numbers
+FILE_WIDTH = 1000  # characters of a line of the table where standard output is no terminal: nothing is wrapped
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run as its folder shows it; of an unfinished one, the results of its best epoch so far."""
+
+    folder: Path
+    objective: str
+    settings: dict[str, Any]
+    results: dict[str, float]
+    state: str  # FINISHED, or how far it has come
+
+    def value(self, metric: str) -> float:
+        """Returns a metric, or NaN if the run has none."""
+        return self.results.get(metric, math.nan)
+
+
+@dataclass(frozen=True)
+class Row:
+    """Finished runs that differ only in their seed, or one run that has not finished."""
+
+    settings: tuple[str, ...]  # those in which the runs that are compared differ
+    runs: tuple[Run, ...]
+
+    @property
+    def label(self) -> str:
+        """The settings, and of an unfinished run how far it has come."""
+        label = ", ".join(self.settings) or "equal settings"
+        return label if self.is_finished else f"{label} ({self.runs[0].state})"
+
+    @property
+    def is_finished(self) -> bool:
+        return self.runs[0].state == FINISHED
+
+    def values(self, metric: str) -> list[float]:
+        """Returns a metric of every run."""
+        return [run.value(metric) for run in self.runs]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Compared runs.
+
+    Attributes:
+        rows: The best first; runs that have not finished last.
+        metric: What they are ranked by, a metric of the validation split.
+        keys: The keys of the configuration in which they differ, the seed included.
+        notes: Why their results may not be comparable, a line each.
+    """
+
+    rows: list[Row]
+    metric: str
+    keys: list[str]
+    notes: list[str]
+
+    @property
+    def ranks(self) -> list[str]:
+        """The place of each row from 1; empty for runs that have not finished."""
+        return [str(place) if row.is_finished else "" for place, row in enumerate(self.rows, start=1)]
+
+    @property
+    def best(self) -> Run | None:
+        """The best run of the first row, or None if no run has finished with a result."""
+        finished = [run for row in self.rows[:1] for run in row.runs if row.is_finished]
+        measured = [run for run in finished if not math.isnan(run.value(self.metric))]
+        return min(measured, key=lambda run: _order(run.value(self.metric), self.metric), default=None)
+
+
+def find_runs(paths: Iterable[Path]) -> list[Path]:
+    """Finds run folders, each once, in the order of their names within a folder.
+
+    Args:
+        paths: Run folders, and folders of run folders such as a sweep's.
+
+    Raises:
+        RequestError: A path is neither.
+    """
+    found: dict[Path, Path] = {}
+    for path in paths:
+        inside = sorted((config.parent for config in path.glob("*/config.yaml")), key=_natural)
+        runs = [path] if (path / "config.yaml").is_file() else inside
+        if not runs:
+            what = (
+                "holds no run: there is no config.yaml in it or in a folder inside" if path.is_dir() else "is no folder"
+            )
+            raise RequestError(f"{path} {what}")
+        for run in runs:
+            found.setdefault(run.resolve(), run)
+    return list(found.values())
+
+
+def compare(folders: Sequence[Path]) -> Comparison:
+    """Compares runs.
+
+    Args:
+        folders: Their run folders.
+
+    Raises:
+        RequestError: The configuration or the result of a run cannot be read.
+    """
+    runs = [_read(folder) for folder in folders]
+    keys = sorted(
+        key for key in {key for run in runs for key in run.settings} if len({_text(run, key) for run in runs}) > 1
+    )
+    metrics = sorted({run.objective for run in runs})
+    metric = metrics[0] if len(metrics) == 1 else "val/top1"
+    notes = []
+    if len(metrics) > 1:
+        notes.append(f"the runs optimise different metrics ({', '.join(metrics)}): they are ranked by {metric}")
+    if others := [key for key in CHOOSE_IMAGES if key in keys]:
+        notes.append(f"the runs differ in {', '.join(others)}: their results may be of different images")
+    groups: dict[tuple[Any, ...], list[Run]] = {}
+    for run in runs:
+        settings = tuple(_setting(run, key) for key in keys if key != "seed" and key in run.settings)
+        unfinished = () if run.state == FINISHED else (run.folder,)
+        groups.setdefault((settings, *unfinished), []).append(run)
+    rows = [Row(settings, tuple(group)) for (settings, *_), group in groups.items()]
+    rows.sort(key=lambda row: (not row.is_finished, _order(mean(row.values(metric)), metric)))
+    return Comparison(rows, metric, keys, notes)
+
+
+def _read(folder: Path) -> Run:
+    config = load_run(folder)
+    settings = {
+        key: value
+        for key, value in leaves(OmegaConf.to_container(config)).items()
+        if not key.startswith(NO_SETTINGS) and (key, value) != ("model.kwargs", {})
+    }
+    metric = objective(config.trainer.best_metric, config.trainer.slot)
+    if summary := load_summary(folder):
+        results = {key: value for key, value in summary.items() if isinstance(value, int | float)}
+        return Run(folder, metric, settings, results, FINISHED)
+    epochs = _read_epochs(folder / "metrics.csv")
+    best = min(epochs, key=lambda row: _order(row.get(metric, math.nan), metric), default={})
+    state = f"{len(epochs)} of {config.trainer.max_epochs} epochs"
+    if _is_newer(folder / "divergence.json", folder / "metrics.csv"):
+        state = f"diverged in epoch {len(epochs) + 1}"
+    elif folder.with_name(f"{folder.name}.failed").exists():
+        state = f"failed after {state}"
+    return Run(folder, metric, settings, {key: best[key] for key in best if key.startswith("val")}, state)
+
+
+def _read_epochs(path: Path) -> list[dict[str, float]]:
+    """Reads a `metrics.csv`; a run that has not ended its first epoch has none."""
+    if not path.exists():
+        return []
+    try:
+        with open(path, newline="") as file:
+            return [{key: float(value or "nan") for key, value in row.items()} for row in csv.DictReader(file)]
+    except (OSError, ValueError, TypeError) as error:
+        raise RequestError(f"{path} cannot be read: {first_line(error)}") from error
+
+
+def _is_newer(path: Path, other: Path) -> bool:
+    return path.exists() and not (other.exists() and other.stat().st_mtime > path.stat().st_mtime)
+
+
+def _order(value: float, metric: str) -> tuple[bool, float]:
+    """Returns a sort key that is lowest for the best value of a metric, and highest for NaN."""
+    return math.isnan(value), 0.0 if math.isnan(value) else value if lower_is_better(metric) else -value
+
+
+def _natural(path: Path) -> list[list[tuple[str, int]]]:
+    """Returns a sort key that compares numbers in a trial's name by value: 8 before 16, lstm before lstm1997."""
+    values = path.name.split(",")
+    return [[(text, int(digits or 0)) for text, digits in re.findall(r"(\D*)(\d*)", value)] for value in values]
+
+
+def _setting(run: Run, key: str) -> str:
+    """Returns a setting as text, with the last part of its key where no other key of the schema ends in it."""
+    last = key.rsplit(".", 1)[-1]
+    return f"{key if LEAF_NAMES[last] > 1 else last}={_text(run, key)}"
+
+
+def _text(run: Run, key: str) -> str:
+    """Returns the value of a key as text, floats with four significant digits; nothing where a run lacks the key."""
+    value = run.settings.get(key, "")
+    return "null" if value is None else f"{value:.4g}" if isinstance(value, float) else printable(value)
+
+
+def print_comparison(comparison: Comparison, test: bool = False) -> None:
+    """Prints the table of compared runs, the notes, and the best run.
+
+    Columns for which a terminal has no room are left out, the least important first.
+
+    Args:
+        test: Also show the results on the test split.
+    """
+    console = Console(width=None if sys.stdout.isatty() else FILE_WIDTH)
+    columns = _columns(comparison, test)
+    for name in ("training, s", "parameters", "runs"):
+        if sum(min(LABEL_WIDTH, max(map(len, [each, *cells]))) + 2 for each, cells in columns.items()) > console.width:
+            columns.pop(name, None)
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    for name in columns:
+        text = name == "run"
+        table.add_column(Text(name), justify="left" if text else "right", no_wrap=not text, overflow="fold")
+    for row in zip(*columns.values(), strict=True):
+        table.add_row(*map(Text, row))
+    console.print(table)
+    for note in comparison.notes:
+        console.print(Text(f"note: {note}"), soft_wrap=True)
+    if comparison.best:
+        console.print(Text(f"best by {comparison.metric}: {printable(comparison.best.folder)}"), soft_wrap=True)
+
+
+def _columns(comparison: Comparison, test: bool) -> dict[str, list[str]]:
+    """Returns the cells of each column of the table as text; numbers that are equal in all rows have no column."""
+    rows, metric = comparison.rows, comparison.metric
+    metrics = dict.fromkeys([metric, f"{metric.split('/')[0]}/top1", *(["test/top1"] if test else [])])
+    columns = {
+        "rank": comparison.ranks,
+        "run": [row.label for row in rows],
+        **{name if lower_is_better(name) else f"{name}, %": [_mean(row, name) for row in rows] for name in metrics},
+    }
+    optional = {
+        "runs": [str(len(row.runs)) for row in rows],
+        "parameters": [_number(row, "parameters") for row in rows],
+        "training, s": [_number(row, "time/train_s") for row in rows],
+    }
+    return columns | {name: cells for name, cells in optional.items() if len({*cells} - {""}) > 1}
+
+
+def _mean(row: Row, metric: str) -> str:
+    """Returns mean and standard deviation over the runs of a row, and nothing where a run lacks the metric."""
+    values = row.values(metric)
+    if any(math.isnan(value) for value in values):
+        return "" if any(metric not in run.results for run in row.runs) else "nan"
+    scale, digits = (1, 4) if lower_is_better(metric) else (100, 2)
+    deviation = f" ± {scale * stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{scale * mean(values):.{digits}f}{deviation}"
+
+
+def _number(row: Row, result: str) -> str:
+    return f"{mean(row.values(result)):,.0f}" if row.is_finished else ""
+
+
+def write_csv(comparison: Comparison, path: Path, test: bool = False) -> None:
+    """Writes compared runs as a CSV file with one row for each run: rank, folder, state, settings and results.
+
+    Args:
+        path: The file; one that exists is replaced.
+        test: Also write the results on the test split.
+
+    Raises:
+        WriteError: The file cannot be written.
+    """
+    wanted = ("val", "parameters", "best_epoch", "time/train_s", *(["test"] if test else []))
+    records = [
+        {"rank": rank, "run": printable(run.folder), "state": run.state}
+        | {key: printable(run.settings.get(key, "")) for key in comparison.keys}
+        | {key: value for key, value in run.results.items() if key.startswith(wanted)}
+        for rank, row in zip(comparison.ranks, comparison.rows, strict=True)
+        for run in row.runs
+    ]
+
+    def write(temporary: Path) -> None:
+        with open(temporary, "w", newline="") as file:
+            writer = csv.DictWriter(file, list(dict.fromkeys(key for record in records for key in record)))
+            writer.writeheader()
+            writer.writerows(records)
+
+    write_atomically(path, write)
+
+
+def write_sweep(folder: Path, title: str) -> list[Row]:
+    """Writes the result table of a sweep as `sweep.csv`, `sweep.md` and `sweep.png`, and prints it.
+
+    `sweep.csv` has one row for each trial; the other two show means and standard deviations over seeds. Results are
+    those of the validation split.
+
+    Args:
+        folder: The sweep's folder, which contains one run folder for each trial.
+        title: Title of the table and the plot.
+
+    Returns:
+        The rows of the table, the best first; none if no trial has finished.
+
+    Raises:
+        RequestError: The configuration or the result of a trial cannot be read.
+    """
+    if not any(folder.glob("*/summary.json")):
+        return []
+    found = compare(find_runs([folder]))
+    metric = found.metric
+    write_csv(found, folder / "sweep.csv")
+    heading = f"{title}: ranked by {metric}, the {'lowest' if lower_is_better(metric) else 'highest'} first"
+    write_atomically(folder / "sweep.md", lambda path: path.write_text(_markdown(heading, _columns(found, test=False))))
+    rows = [
+        (row.label, row.settings[0] if row.settings else "", int(row.runs[0].results["parameters"]), row.values(metric))
+        for row in found.rows
+        if row.is_finished
+    ]
+    plot_sweep(rows, metric, title, folder / "sweep.png")
+    print(f"\n{printable(heading)}")
+    print_comparison(found)
+    return found.rows
+
+
+def _markdown(heading: str, columns: dict[str, list[str]]) -> str:
+    lines = [f"{heading}; mean ± standard deviation over seeds", "", f"| {' | '.join(columns)} |"]
+    lines.append("|" + "".join(" --- |" if name == "run" else " ---: |" for name in columns))
+    return "\n".join(lines + [f"| {' | '.join(row)} |" for row in zip(*columns.values(), strict=True)]) + "\n"
