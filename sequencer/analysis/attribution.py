@@ -135,9 +135,10 @@ def contributions(model: nn.Module, images: Float[Tensor, "B C0 H0 W0"]) -> Cont
         ValueError: As `check_decomposable`.
     """
     model = check_decomposable(model)
+    children: Any = model  # torch types the children of a module as tensors or modules
+    fc, norm, stages = children.head.fc, children.norm, children.stages
     x = model.forward_embed(images)
     stream = {Part(None, None, "stem"): x}
-    stages: Any = model.stages  # torch types the children of a module as tensors or modules
     for number, stage in enumerate(stages):
         if not isinstance(stage.downsample, nn.Identity):
             stream = _carry(stream, stage.downsample.down)
@@ -150,7 +151,6 @@ def contributions(model: nn.Module, images: Float[Tensor, "B C0 H0 W0"]) -> Cont
             change = block.mlp_channels(block.norm2(x))
             stream[Part(number, index, "mlp")] = change
             x = x + change
-    fc, norm = model.head.fc, model.norm
     deviation = (x.var(dim=-1, correction=0, keepdim=True) + norm.eps).sqrt()
     gain = fc.weight * norm.weight
     values = [

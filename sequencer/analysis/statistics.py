@@ -1,0 +1,247 @@
+"""Statistics of predictions: results of classes with intervals, calibration, label errors, and paired comparisons.
+
+All intervals are at 95%. Shape letters: `N` images, `K` classes.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.optimize import minimize_scalar
+from scipy.stats import binomtest, norm, rankdata
+from torchmetrics.functional.classification import multiclass_calibration_error
+
+Floats = NDArray[np.floating[Any]]
+Integers = NDArray[np.integer[Any]]
+
+BOOTSTRAP_SAMPLES = 2000
+CALIBRATION_BINS = 15  # as in Guo et al. 2017
+
+
+class Interval(NamedTuple):
+    """An estimate with its 95% confidence interval; NaN where it is not defined."""
+
+    value: float
+    low: float
+    high: float
+
+
+UNDEFINED = Interval(math.nan, math.nan, math.nan)
+
+
+class ClassStatistics(NamedTuple):
+    """Results of one class against all others."""
+
+    support: int  # images of this class
+    precision: Interval  # Wilson's score
+    recall: Interval  # Wilson's score
+    f1: Interval  # percentile bootstrap over images
+    auc: Interval  # area under the ROC curve; DeLong's variance
+
+
+class Calibration(NamedTuple):
+    """Confidence against accuracy in bins of equal width, and the temperature that fits these images best."""
+
+    counts: Integers  # images in each bin
+    confidence: Floats  # mean probability of the predicted class in each bin; NaN in an empty one
+    accuracy: Floats  # top-1 of the images in each bin; NaN in an empty one
+    error: float  # expected calibration error
+    temperature: float  # logits divided by it have the least cross-entropy on the same images
+    error_at_temperature: float
+
+
+class PairedComparison(NamedTuple):
+    """Two classifiers on the same images."""
+
+    both_right: int
+    only_first: int
+    only_second: int
+    both_wrong: int
+    difference: Interval  # top-1 of the first minus that of the second; percentile bootstrap over images
+    p_value: float  # McNemar's exact test, two-sided
+
+
+def wilson(hits: int, total: int) -> Interval:
+    """Computes a fraction with its interval by Wilson's score (1927)."""
+    if not total:
+        return UNDEFINED
+    interval = binomtest(hits, total).proportion_ci(method="wilson")
+    return Interval(hits / total, float(interval.low), float(interval.high))
+
+
+def class_statistics(
+    labels: Integers, predicted: Integers, probabilities: Floats, seed: int = 0
+) -> list[ClassStatistics]:
+    """Computes the results of each class.
+
+    Args:
+        labels: `N`.
+        predicted: `N`; -1 for an image without a prediction, whose row of `probabilities` is NaN.
+        probabilities: `N K`.
+        seed: Seed of the bootstrap.
+    """
+    generator = np.random.default_rng(seed)
+    results = []
+    for k in range(probabilities.shape[1]):
+        own, called = labels == k, predicted == k
+        hits, support, calls = int((own & called).sum()), int(own.sum()), int(called.sum())
+        f1 = _f1(hits, calls - hits, support - hits, len(labels), generator)
+        auc = area_under_roc(probabilities[:, k], own)
+        results.append(ClassStatistics(support, wilson(hits, calls), wilson(hits, support), f1, auc))
+    return results
+
+
+def _f1(hits: int, false_calls: int, missed: int, total: int, generator: np.random.Generator) -> Interval:
+    """Computes F1 with its bootstrap interval; resampling images is a multinomial draw of the four counts."""
+    if not hits + false_calls + missed:
+        return UNDEFINED
+    counts = np.array([hits, false_calls, missed, total - hits - false_calls - missed])
+    draws = generator.multinomial(total, counts / total, BOOTSTRAP_SAMPLES)
+    denominators = 2 * draws[:, 0] + draws[:, 1] + draws[:, 2]
+    values = 2 * draws[:, 0] / np.maximum(denominators, 1)
+    return Interval(2 * hits / (2 * hits + false_calls + missed), *_percentiles(values[denominators > 0]))
+
+
+def _percentiles(values: Floats) -> tuple[float, float]:
+    low, high = np.percentile(values, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def area_under_roc(scores: Floats, positive: NDArray[np.bool_]) -> Interval:
+    """Computes the area under the ROC curve, with the interval of DeLong et al. (1988) on the logit scale.
+
+    Args:
+        scores: `N`, larger for images that are taken to be positive; images with NaN are left out.
+        positive: `N`.
+    """
+    finite = ~np.isnan(scores)
+    x, y = scores[finite & positive], scores[finite & ~positive]
+    if not len(x) or not len(y):
+        return UNDEFINED
+    ranks = rankdata(np.concatenate([x, y]))
+    above = (ranks[: len(x)] - rankdata(x)) / len(y)  # for each positive, the share of negatives below it
+    below = 1 - (ranks[len(x) :] - rankdata(y)) / len(x)
+    area = float(above.mean())
+    if min(len(x), len(y)) < 2 or area in (0.0, 1.0):
+        return Interval(area, math.nan, math.nan)
+    deviation = math.sqrt(above.var(ddof=1) / len(x) + below.var(ddof=1) / len(y))
+    logit, width = math.log(area / (1 - area)), norm.ppf(0.975) * deviation / (area * (1 - area))
+    return Interval(area, _sigmoid(logit - width), _sigmoid(logit + width))
+
+
+def _sigmoid(x: float) -> float:
+    return float(1 / (1 + np.exp(-np.clip(x, -700, 700))))
+
+
+def confused_pairs(confusion: Integers) -> list[tuple[int, int, int]]:
+    """Lists `(true class, predicted class, images)` of all confusions, the most frequent first."""
+    rows, columns = np.nonzero(confusion)
+    pairs = [(int(i), int(j), int(confusion[i, j])) for i, j in zip(rows, columns, strict=True) if i != j]
+    return sorted(pairs, key=lambda pair: (-pair[2], pair))
+
+
+def calibration(labels: Integers, probabilities: Floats) -> Calibration:
+    """Compares confidence with accuracy, and fits a temperature (Guo et al. 2017, arXiv 1706.04599).
+
+    Args:
+        labels: `N`, at least one.
+        probabilities: `N K`, finite.
+    """
+    confidence, right = probabilities.max(axis=1), probabilities.argmax(axis=1) == labels
+    # bins are open on the left, as in torchmetrics' error
+    bins = np.clip(np.ceil(confidence * CALIBRATION_BINS).astype(int) - 1, 0, CALIBRATION_BINS - 1)
+    counts = np.bincount(bins, minlength=CALIBRATION_BINS)
+    with np.errstate(invalid="ignore"):
+        mean, accuracy = (
+            np.bincount(bins, values.astype(float), CALIBRATION_BINS) / counts for values in (confidence, right)
+        )
+    logits = np.log(np.maximum(probabilities.astype(float), np.finfo(float).tiny))
+    temperature = _fit_temperature(logits, labels)
+    return Calibration(
+        counts,
+        mean,
+        accuracy,
+        _calibration_error(probabilities, labels),
+        temperature,
+        _calibration_error(_softmax(logits / temperature), labels),
+    )
+
+
+def _softmax(logits: Floats) -> Floats:
+    powers = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return powers / powers.sum(axis=1, keepdims=True)
+
+
+def _calibration_error(probabilities: Floats, labels: Integers) -> float:
+    tensors = torch.from_numpy(np.ascontiguousarray(probabilities)), torch.from_numpy(np.ascontiguousarray(labels))
+    return float(multiclass_calibration_error(*tensors, probabilities.shape[1], n_bins=CALIBRATION_BINS))
+
+
+def _fit_temperature(logits: Floats, labels: Integers) -> float:
+    """Fits the temperature between 1/20 and 20 at which the mean cross-entropy is least."""
+
+    def loss(log_temperature: float) -> float:
+        scaled = logits / math.exp(log_temperature)
+        shift = scaled.max(axis=1)
+        own = scaled[np.arange(len(labels)), labels]
+        return float((shift + np.log(np.exp(scaled - shift[:, None]).sum(axis=1)) - own).mean())
+
+    found = minimize_scalar(loss, bounds=(-math.log(20), math.log(20)), method="bounded")
+    return math.exp(float(found.x))
+
+
+def label_errors(labels: Integers, probabilities: Floats, mirrored: Floats) -> Integers:
+    """Finds images whose label is probably wrong: the model is confident in another class, mirrored as well.
+
+    Confident is a probability of at least the mean that the images labelled as that class have (confident learning,
+    Northcutt et al. 2021, arXiv 1911.00068), in both orientations.
+
+    Args:
+        labels: `N`.
+        probabilities: `N K`.
+        mirrored: `N K`, those of the mirror images.
+
+    Returns:
+        Indices of the images, the most confident first.
+    """
+    K = probabilities.shape[1]
+    own = labels[:, None] == np.arange(K)
+    means = [probabilities[own[:, k], k].mean() if own[:, k].any() else np.inf for k in range(K)]
+    predicted = probabilities.argmax(axis=1)
+    confidence = np.minimum(*(p[np.arange(len(labels)), predicted] for p in (probabilities, mirrored)))
+    suspect = (
+        (predicted != labels) & (mirrored.argmax(axis=1) == predicted) & (confidence >= np.array(means)[predicted])
+    )
+    found = np.flatnonzero(suspect)
+    return found[np.argsort(-confidence[found], kind="stable")]
+
+
+def compare_paired(first: NDArray[np.bool_], second: NDArray[np.bool_], seed: int = 0) -> PairedComparison:
+    """Compares two classifiers by which of the same images each classifies correctly.
+
+    Args:
+        first: `N`, whether the first classifier is right.
+        second: `N`, whether the second classifier is right.
+        seed: Seed of the bootstrap.
+    """
+    total = len(first)
+    cells = (first & second, first & ~second, ~first & second, ~first & ~second)
+    a, b, c, d = (int(cell.sum()) for cell in cells)
+    if not total:
+        return PairedComparison(0, 0, 0, 0, UNDEFINED, math.nan)
+    draws = np.random.default_rng(seed).multinomial(total, np.array([a, b, c, d]) / total, BOOTSTRAP_SAMPLES)
+    low, high = _percentiles((draws[:, 1] - draws[:, 2]) / total)
+    p_value = float(binomtest(b, b + c).pvalue) if b + c else 1.0
+    return PairedComparison(a, b, c, d, Interval((b - c) / total, low, high), p_value)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Adjusts p-values for several tests by Holm's step-down method (1979)."""
+    order = np.argsort(p_values)
+    steps = np.array(p_values)[order] * np.arange(len(p_values), 0, -1)
+    adjusted = np.empty(len(p_values))
+    adjusted[order] = np.minimum(np.maximum.accumulate(steps), 1)
+    return [float(value) for value in adjusted]
