@@ -108,7 +108,7 @@ def plot_curves(metrics_csv: Path, output: Path, best_epoch: int) -> Figure:
         margin = 0.5 if len(epochs) == 1 else 0.03 * (epochs[-1] - epochs[0])
         axes.set_xlim(epochs[0] - margin, epochs[-1] + margin)
         axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
-    _save(figure, output)
+    save(figure, output)
     return figure
 
 
@@ -185,7 +185,7 @@ def plot_growth(records: Sequence[dict[str, Any]], output: Path) -> Figure:
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             axes.yaxis.set_minor_formatter(NullFormatter())
     panels[0][0].legend()
-    _save(figure, output)
+    save(figure, output)
     return figure
 
 
@@ -231,7 +231,7 @@ def plot_sweep(rows: Sequence[tuple[str, str, int, Sequence[float]]], metric: st
             axes[1].plot(*zip(*points, strict=True), line, color=colours[family], markersize=7, markeredgecolor="white")
         _scale_parameters(axes[1], [parameters for _, _, parameters, _ in rows])
         axes[1].yaxis.set_major_formatter(as_text)
-    _save(figure, output)
+    save(figure, output)
     return figure
 
 
@@ -292,7 +292,7 @@ def plot_confusion(confusion: ArrayLike, class_names: Sequence[str], output: Pat
     result = f"top-1 {counts.trace() / total:.2%} of {total:,} images" if total else "no image has a prediction"
     axes.set_title(_drawable(title), pad=24)
     axes.annotate(result, (0, 1), (0, 8), xycoords="axes fraction", textcoords="offset points")
-    _save(figure, output)
+    save(figure, output)
     return figure
 
 
@@ -344,5 +344,6 @@ def _add_colour_bar(figure: Figure, axes: Axes, image: Any, numbered: bool) -> N
     bar.outline.set_visible(False)  # type: ignore[operator]  # a Spine, which the stubs type as a function
 
 
-def _save(figure: Figure, output: Path) -> None:
+def save(figure: Figure, output: Path) -> None:
+    """Writes a figure in the format of the suffix of `output`."""
     write_atomically(output, lambda path: figure.savefig(path, format=output.suffix[1:]))

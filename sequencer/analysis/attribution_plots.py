@@ -1,0 +1,159 @@
+"""Pictures of evidence maps and of the contributions of scan directions."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from matplotlib import colormaps, rc_context
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from numpy.typing import NDArray
+
+from sequencer.analysis.attribution import Part
+from sequencer.analysis.plots import BLUE, INK, STYLE, VERMILION, Array, save
+from sequencer.printing import printable
+
+# blue speaks against a class and red for it; distinguishable with all common types of colour vision
+SIGNED = "RdBu_r"
+DARKEST = 0.4  # brightness of black pixels below a map, so that its colours are seen there too
+
+
+class EvidenceRow(NamedTuple):
+    """An image with the maps that are drawn beside it."""
+
+    image: NDArray[np.uint8]  # `H0 W0 3`
+    title: str
+    maps: list[tuple[str, Array]]  # caption and `H W`
+
+
+def overlay(image: NDArray[np.uint8], values: Array, limit: float) -> NDArray[np.uint8]:
+    """Colours the brightened grey version of an image by a signed map.
+
+    Args:
+        image: `H0 W0 3`.
+        values: `H W`, enlarged to the image without smoothing, since each cell is one token.
+        limit: Absolute value that gets the strongest colour.
+
+    Returns:
+        An image `H0 W0 3`.
+    """
+    height, width = image.shape[:2]
+    rows = np.arange(height) * values.shape[0] // height
+    columns = np.arange(width) * values.shape[1] // width
+    scaled = np.clip(values[np.ix_(rows, columns)] / (limit or 1), -1, 1)
+    grey = image / 255 @ np.array([0.299, 0.587, 0.114])  # luma of ITU-R 601
+    brightness = DARKEST + (1 - DARKEST) * grey[..., None]
+    return np.round(255 * brightness * colormaps[SIGNED](0.5 + 0.45 * scaled)[..., :3]).astype(np.uint8)
+
+
+@rc_context(STYLE | {"axes.grid": False})
+def plot_evidence(rows: Sequence[EvidenceRow], output: Path) -> Figure:
+    """Plots evidence maps over their images, one row for each image.
+
+    Args:
+        rows: The images, all with the same number of maps.
+        output: The image file that is written; its suffix decides the format.
+
+    Returns:
+        The figure.
+    """
+    columns = 1 + len(rows[0].maps)
+    side_by_side = 1 if len(rows) < 3 else 2  # images
+    lines = -(-len(rows) // side_by_side)
+    size = (2.2 * columns * side_by_side, 2.5 * lines + 0.9)
+    figure = Figure(figsize=size, layout=ConstrainedLayoutEngine(h_pad=0.08))
+    panels = figure.subplots(lines, columns * side_by_side, squeeze=False).reshape(-1, columns)
+    for unused in panels[len(rows) :].flat:
+        unused.set_axis_off()
+    for row, axes in zip(rows, panels, strict=False):
+        limit = max(float(np.abs(values).max()) for _, values in row.maps)
+        axes[0].imshow(row.image, interpolation="nearest")
+        axes[0].set_title(printable(row.title), fontsize=8.5, fontweight="normal")
+        for panel, (caption, values) in zip(axes[1:], row.maps, strict=True):
+            panel.imshow(overlay(row.image, values, limit), interpolation="nearest")
+            panel.set_title(printable(caption), fontsize=8.5, fontweight="normal")
+        for panel in axes:
+            panel.set_axis_off()
+    figure.supxlabel(
+        "Share of each token in a logit; red speaks for the class, blue against it, on one scale per row.\n"
+        "The shares and the bias sum to the logit. Tokens are mixed by then: a map shows where the evidence lies,\n"
+        "not what was looked at.",
+        fontsize=8,
+        color=INK,
+        x=0.01,
+        ha="left",
+    )
+    save(figure, output)
+    return figure
+
+
+@rc_context(STYLE | {"axes.grid": False})
+def plot_directions(parts: Sequence[Part], values: Array, title: str, output: Path) -> Figure:
+    """Plots what the directions, biases and MLPs of all blocks contribute to a logit or a difference of logits.
+
+    The left panel has a row for each block and a column for each source. The right panel has the sums over the blocks,
+    with the stem and the head.
+
+    Args:
+        parts: As in `Contributions`.
+        values: One value for each part.
+        title: Title of the figure.
+        output: The image file that is written; its suffix decides the format.
+
+    Returns:
+        The figure.
+    """
+    blocks = list(dict.fromkeys((part.stage, part.block) for part in parts if part.stage is not None))
+    columns = list(dict.fromkeys(part.source for part in parts if part.stage is not None))
+    table = np.full((len(blocks), len(columns)), np.nan)
+    totals: dict[str, float] = {}
+    for part, value in zip(parts, values, strict=True):
+        totals[part.source] = totals.get(part.source, 0.0) + float(value)
+        if part.stage is not None:
+            table[blocks.index((part.stage, part.block)), columns.index(part.source)] = value
+    size = (3.4 + 0.75 * len(columns) + 3.2, 2.1 + 0.3 * max(len(blocks), len(totals)))
+    figure = Figure(figsize=size, layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1))
+    left, right = figure.subplots(1, 2, width_ratios=[2.2 + 0.75 * len(columns), 3.2])
+    limit = float(np.nanmax(np.abs(table))) or 1.0
+    colours = colormaps[SIGNED].with_extremes(bad="#eeeeee")
+    image = left.imshow(table, cmap=colours, vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest")
+    for (row, column), value in np.ndenumerate(table):
+        if np.isfinite(value):
+            colour = "white" if abs(value) > 0.6 * limit else INK
+            left.text(column, row, _signed(value), ha="center", va="center", fontsize=7.5, color=colour)
+    left.set_xticks(range(len(columns)), columns, rotation=30, ha="right")
+    left.set_yticks(range(len(blocks)), [_name(*block) for block in blocks])
+    left.tick_params(length=0)
+    figure.colorbar(image, ax=left, shrink=0.8, aspect=25).set_label("contribution, in logits")
+    _draw_totals(right, totals)
+    figure.suptitle(printable(title), x=0.01, ha="left", fontsize=11, fontweight="bold")
+    save(figure, output)
+    return figure
+
+
+def _draw_totals(axes: Any, totals: dict[str, float]) -> None:
+    names, sums = list(totals), list(totals.values())
+    axes.barh(range(len(names)), sums, color=[VERMILION if value > 0 else BLUE for value in sums], height=0.6)
+    axes.set_yticks(range(len(names)), names)
+    axes.tick_params(axis="y", length=0)
+    axes.spines["left"].set_visible(False)
+    axes.invert_yaxis()
+    axes.axvline(0, color=INK, linewidth=0.8)
+    low, high = min(0.0, *sums), max(0.0, *sums)
+    room = 0.3 * (high - low or 1)  # for the numbers
+    axes.set_xlim(low - (room if low else 0), high + room)
+    for number, value in enumerate(sums):
+        side = 1 if value >= 0 else -1
+        place = {"xytext": (4 * side, 0), "ha": "left" if value >= 0 else "right", "va": "center"}
+        axes.annotate(_signed(value), (value, number), textcoords="offset points", fontsize=8, **place)
+    axes.set_title(f"sums over blocks: together {_signed(sum(sums))}", fontsize=9, fontweight="normal")
+    axes.set_xlabel("logits")
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.2f}" if abs(value) >= 0.005 else "0.00"
+
+
+def _name(stage: int | None, block: int | None) -> str:
+    return f"stage {stage}, downsampling" if block is None else f"stage {stage}, block {block}"
