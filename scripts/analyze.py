@@ -8,7 +8,6 @@ Each command prints a table and writes a picture and the numbers behind it. Both
 tokens, or the contributions of all parts of the model, sum to the logit.
 """
 
-import csv
 import os
 import sys
 from argparse import Namespace, RawDescriptionHelpFormatter
@@ -24,7 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sequencer.config.errors import RequestError
-from sequencer.files import write_atomically
+from sequencer.files import write_atomically, write_csv
 from sequencer.printing import printable
 
 if TYPE_CHECKING:
@@ -165,17 +164,17 @@ def evidence(args: Namespace) -> int:
             for i, path in enumerate(batch.paths):
                 names = subject.named(batch.order[i])
                 of_map, of_random = (area[:, i] for area in areas)
-                table.append((path, *names, float(probabilities[i, batch.order[i, 0]]), *of_map, *of_random))
+                table.append((printable(path), *names, float(probabilities[i, batch.order[i, 0]]), *of_map, *of_random))
                 own, margin = first[i].double().cpu().numpy(), (first - second)[i].double().cpu().numpy()
                 arrays.append((own, margin))
                 if len(drawn) < MOST_DRAWN:
-                    title = f"{os.path.basename(path)}: {names[0]} {table[-1][3]:.1%}"
+                    title = f"{os.path.basename(table[-1][0])}: {names[0]} {table[-1][3]:.1%}"
                     captions = (f"for {names[0]}", f"for {names[0]} against {names[1]}")
                     drawn.append(EvidenceRow(batch.pixels[i], title, list(zip(captions, arrays[-1], strict=True))))
         header = ("image", "predicted", "runner_up", "probability", "deletion", "insertion")
-        _write_csv(output / "evidence.csv", (*header, "random_deletion", "random_insertion"), table)
+        write_csv(output / "evidence.csv", (*header, "random_deletion", "random_insertion"), table)
         predicted, margin = (np.stack(values) for values in zip(*arrays, strict=True))
-        images = np.array([printable(row[0]) for row in table])
+        images = np.array([row[0] for row in table])
         _write_npz(output / "evidence.npz", {"image": images, "predicted": predicted, "margin": margin})
         plot_evidence(drawn, output / "evidence.png")
     shown = Table("image", "predicted", "runner-up", caption="in brackets: tokens in random order")
@@ -183,7 +182,7 @@ def evidence(args: Namespace) -> int:
         shown.add_column(name, justify="right", no_wrap=True)
     for path, predicted, runner_up, p, deletion, insertion, random_deletion, random_insertion in table[:MOST_DRAWN]:
         curves = (f"{a:.0%} ({b:.0%})" for a, b in ((deletion, random_deletion), (insertion, random_insertion)))
-        shown.add_row(Text(printable(os.path.basename(path))), f"{predicted} {p:.1%}", runner_up, *curves)
+        shown.add_row(Text(os.path.basename(path)), f"{predicted} {p:.1%}", runner_up, *curves)
     means = np.mean([row[4:] for row in table], axis=0)
     return _finish(
         subject,
@@ -219,12 +218,12 @@ def directions(args: Namespace) -> int:
             own, other = (found.values[each, :, batch.order[:, i]].double().cpu().numpy() for i in (0, 1))
             for i, path in enumerate(batch.paths):
                 margins.append(own[i] - other[i])
-                about = (path, *subject.named(batch.order[i]))
+                about = (printable(path), *subject.named(batch.order[i]))
                 for part, values in zip(found.parts, zip(own[i], margins[-1], strict=True), strict=True):
                     place = ("" if index is None else index for index in part[:2])
                     rows.append((*about, *place, part.source, *values))
         header = ("image", "predicted", "runner_up", "stage", "block", "source", "logit", "margin")
-        _write_csv(output / "directions.csv", header, rows)
+        write_csv(output / "directions.csv", header, rows)
         mean = np.mean(margins, axis=0)
         title = f"Logit of the predicted class above the runner-up, mean over images (number: {len(margins):,})"
         plot_directions(found.parts, mean, title, output / "directions.png")
@@ -236,16 +235,6 @@ def directions(args: Namespace) -> int:
     for source, value in (sums | {"together": sum(sums.values())}).items():
         shown.add_row(source, f"{value:+.3f}")
     return _finish(subject, shown, 0, "", [output / f"directions.{suffix}" for suffix in ("png", "csv")])
-
-
-def _write_csv(path: Path, header: tuple[str, ...], rows: list[tuple[Any, ...]]) -> None:
-    def to_file(path: Path) -> None:
-        with open(path, "w", encoding="utf-8", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(header)
-            writer.writerows([printable(row[0]), *row[1:]] for row in rows)
-
-    write_atomically(path, to_file)
 
 
 def _write_npz(path: Path, arrays: dict[str, np.ndarray[Any, Any]]) -> None:

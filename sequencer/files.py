@@ -1,12 +1,13 @@
 """Files and folders: written atomically with errors that name the file, checked to be regular, listed once."""
 
+import csv
 import errno
 import fcntl
 import json
 import math
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -107,6 +108,18 @@ def _lock(file: IO[bytes]) -> None:
         raise OSError("another process is writing it") from None
     except OSError:
         pass
+
+
+def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Writes a CSV file in UTF-8, with lines that end as RFC 4180 has them."""
+
+    def to_file(path: Path) -> None:
+        with open(path, "w", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(header)
+            writer.writerows(rows)
+
+    write_atomically(path, to_file)
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -4,16 +4,19 @@ from sequencer.evaluation.inputs import check_img_size, data_section, data_setti
 from sequencer.evaluation.loop import FlipAveraged, evaluate
 from sequencer.evaluation.metrics import ClassificationMetrics, ClassResult, Outcome, describe_unpredicted, metric_names
 from sequencer.evaluation.prediction import Prediction, find_images, predict, readable_names
+from sequencer.evaluation.predictions import Collector, Predictions
 from sequencer.evaluation.split import Evaluation, describe_setting, evaluate_model, evaluation_data
 from sequencer.evaluation.writing import write_evaluation
 
 __all__ = [
     "ClassResult",
     "ClassificationMetrics",
+    "Collector",
     "Evaluation",
     "FlipAveraged",
     "Outcome",
     "Prediction",
+    "Predictions",
     "check_img_size",
     "data_section",
     "data_settings",

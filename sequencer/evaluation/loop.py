@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sequencer import distributed
 from sequencer.evaluation.metrics import ClassificationMetrics, Outcome, outcomes
+from sequencer.evaluation.predictions import Collector
 
 Batches = Iterable[tuple[Tensor, Tensor, Tensor]]
 
@@ -23,6 +24,7 @@ def evaluate(
     num_classes: int,
     device: torch.device | str,
     found: list[Outcome] | None = None,
+    collector: Collector | None = None,
 ) -> ClassificationMetrics:
     """Evaluates `model` on every batch of `loader`; in a distributed job every rank must call it.
 
@@ -33,6 +35,7 @@ def evaluate(
         loader: Batches of images `B C H W`, int64 labels `B` and indices `B`: this rank's share of the split.
         num_classes: K.
         found: If given, the outcome of every image of all ranks is appended to it, ordered by index.
+        collector: If given, it gets the probabilities of this rank's images.
 
     Returns:
         The metrics over the images of all ranks, on `device`.
@@ -47,6 +50,8 @@ def evaluate(
             continue
         logits, labels = model(images.to(device, non_blocking=True)), labels.to(device, non_blocking=True)
         metrics.update(logits, labels)
+        if collector is not None:
+            collector.add(logits, labels, indices)
         if found is not None:
             own += outcomes(logits, labels, indices)
     metrics.merge_processes()

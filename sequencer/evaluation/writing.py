@@ -1,12 +1,9 @@
 """The files of an evaluation: evaluation.json, per_class.csv and predictions.csv."""
 
-import csv
-from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 from sequencer.evaluation.split import Evaluation
-from sequencer.files import write_atomically, write_json
+from sequencer.files import write_csv, write_json
 from sequencer.printing import printable
 
 
@@ -26,17 +23,7 @@ def write_evaluation(evaluation: Evaluation, folder: Path, model: str) -> None:
     for image, label, predicted, probability, rank in evaluation.outcomes:
         answer = ("", "", "") if predicted is None else (names[predicted], f"{probability:.6f}", rank)
         rows.append((printable(evaluation.ids[image]), names[label], *answer))
-    _write_csv(folder / "predictions.csv", ("id", "class", "predicted", "probability", "rank"), rows)
+    write_csv(folder / "predictions.csv", ("id", "class", "predicted", "probability", "rank"), rows)
     classes = [(printable(row.name), *row[1:]) for row in evaluation.per_class]
-    _write_csv(folder / "per_class.csv", ("class", "support", "precision", "recall"), classes)
+    write_csv(folder / "per_class.csv", ("class", "support", "precision", "recall"), classes)
     write_json(folder / "evaluation.json", {"model": model} | evaluation.record())
-
-
-def _write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    def to_file(path: Path) -> None:
-        with open(path, "w", encoding="utf-8", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(header)
-            writer.writerows(rows)
-
-    write_atomically(path, to_file)

@@ -1,0 +1,144 @@
+"""Charts of the page as SVG whose colours follow the page, with the numbers that its script shows under the pointer."""
+
+import io
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from sequencer.analysis.plots import BLUE, GREEN, GREY, STYLE, VERMILION, Array
+from sequencer.analysis.statistics import Calibration
+
+SIZE = (4.2, 2.6)  # inches
+SVG_STYLE: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": "report", "savefig.facecolor": "none"}
+SVG_STYLE |= {"axes.facecolor": "none"}
+STYLED = STYLE | SVG_STYLE
+
+
+class Series(NamedTuple):
+    """A line of a chart."""
+
+    name: str
+    values: Array
+    colour: str
+
+
+class Chart(NamedTuple):
+    """An SVG with what the page's script needs to show the values under the pointer."""
+
+    title: str
+    svg: str
+    legend: list[tuple[str, str]]  # names and colours of its lines
+    pointer: dict[str, Any]  # left, right: x in the SVG of the first and last position; rows of values as text
+
+
+def line_chart(title: str, x: Array, series: Sequence[Series], unit: str = "", mark: float | None = None) -> Chart:
+    """Draws lines over epochs.
+
+    Args:
+        title: Title, and the accessible name of the picture.
+        x: Epochs, counted from 1.
+        series: Lines of the same length; a value that is not finite leaves a gap.
+        unit: `%` for fractions, `s`, or empty.
+        mark: Epoch that a vertical line marks.
+    """
+    with rc_context(STYLED):
+        figure = Figure(figsize=SIZE, layout=ConstrainedLayoutEngine())
+        axes = figure.subplots()
+        for line in series:
+            axes.plot(x, line.values, color=line.colour, marker="o" if len(x) == 1 else "", markersize=4)
+        if mark is not None:
+            axes.axvline(mark, color=GREY, linewidth=0.8, linestyle=":")
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
+        axes.yaxis.set_major_locator(MaxNLocator(5))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _text(value, unit)))
+        axes.set_xlabel("epoch")
+        if len(x) == 1:
+            axes.set_xlim(x[0] - 1, x[0] + 1)
+        svg, left, right = _render(figure, axes, float(x[0]), float(x[-1]), title)
+    rows = [[f"epoch {int(epoch)}", *(_text(line.values[i], unit, 4) for line in series)] for i, epoch in enumerate(x)]
+    legend = [(line.name, line.colour) for line in series]
+    pointer = {"left": left, "right": right, "rows": rows, "names": [name for name, _ in legend]}
+    return Chart(title, svg, legend, pointer)
+
+
+def reliability_chart(found: Calibration) -> Chart:
+    """Draws the accuracy of each bin over its mean confidence; the area of a dot is its share of the images."""
+    title = "Reliability diagram"
+    with rc_context(STYLED):
+        figure = Figure(figsize=(3.6, 3.4), layout=ConstrainedLayoutEngine())
+        axes = figure.subplots()
+        axes.plot([0, 1], [0, 1], color=GREY, linewidth=0.8, linestyle="--")
+        filled = found.counts > 0
+        areas = 20 + 300 * found.counts[filled] / found.counts.sum()
+        axes.plot(found.confidence[filled], found.accuracy[filled], color=BLUE)
+        axes.scatter(found.confidence[filled], found.accuracy[filled], s=areas, color=BLUE, alpha=0.6, linewidths=0)
+        axes.set_xlabel("mean probability of the predicted class")
+        axes.set_ylabel("top-1 accuracy")
+        axes.set_xlim(0, 1.02)
+        axes.set_ylim(0, 1.02)
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.0f}%"))
+        middle = 0.5 / len(found.counts)
+        svg, left, right = _render(figure, axes, middle, 1 - middle, title)
+    rows: list[list[str]] = []
+    for count, confidence, accuracy in zip(found.counts, found.confidence, found.accuracy, strict=True):
+        values = [_text(confidence, "%", 4), _text(accuracy, "%", 4), f"{count:,}"]
+        rows.append([f"bin {len(rows) + 1} of {len(found.counts)}", *values])
+    pointer = {"left": left, "right": right, "rows": rows, "names": ["confidence", "accuracy", "images"]}
+    return Chart(title, svg, [("images of a bin", BLUE)], pointer)
+
+
+def run_charts(columns: dict[str, Array], best_epoch: int) -> list[Chart]:
+    """Draws the curves of a run from the columns of its `metrics.csv`; a column that is missing leaves its line out.
+
+    Args:
+        columns: Values by name, one for each epoch.
+        best_epoch: Epoch of the weights that were kept, counted from 1.
+    """
+    x = columns["epoch"]
+    charts = (
+        ("Loss", "", (("train/loss", "training", GREY), ("val/loss", "validation", BLUE))),
+        ("Top-1 accuracy", "%", (("train/top1", "training", GREY), ("val/top1", "validation", BLUE))),
+        ("Learning rate", "", (("lr", "learning rate", GREEN),)),
+        ("Gradient norm", "", (("train/grad_norm", "mean over updates", GREEN),)),
+        (
+            "Seconds of an epoch",
+            "s",
+            (("time/step_s", "training steps", BLUE), ("time/data_s", "waiting for data", GREY)),
+        ),
+    )
+    found = []
+    for title, unit, lines in charts:
+        ema = [(name.replace("val/", "val_ema/"), "validation, EMA", VERMILION) for name, *_ in lines if "val/" in name]
+        series = [Series(text, columns[name], colour) for name, text, colour in [*lines, *ema] if name in columns]
+        series = [line for line in series if np.isfinite(line.values).any()]
+        if series:
+            found.append(line_chart(title, x, series, unit, best_epoch))
+    return found
+
+
+def _text(value: float, unit: str, digits: int = 3) -> str:
+    if not np.isfinite(value):
+        return "-"
+    return f"{100 * value:.{digits}g}%" if unit == "%" else f"{value:.{digits}g}{' s' if unit else ''}"
+
+
+def _render(figure: Figure, axes: Axes, first: float, last: float, title: str) -> tuple[str, float, float]:
+    """Renders a figure; returns the SVG and the x coordinates in it of two positions of the axes."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    width = figure.get_figwidth() * 72
+    ends = axes.transData.transform([(first, 0), (last, 0)])[:, 0] / figure.bbox.width * width
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'(<g|<path) id="(?!m|p)[^"]*"', r"\1", svg)  # ids of groups would be repeated in the page
+    svg = re.sub(r'^<svg [^>]*viewBox="([^"]*)"[^>]*>', rf'<svg viewBox="\1" role="img" aria-label="{title}">', svg)
+    return svg, float(ends[0]), float(ends[1])

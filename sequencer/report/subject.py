@@ -1,0 +1,72 @@
+"""A finished run as the page shows it."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from sequencer.config.schema import Config
+from sequencer.data import Split, eval_transform, has_test_split, open_split, train_transform
+from sequencer.evaluation import Collector, Predictions, evaluate
+from sequencer.models import LoadedModel
+
+ORIGIN = "origin.json"  # in a run folder: the command, and the source of each value
+
+
+@dataclass
+class Subject:
+    """A finished run, and what its page is made of."""
+
+    config: Config
+    summary: dict[str, Any]  # of `summary.json`
+    origin: dict[str, Any]  # of `origin.json`; empty if there is none
+    facts: dict[str, str]  # commit, versions and hardware
+    model: nn.Module  # in eval mode, on `device`
+    device: torch.device
+    split_name: Literal["val", "test"]
+    split: Split  # the images that it was evaluated on
+    train: Split  # with the transforms of training
+    predictions: Predictions  # of `split`
+
+
+def evaluate_run(
+    config: Config, summary: dict[str, Any], loaded: LoadedModel, device: torch.device, run_dir: Path
+) -> Subject:
+    """Evaluates the model of a finished run for its page.
+
+    Args:
+        config: Of the run.
+        summary: The content of its `summary.json`.
+        loaded: Its model.
+        device: Where the model is evaluated.
+        run_dir: Its folder.
+
+    Raises:
+        RequestError: A split is missing.
+    """
+    name: Literal["val", "test"] = "test" if has_test_split(config.data) else "val"
+    split = open_split(config.data, name, eval_transform(config.data))
+    train = open_split(config.data, "train", train_transform(config.data))
+    model = loaded.model.to(device)
+    collector = Collector(len(split), len(split.class_names))
+    evaluate(model, split.evaluation_loader(config.data), len(split.class_names), device, collector=collector)
+    about = loaded.about
+    facts = {"commit": about.get("commit") or "not known", "versions": _joined(about.get("versions") or {})}
+    origin = read_origin(run_dir)
+    return Subject(config, summary, origin, facts, model, device, name, split, train, collector.predictions())
+
+
+def read_origin(run_dir: Path) -> dict[str, Any]:
+    """Reads `origin.json` of a run; empty if there is none that can be read."""
+    try:
+        content = json.loads((run_dir / ORIGIN).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _joined(versions: dict[str, str]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in versions.items())
