@@ -15,7 +15,7 @@ from sequencer.config.hydra_internals import ask_hydra, run_hydra
 from sequencer.config.preflight import check_request, name_runs
 from sequencer.config.request import Request, refuse_sweep, request, resume_request
 from sequencer.config.schema import Config
-from sequencer.config.sources import Sources
+from sequencer.config.sources import Sources, describe_origin
 from sequencer.config.sweep import Sweep, Trials, check_trials, prepare_sweep, start_folder
 from sequencer.console import say
 from sequencer.output import drop_unread_output
@@ -27,7 +27,7 @@ def main(command: CommandLine) -> None:
         return ask_hydra(trial, command.flags, command.flags.overrides, command.files)
     check_restarts(command)
     if command.resume:
-        return train(resume_request(command))
+        return train(resume_request(command), command)
     try:
         composed = command.compose()
     except RequestError:
@@ -44,14 +44,14 @@ def main(command: CommandLine) -> None:
     name_runs(config)
     if command.plan:
         return show_plan(command, config)
-    return train(request(config))
+    return train(request(config), command)
 
 
-def train(wanted: Request) -> None:
+def train(wanted: Request, command: CommandLine) -> None:
     check_request(wanted.config, wanted.resume)
     from sequencer.training import run  # imports torch
 
-    run(wanted.config, resume=wanted.resume)
+    run(wanted.config, wanted.resume, {} if wanted.resume else describe_origin(command))
 
 
 def show_plan(command: CommandLine, config: Config, trials: int = 1) -> None:

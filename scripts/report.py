@@ -41,15 +41,15 @@ def work(args: Namespace) -> None:
         raise RequestError(f"{run_dir} has no result: python train.py resume={run_dir} finishes the run")
 
     from sequencer.evaluation import evaluation_data
-    from sequencer.report import evaluate_run, write_report
+    from sequencer.report import open_subject, write_report
 
     args.arch = args.slot = None
     args.trust = False
     loaded = load(args.run, args)
     data = evaluation_data(loaded, root=args.data_root)
     config.data.root = data.root
-    subject = evaluate_run(config, summary, loaded, pick_device(args.device), run_dir)
-    page = write_report(subject, run_dir, args.receptive_fields)
+    subject, predictions = open_subject(config, summary, loaded, pick_device(args.device), run_dir)
+    page = write_report(subject, predictions, run_dir, args.receptive_fields)
     Console(highlight=False, markup=False).print(f"written: {printable(page)}", soft_wrap=True)
 
 

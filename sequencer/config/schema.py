@@ -258,6 +258,7 @@ class LoggerConfig:
     """Loggers besides metrics.csv, which every run writes."""
 
     wandb: bool = knob(False, "log to Weights & Biases: online if an API key is set, otherwise offline", on_resume=True)
+    report: bool = knob(True, "write report.html, the page of the run, at its end", on_resume=True)
     tensorboard: bool = knob(False, "write TensorBoard event files into the run folder", on_resume=True)
     project: str = knob("sequencer", "W&B project", on_resume=True)
     entity: str | None = knob(None, "W&B user or team; null takes the account's default", on_resume=True)

@@ -59,3 +59,12 @@ class Sources:
 def _shown(path: Path, main: Path) -> str:
     """Returns the path that is shown: `conf/...` for the project's files, the given path for a user's file."""
     return str(Path("conf", path.relative_to(main))) if path.is_relative_to(main) else str(path)
+
+
+def describe_origin(command: CommandLine) -> dict[str, Any]:
+    """Describes where a run comes from: the command that repeats it, and the source of each value but the defaults."""
+    found = Sources(command)
+    places = {key: found[key] for key in DEFAULTS if found[key] != SCHEMA}
+    others = [o.input_line for o in command.overrides if o.key_or_group not in ("run_dir", "hydra.mode")]
+    folder = [f"--config-dir={command.files.extra}"] if command.files.extra else []
+    return {"command": ["python", "train.py", *folder, *others], "sources": places}

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from sequencer.machine import peak_memory, timed
 from sequencer.measure.contenders import Contender
-from sequencer.measure.machine import peak_memory, timed
 from sequencer.ops import configure
 from sequencer.printing import first_line
 

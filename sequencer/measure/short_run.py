@@ -9,7 +9,7 @@ import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback
 
 from sequencer.config.schema import Config
-from sequencer.measure.machine import now
+from sequencer.machine import now
 
 
 def without_end(config: Config, run_dir: Path, **trainer: Any) -> Config:

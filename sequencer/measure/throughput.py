@@ -16,7 +16,7 @@ from torch import nn
 
 from sequencer.config.schema import Config
 from sequencer.data import DataModule, MemorySplit
-from sequencer.measure.machine import now
+from sequencer.machine import now
 from sequencer.measure.short_run import Clock, without_end
 from sequencer.training.launch import training_device
 from sequencer.training.optim import build_optimizer, build_schedule

@@ -1,6 +1,6 @@
 """The page of a run: what happened, where it fails, and where the evidence lay."""
 
 from sequencer.report.page import write_report
-from sequencer.report.subject import Subject, evaluate_run
+from sequencer.report.subject import ORIGIN, Subject, make_subject, open_subject
 
-__all__ = ["Subject", "evaluate_run", "write_report"]
+__all__ = ["ORIGIN", "Subject", "make_subject", "open_subject", "write_report"]

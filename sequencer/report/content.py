@@ -290,5 +290,5 @@ def label_error_cards(
     return found
 
 
-def percent(value: float) -> str:
+def percent(value: float | np.floating[Any]) -> str:
     return f"{100 * float(value):.1f}%"

@@ -68,11 +68,12 @@ SECTIONS = (
 )
 
 
-def write_report(subject: Subject, run_dir: Path, fields: bool = False) -> Path:
+def write_report(subject: Subject, predictions: Predictions, run_dir: Path, fields: bool = False) -> Path:
     """Writes `report.html` and the folder `report/` of a run.
 
     Args:
         subject: The run.
+        predictions: Of its model, for `subject.split`.
         run_dir: Its folder, with `metrics.csv` and, where there are any, `train.log` and `bad_samples.csv`.
         fields: Whether to compute receptive fields also for images above 64 px, a backward pass for each token.
 
@@ -81,7 +82,7 @@ def write_report(subject: Subject, run_dir: Path, fields: bool = False) -> Path:
     """
     numbers = run_dir / "report"
     numbers.mkdir(exist_ok=True)
-    found, names = subject.predictions, [printable(name) for name in subject.split.class_names]
+    found, names = predictions, [printable(name) for name in subject.split.class_names]
     ids = [printable(identity) for identity in subject.split.ids]
     confusion = confusion_matrix(found, len(names))
     classes = class_statistics(found.labels, found.predicted, found.probabilities)
@@ -101,7 +102,7 @@ def write_report(subject: Subject, run_dir: Path, fields: bool = False) -> Path:
     context = {
         "title": f"{subject.config.name}: {subject.config.model.name}",
         "subtitle": f"{_split_text(subject.split_name)} of {subject.config.data.name}, {len(found.labels):,} images",
-        "figures": _figures(subject, calibrated),
+        "figures": _figures(subject, found, calibrated),
         "facts": _facts(subject),
         "command": _command(subject),
         "sections": SECTIONS,
@@ -157,9 +158,8 @@ def read_columns(metrics_csv: Path) -> dict[str, Any]:
     return {name: np.array([float(row[name] or "nan") for row in rows]) for name in (rows[0] if rows else ())}
 
 
-def _figures(subject: Subject, calibrated: Calibration | None) -> list[tuple[str, str, str]]:
+def _figures(subject: Subject, found: Predictions, calibrated: Calibration | None) -> list[tuple[str, str, str]]:
     """Name, value and note of the key figures."""
-    found = subject.predictions
     top1 = wilson(int((found.predicted == found.labels).sum()), len(found.labels))
     return [
         ("top-1", f"{top1.value:.2%}", f"95%: {top1.low:.2%} to {top1.high:.2%}"),

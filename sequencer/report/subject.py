@@ -11,14 +11,15 @@ from torch import nn
 from sequencer.config.schema import Config
 from sequencer.data import Split, eval_transform, has_test_split, open_split, train_transform
 from sequencer.evaluation import Collector, Predictions, evaluate
+from sequencer.machine import describe_device
 from sequencer.models import LoadedModel
 
 ORIGIN = "origin.json"  # in a run folder: the command, and the source of each value
 
 
-@dataclass
+@dataclass(frozen=True)
 class Subject:
-    """A finished run, and what its page is made of."""
+    """A finished run, as the page shows it."""
 
     config: Config
     summary: dict[str, Any]  # of `summary.json`
@@ -27,15 +28,35 @@ class Subject:
     model: nn.Module  # in eval mode, on `device`
     device: torch.device
     split_name: Literal["val", "test"]
-    split: Split  # the images that it was evaluated on
+    split: Split  # the images that the model was evaluated on
     train: Split  # with the transforms of training
-    predictions: Predictions  # of `split`
 
 
-def evaluate_run(
-    config: Config, summary: dict[str, Any], loaded: LoadedModel, device: torch.device, run_dir: Path
+def make_subject(
+    config: Config,
+    summary: dict[str, Any],
+    loaded: LoadedModel,
+    device: torch.device,
+    run_dir: Path,
+    split_name: Literal["val", "test"],
+    split: Split,
+    train: Split,
 ) -> Subject:
-    """Evaluates the model of a finished run for its page.
+    """Gathers what the page of a run shows; moves the model to `device`."""
+    about = loaded.about
+    facts = {
+        "commit": about.get("commit") or "not known",
+        "versions": ", ".join(f"{name} {version}" for name, version in (about.get("versions") or {}).items()),
+        "evaluated on": describe_device(device),
+    }
+    model = loaded.model.to(device).eval()
+    return Subject(config, summary, read_origin(run_dir), facts, model, device, split_name, split, train)
+
+
+def open_subject(
+    config: Config, summary: dict[str, Any], loaded: LoadedModel, device: torch.device, run_dir: Path
+) -> tuple[Subject, Predictions]:
+    """Opens the data of a finished run and evaluates its model for its page.
 
     Args:
         config: Of the run.
@@ -50,13 +71,10 @@ def evaluate_run(
     name: Literal["val", "test"] = "test" if has_test_split(config.data) else "val"
     split = open_split(config.data, name, eval_transform(config.data))
     train = open_split(config.data, "train", train_transform(config.data))
-    model = loaded.model.to(device)
+    subject = make_subject(config, summary, loaded, device, run_dir, name, split, train)
     collector = Collector(len(split), len(split.class_names))
-    evaluate(model, split.evaluation_loader(config.data), len(split.class_names), device, collector=collector)
-    about = loaded.about
-    facts = {"commit": about.get("commit") or "not known", "versions": _joined(about.get("versions") or {})}
-    origin = read_origin(run_dir)
-    return Subject(config, summary, origin, facts, model, device, name, split, train, collector.predictions())
+    evaluate(subject.model, split.evaluation_loader(config.data), len(split.class_names), device, collector=collector)
+    return subject, collector.predictions()
 
 
 def read_origin(run_dir: Path) -> dict[str, Any]:
@@ -66,7 +84,3 @@ def read_origin(run_dir: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
-
-
-def _joined(versions: dict[str, str]) -> str:
-    return ", ".join(f"{name} {version}" for name, version in versions.items())

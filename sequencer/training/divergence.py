@@ -64,6 +64,8 @@ class DivergenceGuard(Callback):
         reasons = [found for found in distributed.gather(reason) if found]
         if reasons:
             raise Diverged(self._record(trainer, pl_module, reasons[0], losses, norm), self.run_dir)
+        if math.isfinite(norm):
+            pl_module.add_gradient_norm(norm)
 
     def _reason(self, losses: list[float], norm: float, precision: str) -> str | None:
         for loss in losses:

@@ -4,24 +4,32 @@ import errno
 import fcntl
 import os
 import socket
+from collections.abc import Mapping
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from omegaconf import OmegaConf
 
 from sequencer.config.errors import RequestError
 from sequencer.config.schema import Config
-from sequencer.files import WriteError, is_full, write_atomically, writing
+from sequencer.files import WriteError, is_full, write_atomically, write_json, writing
+from sequencer.report import ORIGIN
 from sequencer.tracking.loggers import close_log, log, start_log
 
 LOCK = ".lock"  # file in the folder; it stays, since deleting it would let two processes lock two files of this name
 
 
 class RunFolder:
-    """The folder of a run, locked from `start` to `close`."""
+    """The folder of a run, locked from `start` to `close`.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+        path: The folder.
+        origin: The command of a new run and the source of each value, for `origin.json`; empty if it is not known.
+    """
+
+    def __init__(self, path: Path, origin: Mapping[str, Any]) -> None:
         self.path = path
+        self._origin = origin
         self._lock: IO[str] | None = None
 
     def start(self, config: Config) -> None:
@@ -37,6 +45,8 @@ class RunFolder:
                 locked = self._lock is not None or self._take_lock()
                 (self.path / "summary.json").unlink(missing_ok=True)  # of fewer epochs than config.yaml is about to say
             write_atomically(self.path / "config.yaml", lambda path: OmegaConf.save(OmegaConf.structured(config), path))
+            if self._origin and not (self.path / ORIGIN).exists():
+                write_json(self.path / ORIGIN, self._origin)
         except WriteError as error:
             if is_full(error):
                 raise

@@ -4,6 +4,7 @@ import logging
 import shlex
 import sys
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ MOST_ROLLBACKS = 3  # to one checkpoint
 PICTURES = ("curves", "confusion")  # that loggers receive
 
 
-def run(config: Config, resume: bool = False) -> dict[str, Any]:
+def run(config: Config, resume: bool = False, origin: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Trains and evaluates a model and writes the run folder `config.run_dir`.
 
     With several devices it starts the current script again under torchrun.
@@ -44,6 +45,8 @@ def run(config: Config, resume: bool = False) -> dict[str, Any]:
     Args:
         config: the run; `sequencer.config.compose` makes one from overrides.
         resume: whether to resume from the last checkpoint in the folder; without one the run starts from the beginning.
+        origin: the command and the source of each value, as `sequencer.config.sources.describe_origin` returns them,
+            for the page of the run.
 
     Returns:
         The content of the run's `summary.json`.
@@ -58,11 +61,11 @@ def run(config: Config, resume: bool = False) -> dict[str, Any]:
     """
     launch(config)
     distributed.join(uses_gpu(config))
-    return _run(*distributed.from_first((config, resume)))
+    return _run(*distributed.from_first((config, resume, origin or {})))
 
 
-def _run(config: Config, resume: bool) -> dict[str, Any]:
-    folder = RunFolder(Path(config.run_dir))
+def _run(config: Config, resume: bool, origin: Mapping[str, Any]) -> dict[str, Any]:
+    folder = RunFolder(Path(config.run_dir), origin)
     distributed.on_first(lambda: _check_folder(config, resume))
     if resume and (summary := distributed.on_first(lambda: _finished(config, folder.path))):
         if distributed.is_first():

@@ -20,6 +20,8 @@ from sequencer.training.loss import Teacher, build_criterion
 from sequencer.training.optim import build_optimizer, build_schedule
 
 TOTALS_KEY = "train_totals"  # in a checkpoint: what every rank has summed up in the running epoch
+# what is summed up: losses and hits of the images, their number, gradient norms of the updates, their number
+LOSS, HITS, IMAGES, NORM, UPDATES = range(5)
 
 
 class Classifier(pl.LightningModule):
@@ -52,7 +54,7 @@ class Classifier(pl.LightningModule):
         self.criterion = build_criterion(config.optim, config.data.augment.smoothing)
         self.mix = build_mixup(config.data.augment, len(class_names))
         self.eval_metrics = ClassificationMetrics(len(class_names))  # of the evaluation that is running or was the last
-        self._train_totals = torch.zeros(2, dtype=torch.float64)  # sum of losses, number of images
+        self._train_totals = torch.zeros(5, dtype=torch.float64)
         self._window_losses: list[Tensor] = []
         self._scheduled_lr = self.lr
 
@@ -84,8 +86,11 @@ class Classifier(pl.LightningModule):
         loss = self.criterion(logits, targets)
         if self.teacher is not None:
             loss = torch.lerp(loss, self.teacher.distance(images, logits), self.config.optim.distill_weight)
-        totals = torch.stack([loss.detach() * len(images), loss.new_full((), len(images))])  # no GPU synchronisation
-        self._train_totals = self._train_totals.to(loss.device) + totals
+        wanted = targets if targets.ndim == 1 else targets.argmax(dim=1)  # of a mixed image, the larger share
+        hits = (logits.detach().argmax(dim=1) == wanted).sum()
+        totals = torch.stack([loss.detach() * len(images), hits, loss.new_full((), len(images))])  # no synchronisation
+        self._train_totals = self._train_totals.to(loss.device)
+        self._train_totals[: len(totals)] += totals
         self._window_losses.append(loss.detach())
         return loss * self._share_of_window(batch_idx)
 
@@ -113,21 +118,36 @@ class Classifier(pl.LightningModule):
     @property
     def train_loss(self) -> float:
         """Mean training loss per image of the running epoch so far, on this rank; reading it synchronises a GPU."""
-        total, images = self._train_totals.tolist()
-        return total / images
+        totals = self._train_totals.tolist()
+        return totals[LOSS] / totals[IMAGES]
 
-    def take_train_loss(self) -> float:
-        """Returns the mean training loss per image of the epoch, over all ranks, and resets its sums.
+    def add_gradient_norm(self, norm: float) -> None:
+        """Adds the norm of an update's gradient, before clipping, to the means of the epoch."""
+        self._train_totals[NORM] += norm
+        self._train_totals[UPDATES] += 1
 
-        Call it on every rank, in `on_train_epoch_end`. If no callback does, the loss is logged as `train/loss`.
+    def take_train_metrics(self) -> dict[str, float]:
+        """Returns means of the epoch over all ranks, and resets their sums.
+
+        Call it on every rank, in `on_train_epoch_end`. If no callback does, they are logged.
+
+        Returns:
+            `train/loss` and `train/top1` per image, as augmented and mixed (of a mixed image the class with the larger
+            share counts), and `train/grad_norm` per update, NaN if no norm was added.
         """
-        total, images = (sum(part) for part in zip(*distributed.gather(self._train_totals.tolist()), strict=True))
+        sums = [sum(part) for part in zip(*distributed.gather(self._train_totals.tolist()), strict=True)]
         self._train_totals.zero_()
-        return total / images
+        norm = sums[NORM] / sums[UPDATES] if sums[UPDATES] else math.nan
+        return {
+            "train/loss": sums[LOSS] / sums[IMAGES],
+            "train/top1": sums[HITS] / sums[IMAGES],
+            "train/grad_norm": norm,
+        }
 
     def on_train_epoch_end(self) -> None:
-        if self._train_totals[1] > 0:  # comes after the callbacks' hooks, and none has taken it
-            self.log("train/loss", self.take_train_loss(), logger=self._to_loggers)
+        if self._train_totals[IMAGES] > 0:  # comes after the callbacks' hooks, and none has taken them
+            found = {name: value for name, value in self.take_train_metrics().items() if math.isfinite(value)}
+            self.log_dict(found, logger=self._to_loggers)
 
     def on_validation_epoch_start(self) -> None:
         self.eval_metrics.reset()
@@ -195,12 +215,12 @@ class Classifier(pl.LightningModule):
         self.lr = checkpoint["config"]["optim"]["lr"]
         # the schedule is a function of the number of updates and of the configuration, which may ask for more epochs
         checkpoint["lr_schedulers"] = []
-        ranks = checkpoint.get(TOTALS_KEY, [[0.0, 0.0]])
+        ranks = checkpoint.get(TOTALS_KEY, [[0.0] * len(self._train_totals)])
         totals = [sum(part) for part in zip(*ranks, strict=True)]
         if len(ranks) == distributed.world_size():
             totals = ranks[distributed.rank()]
         elif not distributed.is_first():  # another number of ranks than before: rank 0 takes the sums of all
-            totals = [0.0, 0.0]
+            totals = [0.0] * len(self._train_totals)
         self._train_totals = torch.tensor(totals, dtype=torch.float64)
 
 

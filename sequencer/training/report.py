@@ -39,23 +39,33 @@ class EpochReport(Callback):
         self.rows: list[dict[str, float]] = []
         self._images = 0  # trained on in this epoch, by all ranks
         self._elapsed = 0.0  # seconds that a run resumed within this epoch has spent on it before
-        self._started = self._trained = 0.0
+        self._waited = self._stepped = 0.0  # seconds of this epoch spent waiting for batches, and on training steps
+        self._started = self._trained = self._fetched = 0.0
 
     def state_dict(self) -> dict[str, Any]:
-        return {"rows": self.rows, "images": self._images, "elapsed": time.perf_counter() - self._started}
+        elapsed = time.perf_counter() - self._started
+        times = {"elapsed": elapsed, "waited": self._waited, "stepped": self._stepped}
+        return {"rows": self.rows, "images": self._images} | times
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.rows, self._images = state_dict["rows"], state_dict["images"]
         self._elapsed = state_dict["elapsed"]
+        self._waited, self._stepped = state_dict["waited"], state_dict["stepped"]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Classifier) -> None:
-        self._started = self._trained = time.perf_counter() - self._elapsed
+        now = time.perf_counter()
+        self._started, self._trained = now - self._elapsed, now
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Classifier, *args: Any) -> None:
+        self._fetched = time.perf_counter()
+        self._waited += self._fetched - self._trained
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: Classifier, outputs: Any, batch: Sequence[Tensor], *args: Any
     ) -> None:
         self._images += len(batch[0]) * trainer.world_size
         self._trained = time.perf_counter()
+        self._stepped += self._trained - self._fetched
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Classifier) -> None:
         row = self._row(trainer, pl_module)
@@ -64,19 +74,22 @@ class EpochReport(Callback):
         if trainer.is_global_zero:
             self.write()
         log.info(self._line(trainer, pl_module))
-        self._images, self._started = 0, time.perf_counter()
+        self._images, self._waited, self._stepped = 0, 0.0, 0.0
+        self._started = self._trained = time.perf_counter()
 
     def _row(self, trainer: pl.Trainer, pl_module: Classifier) -> dict[str, float]:
         row: dict[str, float] = {
             "epoch": trainer.current_epoch,
             "step": trainer.global_step,
             "lr": max(group["lr"] for group in trainer.optimizers[0].param_groups),
-            "train/loss": pl_module.take_train_loss(),
+            **pl_module.take_train_metrics(),
         }
         for name in (f"{slot}/{metric}" for slot in self.slots for metric in self.metrics):
             row[name] = float(trainer.callback_metrics.get(name, math.nan))  # NaN without validation batches
         now = time.perf_counter()
         row["time/epoch_s"] = round(now - self._started, 3)
+        row["time/data_s"] = round(self._waited, 3)
+        row["time/step_s"] = round(self._stepped, 3)
         row["time/images_per_s"] = round(self._images / max(self._trained - self._started, 1e-9), 1)
         return row
 

@@ -5,7 +5,7 @@ import logging
 import shlex
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -15,10 +15,12 @@ from sequencer.config.schema import Config
 from sequencer.console import table_lines
 from sequencer.data import DataModule
 from sequencer.distributed import is_first
-from sequencer.evaluation import describe_unpredicted, evaluate, metric_names
+from sequencer.evaluation import Collector, Predictions, describe_unpredicted, evaluate, metric_names
 from sequencer.export import commit, save_model_folder, versions
-from sequencer.files import write_json
+from sequencer.files import WriteError, write_json
 from sequencer.models import LoadedModel, load_weights, read_checkpoint, select_weights, timm_preprocessing
+from sequencer.printing import first_line
+from sequencer.report import make_subject, write_report
 from sequencer.training.checkpoints import RunCheckpoints
 from sequencer.training.module import parameters_of
 from sequencer.training.report import EpochReport
@@ -26,6 +28,7 @@ from sequencer.training.report import EpochReport
 log = logging.getLogger("sequencer")
 
 NEXT_STEPS = (  # lines of what is done with a finished run; {run} is its folder
+    "open {run}/report.html in a browser",
     "python scripts/evaluate.py {run}",
     "python scripts/predict.py {run} IMAGES",
     "python scripts/export.py {run} \\",
@@ -56,17 +59,20 @@ def finish(
     run_dir = Path(config.run_dir)
     best = checkpoints.folder / "best.ckpt"
     load_weights(model, select_weights(read_checkpoint(best), config.trainer.slot), source=str(best))
+    split: Literal["val", "test"]
     if data.test_set is not None:
         split, loader, limit = "test", data.test_dataloader(), config.trainer.limit_test_batches
     else:
         split, loader, limit = "val", data.val_dataloader(), config.trainer.limit_val_batches
     batches = limited(len(loader), limit)
-    metrics = evaluate(model.to(device), itertools.islice(loader, batches), data.num_classes, device)
+    collector = Collector(len(data.splits[split]), data.num_classes) if config.logger.report else None
+    metrics = evaluate(model.to(device), itertools.islice(loader, batches), data.num_classes, device, None, collector)
+    predictions = collector.predictions() if collector is not None else None
     model.cpu()
     values = metrics.compute()
     names = [name for name in metric_names(data.num_classes) if name != "balanced" or metrics.unbalanced]
     best_row = next(row for row in report.rows if row["epoch"] == checkpoints.best_epoch)
-    summary = {
+    summary: dict[str, Any] = {
         "name": config.name,
         "model": config.model.name,
         "parameters": parameters_of(model),
@@ -97,9 +103,34 @@ def finish(
     title = f"{config.name}: {split} split"
     plot_confusion(metrics.confusion.cpu(), data.class_names, run_dir / "confusion.png", title)
     write_json(run_dir / "summary.json", summary)
+    if predictions is not None:
+        _write_page(result, config, summary, data, split, predictions, device)
     for line in describe_result(summary, run_dir, describe_unpredicted(metrics.per_class(data.class_names))):
         log.info(line)
     return summary
+
+
+def _write_page(
+    result: LoadedModel,
+    config: Config,
+    summary: dict[str, Any],
+    data: DataModule,
+    split: Literal["val", "test"],
+    predictions: Predictions,
+    device: torch.device,
+) -> None:
+    """Writes the page of the run; a failure leaves a warning, since the result is complete without the page."""
+    run_dir = Path(config.run_dir)
+    try:
+        subject = make_subject(config, summary, result, device, run_dir, split, data.splits[split], data.train_set)
+        write_report(subject, predictions, run_dir)
+    except WriteError:
+        raise
+    except Exception as error:
+        log.warning("report.html could not be written: %s", first_line(error))
+        log.debug("", exc_info=True)
+    finally:
+        result.model.cpu()
 
 
 def limited(available: int, limit: int | float | None) -> int:

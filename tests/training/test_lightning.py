@@ -18,6 +18,7 @@ from sequencer.training import Classifier, run
 from sequencer.training.checkpoints import RunCheckpoints
 from sequencer.training.divergence import DivergenceGuard
 from sequencer.training.ema import WeightEma
+from sequencer.training.module import IMAGES
 from sequencer.training.report import EpochReport
 from sequencer.training.setup import build_parts, quieten
 from tests.helpers import EMA, equal_tensors, read_last, read_rows
@@ -148,7 +149,7 @@ def test_the_searched_batches_do_not_count(config, data, trainer):
 
     class Spy(Callback):
         def on_train_epoch_end(self, trainer, pl_module) -> None:
-            totals.append(float(pl_module._train_totals[1]))
+            totals.append(float(pl_module._train_totals[IMAGES]))
 
     trainer(callbacks=[LearningRateFinder(num_training_steps=12), Spy()], max_epochs=1).fit(module, datamodule=data)
     assert totals == [4 * 32]

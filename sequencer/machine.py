@@ -82,3 +82,9 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
         "timm": timm.__version__,
         "python": platform.python_version(),
     }
+
+
+def describe_device(device: torch.device) -> str:
+    """The GPU, or the CPU with its instruction set and cores, in one line."""
+    about = describe_machine(device)
+    return about["device"] if device.type == "cuda" else "{device}, {instructions}, {cores} cores".format(**about)

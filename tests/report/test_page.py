@@ -1,0 +1,299 @@
+"""The page of a run: its figures, its texts and, in a browser, what it does."""
+
+import csv
+import html
+import json
+import re
+import shutil
+from collections import Counter
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sequencer.analysis.statistics import wilson
+from sequencer.training import run
+from tests.helpers import read_csv, small_config
+
+# names that a page could take for its own code, in the order of the folders
+HOSTILE = ["'quoted' & \"double\"", "<script>alert(1)<b>", "עברית ימין", "😀 emoji", "${1+1} {{7*7}}"]
+
+
+@pytest.fixture(scope="module")
+def hostile_run(tmp_path_factory):
+    """A short run on images of five classes with hostile names, 16 px, with two images that cannot be read."""
+    folder = tmp_path_factory.mktemp("hostile")
+    generator = np.random.default_rng(0)
+    for split, number in (("train", 12), ("val", 14)):
+        for k, name in enumerate(HOSTILE):
+            (folder / "data" / split / name).mkdir(parents=True)
+            for i in range(number):
+                pixels = generator.integers(0, 256, (16, 16, 3), dtype=np.uint8) // 2 + 20 * k
+                Image.fromarray(pixels.astype(np.uint8)).save(folder / "data" / split / name / f"{i} <b>.png")
+    for name in HOSTILE[:2]:
+        (folder / "data" / "val" / name / "0 <b>.png").write_text("no image")
+    config = small_config(
+        folder / "run",
+        "data=imagefolder",
+        f"data.root={folder / 'data'}",
+        "data.img_size=16",
+        "data.max_bad_share=0.5",
+        "data.augment.mixup=0.4",
+        "trainer.limit_train_batches=1",
+        "trainer.max_epochs=2",
+        "optim.lr=0.02",
+    )
+    run(config, origin={"command": ["python", "train.py", "name=<i>"], "sources": {"optim.lr": "command line"}})
+    return folder / "run"
+
+
+class Texts(HTMLParser):
+    """Collects the elements of a page with their attributes, and its text outside of scripts and styles."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.elements, self.texts, self._skip = [], [], False
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs) -> None:
+        self.elements.append((tag, dict(attrs)))
+        self._skip = tag in ("script", "style")
+
+    def handle_endtag(self, tag) -> None:
+        self._skip = False
+
+    def handle_data(self, data) -> None:
+        if not self._skip:
+            self.texts.append(data.strip())
+
+    @property
+    def text(self) -> str:
+        return " ".join(text for text in self.texts if text)
+
+
+@pytest.fixture(scope="module")
+def page(hostile_run):
+    return (hostile_run / "report.html").read_text(encoding="utf-8")
+
+
+def embedded(page: str) -> dict:
+    return json.loads(re.search(r'id="data">(.*?)</script>', page, re.DOTALL)[1])
+
+
+def rows_of(page: str, table: str) -> list[list[str]]:
+    body = re.search(rf"<table[^>]*{table}.*?<tbody>(.*?)</tbody>", page, re.DOTALL)[1]
+    rows = re.findall(r"<tr>(.*?)</tr>", body, re.DOTALL)
+    return [re.findall(r"<t[dh][^>]*>(.*?)</t[dh]>", row, re.DOTALL) for row in rows]
+
+
+def test_one_file_that_asks_for_nothing(page):
+    found = Texts(page)
+    assert len(page) < 3 * 2**20
+    assert [tag for tag, _ in found.elements].count("script") == 2
+    for _, attributes in found.elements:
+        for name in ("src", "href"):
+            assert attributes.get(name, "#").startswith(("#", "data:"))
+    assert "default-src 'none'" in page
+
+
+def test_hostile_names_are_text(page):
+    found = Texts(page)
+    for name in HOSTILE:
+        assert name in found.text
+    assert not any("alert" in str(attributes.get("onerror")) for _, attributes in found.elements)
+    assert "<i>" not in page
+    assert "python train.py 'name=<i>'" in found.text
+    assert "49" not in [text for text in found.texts if "{{" in text]
+
+
+def test_key_figures_are_those_of_the_predictions(page, hostile_run):
+    rows = read_csv(hostile_run / "report" / "predictions.csv")
+    assert len(rows) == 5 * 14 - 2
+    hits = sum(row["class"] == row["predicted"] for row in rows)
+    top1 = wilson(hits, len(rows))
+    text = Texts(page).text
+    assert f"top-1 {top1.value:.2%} 95%: {top1.low:.2%} to {top1.high:.2%}" in text
+    loss = -np.log([float(row["class_probability"]) for row in rows]).mean()
+    assert float(re.search(r"loss ([\d.]+) cross-entropy", text)[1]) == pytest.approx(loss, abs=1e-4)
+    summary = json.loads((hostile_run / "summary.json").read_text())
+    assert top1.value == pytest.approx(summary["val/top1"])
+    assert f"{summary['parameters']:,}" in text
+
+
+def test_classes_and_confusions_are_those_of_the_predictions(page, hostile_run):
+    rows = read_csv(hostile_run / "report" / "predictions.csv")
+    pairs = Counter((row["class"], row["predicted"]) for row in rows)
+    names = sorted(HOSTILE)
+    matrix = [[re.sub(r"<[^>]*>", "", cell) for cell in row[1:]] for row in rows_of(page, 'class="matrix')]
+    assert [[int(cell or 0) for cell in row] for row in matrix] == [[pairs[i, j] for j in names] for i in names]
+    for name, row in zip(names, rows_of(page, 'id="class-table"'), strict=True):
+        support = sum(pairs[name, j] for j in names)
+        called = sum(pairs[i, name] for i in names)
+        assert html.unescape(row[0]) == name
+        assert int(row[1]) == support
+        expected = [f"{100 * pairs[name, name] / n:.1f}%" if n else "" for n in (called, support)]
+        assert [re.sub(r"<small.*", "", cell) for cell in row[2:4]] == expected
+    shown = [(html.unescape(a), html.unescape(b), int(n)) for a, b, n, *_ in rows_of(page, 'id="pairs"')]
+    counts = sorted((n for (i, j), n in pairs.items() if i != j), reverse=True)
+    assert [n for _, _, n in shown] == counts[:20]
+    assert all(pairs[i, j] == n for i, j, n in shown)
+
+
+def test_cells_open_images_of_their_kind(page):
+    data = embedded(page)
+    names = sorted(HOSTILE)
+    assert data["cells"]
+    for key, numbers in data["cells"].items():
+        true, predicted = (names[int(k)] for k in key.split("-"))
+        assert 1 <= len(numbers) <= 12
+        for number in numbers:
+            image = data["images"][number]
+            assert image["text"].startswith(predicted)
+            assert f"{true}/" in image["id"]
+            assert image["uri"].startswith("data:image/webp;base64,")
+
+
+def test_mistakes_are_the_largest_losses(page, hostile_run):
+    rows = read_csv(hostile_run / "report" / "predictions.csv")
+    wrong = sorted(
+        (row for row in rows if row["class"] != row["predicted"]), key=lambda row: float(row["class_probability"])
+    )
+    shown = re.findall(r'data-top="1">.*?<figcaption>.*?<br>(.*?)</figcaption>', page, re.DOTALL)
+    assert [html.unescape(identity) for identity in shown] == [row["id"] for row in wrong[:24]]
+    with open(hostile_run / "report" / "mistakes.csv", newline="") as file:
+        sources = {row["id"]: row for row in csv.DictReader(file)}
+    maps = np.load(hostile_run / "report" / "evidence.npz")
+    assert len(maps["map"]) == len(sources)
+    for row in wrong[:24]:
+        # the logit of the predicted class above that of the true one, from the probabilities
+        margin = np.log(float(row["probability"]) / float(row["class_probability"]))
+        parts = [float(value) for name, value in sources[row["id"]].items() if name != "id" and value]
+        assert sum(parts) == pytest.approx(margin, abs=2e-3)  # the probabilities have six digits
+
+
+def test_configuration_warnings_and_unreadable_images(page, hostile_run):
+    text = Texts(page).text
+    assert "optim.lr 0.02 command line" in text
+    assert text.count("cannot identify image file") >= 2
+    assert "2 epochs" in text
+    assert "As augmented and mixed" in text
+
+
+def test_a_run_without_the_page(tmp_path):
+    run(small_config(tmp_path / "run", "logger.report=false", "trainer.max_epochs=1"))
+    assert not (tmp_path / "run" / "report.html").exists()
+    assert (tmp_path / "run" / "summary.json").exists()
+
+
+def test_a_page_that_fails_leaves_the_result(tmp_path, monkeypatch, caplog):
+    def fail(*args, **kwargs):
+        raise RuntimeError("no page")
+
+    monkeypatch.setattr("sequencer.training.result.write_report", fail)
+    summary = run(small_config(tmp_path / "run", "trainer.max_epochs=1"))
+    assert summary["epochs"] == 1
+    assert "report.html could not be written: no page" in (tmp_path / "run" / "train.log").read_text()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    executable = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if executable is None:
+        pytest.skip("there is no Chromium: apt-get install chromium")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as driver:
+        started = driver.chromium.launch(executable_path=executable, args=["--no-sandbox", "--disable-gpu"])
+        yield started
+        started.close()
+
+
+@pytest.fixture
+def opened(browser, hostile_run):
+    """Opens the page with a width and a colour scheme; afterwards there was no request and no message."""
+    found, contexts = [], []
+
+    def open_page(width: int = 1200, colour_scheme: str = "light"):
+        context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=colour_scheme)
+        contexts.append(context)
+        tab = context.new_page()
+        tab.on("console", lambda message: found.append(message.text))
+        tab.on("pageerror", lambda error: found.append(str(error)))
+        tab.on("dialog", lambda dialog: found.append(dialog.message))
+        tab.on("request", lambda request: found.append(request.url) if request.url.startswith("http") else None)
+        tab.goto(f"file://{hostile_run / 'report.html'}")
+        return tab
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert found == []
+
+
+def test_a_cell_opens_its_images(opened, page):
+    tab = opened()
+    key, numbers = next(iter(embedded(page)["cells"].items()))
+    tab.locator(f'.matrix [data-cell="{key}"]').click()
+    assert tab.locator("dialog .gallery img").count() == len(numbers)
+    assert "predicted as" in tab.locator("dialog h3").inner_text()
+    tab.keyboard.press("Escape")
+    assert not tab.locator("dialog").is_visible()
+
+
+def test_the_table_sorts_both_ways(opened):
+    tab = opened()
+    head = tab.locator("#class-table thead th").nth(3)
+
+    def values() -> list[float]:
+        cells = tab.locator("#class-table tbody td:nth-child(4)")
+        return [float(cells.nth(i).get_attribute("data-value")) for i in range(cells.count())]
+
+    head.locator("button").click()
+    assert head.get_attribute("aria-sort") == "descending"
+    assert values() == sorted(values(), reverse=True)
+    head.locator("button").press("Enter")
+    assert values() == sorted(values())
+
+
+def test_the_token_under_the_pointer_changes_the_receptive_field(opened):
+    tab = opened()
+    place = tab.locator("[data-field]").first
+    place.scroll_into_view_if_needed()
+    field = place.locator(".field")
+    positions = set()
+    for index in (0, 5, 9):
+        place.locator(".grid button").nth(index).hover()
+        positions.add(field.evaluate("e => e.style.backgroundPosition"))
+    assert len(positions) == 3
+    place.locator(".grid button").nth(0).focus()
+    tab.keyboard.press("ArrowRight")
+    assert "row 1, column 2" in field.get_attribute("aria-label")
+
+
+def test_charts_show_the_values_under_the_pointer(opened, hostile_run):
+    tab = opened()
+    chart = tab.locator(".chart").first
+    chart.focus()
+    tab.keyboard.press("ArrowLeft")
+    shown = chart.locator("xpath=..").locator(".values").inner_text()
+    first = read_csv(hostile_run / "metrics.csv")[0]
+    assert shown == f"epoch 1 · training {float(first['train/loss']):.4g} · validation {float(first['val/loss']):.4g}"
+
+
+def test_the_filter_shows_the_mistakes_of_a_class(opened):
+    tab = opened()
+    options = tab.locator("#filter option")
+    value = options.nth(1).get_attribute("value")
+    tab.locator("#filter").select_option(value)
+    labels = {e.get_attribute("data-label") for e in tab.locator("#mistakes figure:visible").all()}
+    assert labels == {value}
+
+
+@pytest.mark.parametrize(("width", "colour_scheme"), [(1200, "dark"), (390, "light"), (390, "dark")])
+def test_it_fits_without_scrolling_sideways(opened, width, colour_scheme):
+    tab = opened(width, colour_scheme)
+    assert tab.evaluate("document.documentElement.scrollWidth") <= width
+    background = tab.evaluate("getComputedStyle(document.body).backgroundColor")
+    dark = sum(int(value) for value in re.findall(r"\d+", background)[:3]) < 200
+    assert dark == (colour_scheme == "dark")
