@@ -23,7 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sequencer.config.errors import RequestError
-from sequencer.files import write_atomically, write_csv
+from sequencer.files import write_arrays, write_csv
 from sequencer.printing import printable
 
 if TYPE_CHECKING:
@@ -175,7 +175,7 @@ def evidence(args: Namespace) -> int:
         write_csv(output / "evidence.csv", (*header, "random_deletion", "random_insertion"), table)
         predicted, margin = (np.stack(values) for values in zip(*arrays, strict=True))
         images = np.array([row[0] for row in table])
-        _write_npz(output / "evidence.npz", {"image": images, "predicted": predicted, "margin": margin})
+        write_arrays(output / "evidence.npz", {"image": images, "predicted": predicted, "margin": margin})
         plot_evidence(drawn, output / "evidence.png")
     shown = Table("image", "predicted", "runner-up", caption="in brackets: tokens in random order")
     for name in ("deletion", "insertion"):
@@ -235,14 +235,6 @@ def directions(args: Namespace) -> int:
     for source, value in (sums | {"together": sum(sums.values())}).items():
         shown.add_row(source, f"{value:+.3f}")
     return _finish(subject, shown, 0, "", [output / f"directions.{suffix}" for suffix in ("png", "csv")])
-
-
-def _write_npz(path: Path, arrays: dict[str, np.ndarray[Any, Any]]) -> None:
-    def to_file(path: Path) -> None:
-        with open(path, "wb") as file:
-            np.savez_compressed(file, **arrays)  # type: ignore[arg-type]  # NumPy's stub takes the keyword for a flag
-
-    write_atomically(path, to_file)
 
 
 def _finish(subject: Subject, table: Table, rows: int, note: str, files: list[Path]) -> int:

@@ -7,7 +7,7 @@ import json
 import math
 import os
 import stat
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -118,6 +118,17 @@ def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) 
             writer = csv.writer(file)
             writer.writerow(header)
             writer.writerows(rows)
+
+    write_atomically(path, to_file)
+
+
+def write_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
+    """Writes NumPy arrays as a compressed NPZ file."""
+    import numpy as np  # imported here because commands that write none need not wait for it
+
+    def to_file(path: Path) -> None:
+        with open(path, "wb") as file:
+            np.savez_compressed(file, **arrays)
 
     write_atomically(path, to_file)
 

@@ -6,7 +6,7 @@ one from outside the package. A row names a function that opens a split as a `Fi
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -53,7 +53,7 @@ class DataSet:
     open: Callable[[DataConfig, SplitName], Split]
     has_val: bool = False
     has_test: Callable[[DataConfig], bool] = _always
-    layout: Layout = Layout()
+    layout: Layout = field(default_factory=Layout)
 
 
 def open_split(config: DataConfig, name: SplitName, transform: Transform) -> Split:

@@ -17,8 +17,8 @@ import torch
 from sequencer import distributed
 from sequencer.config.schema import Config
 from sequencer.data import DataModule
-from sequencer.measure.budget import OutOfTime, together_until
 from sequencer.machine import timed
+from sequencer.measure.budget import OutOfTime, together_until
 from sequencer.measure.plan_result import Measured
 from sequencer.measure.short_run import Clock, without_end
 from sequencer.measure.size import Size

@@ -5,7 +5,6 @@ import importlib.resources
 import itertools
 import json
 import logging
-import math
 import shlex
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -20,7 +19,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from sequencer.analysis.receptive_field import token_fields
 from sequencer.analysis.statistics import (
     Calibration,
-    ClassStatistics,
     calibration,
     class_statistics,
     confused_pairs,
@@ -30,14 +28,13 @@ from sequencer.config.schema import Config, leaves
 from sequencer.config.sources import DEFAULTS
 from sequencer.data.mixing import build_mixup
 from sequencer.evaluation import Predictions
-from sequencer.files import write_atomically, write_csv
+from sequencer.files import write_arrays, write_atomically
 from sequencer.models import Sequencer
 from sequencer.printing import printable
 from sequencer.report.charts import reliability_chart, run_charts
 from sequencer.report.content import (
     MOST_PAIRS,
     Cards,
-    Evidence,
     cell_label,
     confusion_matrix,
     draw,
@@ -48,6 +45,7 @@ from sequencer.report.content import (
     select,
     to_pixels,
 )
+from sequencer.report.numbers import write_numbers
 from sequencer.report.pictures import field_sheet, thumbnail
 from sequencer.report.subject import Subject
 
@@ -137,7 +135,7 @@ def write_report(subject: Subject, predictions: Predictions, run_dir: Path, fiel
     }
     page = run_dir / "report.html"
     write_atomically(page, lambda path: path.write_text(render(context, script), encoding="utf-8"))
-    _write_numbers(numbers, found, ids, names, confusion, classes, calibrated, pictures.evidence)
+    write_numbers(numbers, found, ids, names, confusion, classes, calibrated, pictures.evidence)
     return page
 
 
@@ -302,7 +300,7 @@ def _fields(subject: Subject, folder: Path, wanted: bool) -> tuple[list[dict[str
         arrays[f"stage_{stage}"] = fields.astype(np.float32)
         sheet = {"rows": fields.shape[0], "columns": fields.shape[1], "sheet": field_sheet(fields)}
         sheets.append(sheet | {"title": f"Stage {stage}", "background": background})
-    write_atomically(folder / "receptive_fields.npz", lambda path: _save_arrays(path, arrays))
+    write_arrays(folder / "receptive_fields.npz", arrays)
     text = f"The effective receptive fields of tokens at the end of each stage, mean of {len(images)} images"
     return sheets, f"{text} (positive part of the gradient, as in the paper's code)."
 
@@ -320,60 +318,3 @@ def _unreadable(bad_samples: Path) -> list[tuple[str, str, str]]:
         return []
     with open(bad_samples, newline="", encoding="utf-8", errors="replace") as file:
         return [(row["path"], row["split"], row["reason"]) for row in csv.DictReader(file)]
-
-
-def _write_numbers(
-    folder: Path,
-    found: Predictions,
-    ids: Sequence[str],
-    names: Sequence[str],
-    confusion: Any,
-    classes: Sequence[ClassStatistics],
-    calibrated: Calibration | None,
-    evidence: dict[int, Evidence],
-) -> None:
-    """Writes the numbers behind the pictures as CSV and NPZ."""
-    predicted = found.predicted
-    rows = []
-    for i, (index, label) in enumerate(zip(found.indices, found.labels, strict=True)):
-        answer = ("", "") if predicted[i] < 0 else (names[predicted[i]], f"{found.probabilities[i, predicted[i]]:.6f}")
-        own = found.probabilities[i, label]
-        rows.append((ids[index], names[label], *answer, f"{own:.6f}" if math.isfinite(own) else ""))
-    write_csv(folder / "predictions.csv", ("id", "class", "predicted", "probability", "class_probability"), rows)
-    write_csv(
-        folder / "confusion.csv", ("true class", *names), ((n, *row) for n, row in zip(names, confusion, strict=True))
-    )
-    columns = [f"{name}{end}" for name in ("precision", "recall", "f1", "auc") for end in ("", "_low", "_high")]
-    table = ((n, c.support, *(_blank(v) for x in c[1:] for v in x)) for n, c in zip(names, classes, strict=True))  # type: ignore[attr-defined]
-    write_csv(folder / "classes.csv", ("class", "support", *columns), table)
-    if calibrated is not None:
-        bins = zip(calibrated.counts, calibrated.confidence, calibrated.accuracy, strict=True)
-        write_csv(
-            folder / "calibration.csv",
-            ("images", "confidence", "accuracy"),
-            ((n, _blank(c), _blank(a)) for n, c, a in bins),
-        )
-    if evidence:
-        sources = list(dict.fromkeys(source for e in evidence.values() for source in e.sources))
-        lines = [
-            (ids[found.indices[i]], *(e.sources.get(source, "") for source in sources)) for i, e in evidence.items()
-        ]
-        write_csv(folder / "mistakes.csv", ("id", *sources), lines)
-        maps = np.stack([e.map for e in evidence.values()]).astype(np.float32)
-        arrays = {"id": np.array([line[0] for line in lines]), "map": maps}
-        write_atomically(folder / "evidence.npz", lambda path: _save_arrays(path, arrays))
-    write_atomically(
-        folder / "probabilities.npz",
-        lambda path: _save_arrays(
-            path, {"index": found.indices, "label": found.labels, "probability": found.probabilities}
-        ),
-    )
-
-
-def _blank(value: float) -> float | str:
-    return value if math.isfinite(value) else ""
-
-
-def _save_arrays(path: Path, arrays: dict[str, Any]) -> None:
-    with open(path, "wb") as file:
-        np.savez_compressed(file, **arrays)
