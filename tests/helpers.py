@@ -48,6 +48,7 @@ SMALL = [
     "optim.warmup_epochs=0",
     "trainer.limit_train_batches=4",
     "trainer.enable_progress_bar=false",
+    "logger.report=false",
     "data.num_workers=0",
     "data.batch_size=32",
 ]

@@ -43,6 +43,7 @@ def hostile_run(tmp_path_factory):
         "trainer.limit_train_batches=1",
         "trainer.max_epochs=2",
         "optim.lr=0.02",
+        "logger.report=true",
     )
     run(config, origin={"command": ["python", "train.py", "name=<i>"], "sources": {"optim.lr": "command line"}})
     return folder / "run"
@@ -180,18 +181,12 @@ def test_configuration_warnings_and_unreadable_images(page, hostile_run):
     assert "As augmented and mixed" in text
 
 
-def test_a_run_without_the_page(tmp_path):
-    run(small_config(tmp_path / "run", "logger.report=false", "trainer.max_epochs=1"))
-    assert not (tmp_path / "run" / "report.html").exists()
-    assert (tmp_path / "run" / "summary.json").exists()
-
-
 def test_a_page_that_fails_leaves_the_result(tmp_path, monkeypatch, caplog):
     def fail(*args, **kwargs):
         raise RuntimeError("no page")
 
     monkeypatch.setattr("sequencer.training.result.write_report", fail)
-    summary = run(small_config(tmp_path / "run", "trainer.max_epochs=1"))
+    summary = run(small_config(tmp_path / "run", "trainer.max_epochs=1", "logger.report=true"))
     assert summary["epochs"] == 1
     assert "report.html could not be written: no page" in (tmp_path / "run" / "train.log").read_text()
 
