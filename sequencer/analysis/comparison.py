@@ -12,16 +12,13 @@ from statistics import mean, stdev
 from typing import Any
 
 from omegaconf import OmegaConf
-from rich import box
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from sequencer.analysis.plots import plot_sweep
 from sequencer.config.errors import RequestError
 from sequencer.config.overrides import KEYS
 from sequencer.config.request import load_run, load_summary
 from sequencer.config.schema import leaves, lower_is_better, objective
+from sequencer.console import CONSOLE, say, table_lines
 from sequencer.files import write_atomically
 from sequencer.printing import first_line, printable
 
@@ -38,8 +35,6 @@ NO_SETTINGS = (
 )
 CHOOSE_IMAGES = ("data.name", "data.root", "data.val_fraction", "trainer.limit_val_batches")  # that results are of
 LEAF_NAMES = Counter(key.rsplit(".", 1)[-1] for key in KEYS)
-LABEL_WIDTH = 24  # characters of a label that a terminal has room for beside the columns of numbers
-FILE_WIDTH = 1000  # characters of a line of the table where standard output is no terminal: nothing is wrapped
 
 
 @dataclass(frozen=True)
@@ -228,22 +223,20 @@ def print_comparison(comparison: Comparison, test: bool = False) -> None:
     Args:
         test: Also show the results on the test split.
     """
-    console = Console(width=None if sys.stdout.isatty() else FILE_WIDTH)
     columns = _columns(comparison, test)
-    for name in ("training, s", "parameters", "runs"):
-        if sum(min(LABEL_WIDTH, max(map(len, [each, *cells]))) + 2 for each, cells in columns.items()) > console.width:
-            columns.pop(name, None)
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
-    for name in columns:
-        text = name == "run"
-        table.add_column(Text(name), justify="left" if text else "right", no_wrap=not text, overflow="fold")
-    for row in zip(*columns.values(), strict=True):
-        table.add_row(*map(Text, row))
-    console.print(table)
+    ranks, labels = columns.pop("rank"), columns.pop("run")
+    columns = {"rank  run": [f"{rank:>4}  {label}" for rank, label in zip(ranks, labels, strict=True)], **columns}
+    for name in (None, "training, s", "parameters", "runs"):
+        columns.pop(name or "", None)
+        lines = table_lines(list(columns), zip(*columns.values(), strict=True))
+        if not sys.stdout.isatty() or max(map(len, lines)) <= CONSOLE.width:
+            break
+    for line in lines:
+        say(line)
     for note in comparison.notes:
-        console.print(Text(f"note: {note}"), soft_wrap=True)
+        say(f"note: {note}")
     if comparison.best:
-        console.print(Text(f"best by {comparison.metric}: {printable(comparison.best.folder)}"), soft_wrap=True)
+        say(f"best by {comparison.metric}: {printable(comparison.best.folder)}")
 
 
 def _columns(comparison: Comparison, test: bool) -> dict[str, list[str]]:
@@ -334,7 +327,7 @@ def write_sweep(folder: Path, title: str) -> list[Row]:
         if row.is_finished
     ]
     plot_sweep(rows, metric, title, folder / "sweep.png")
-    print(f"\n{printable(heading)}")
+    say(f"\n{printable(heading)}")
     print_comparison(found)
     return found.rows
 

@@ -6,8 +6,9 @@ import os
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
-from sequencer.analysis import compare, find_runs, write_sweep
+from sequencer.analysis import compare, comparison, find_runs, write_sweep
 from sequencer.config.errors import RequestError
 from tests.helpers import exit_code, read_csv
 
@@ -146,10 +147,9 @@ def test_the_command(load_script, tmp_path, capsys):
     start_run(tmp_path / "c", optim={"lr": 3e-3}, model={"kwargs": {"cell": "lstm"}})
     assert exit_code(script, ["runs", "c"]) == 0
     assert [line.rstrip() for line in capsys.readouterr().out.splitlines()] == [
-        "rank  run                        val/top1, %",
-        "─" * 44,
-        "   1  lr=0.001                         75.00",
-        "   2  lr=0.002                         50.00",
+        "rank  run                         val/top1, %",
+        "   1  lr=0.001                          75.00",
+        "   2  lr=0.002                          50.00",
         "      lr=0.003 (0 of 10 epochs)",
         "best by val/top1: runs/a",
         "   1  runs/a",
@@ -157,7 +157,7 @@ def test_the_command(load_script, tmp_path, capsys):
         "      c",
     ]
     assert exit_code(script, ["runs", "c", "--test", "--output", "new/table.csv"]) == 0
-    assert "   1  lr=0.001                         75.00         37.50\n" in capsys.readouterr().out
+    assert "   1  lr=0.001                          75.00          37.50\n" in capsys.readouterr().out
     rows = read_csv(Path("new/table.csv"))
     assert [(row["rank"], row["run"], row["state"], row["optim.lr"], row["test/top1"]) for row in rows] == [
         ("1", "runs/a", "finished", "0.001", "0.375"),
@@ -192,10 +192,11 @@ def test_a_narrow_terminal_loses_columns_and_no_words(load_script, tmp_path, cap
         trial(tmp_path / "runs" / str(number), 0.1, number // 2, "gru" * (1 + number % 2), 100 + number,
               trainer={"best_metric": "val/loss"}, optim={"lr": 0.001 + number % 2})  # fmt: skip
     monkeypatch.setenv("COLUMNS", "80")
-    monkeypatch.setenv("TERM", "dumb")  # no colours
-    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
-    assert exit_code(script, ["runs", "--test"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert max(map(len, lines)) <= 80
-    assert lines[0].split() == ["rank", "run", "val/loss", "val/top1,", "%", "test/top1,", "%"]
-    assert "cell=grugru, lr=1.001" in lines[3]
+    monkeypatch.setattr(comparison, "CONSOLE", Console())
+    for isatty, last in ((True, "test/top1, %"), (False, "parameters")):
+        monkeypatch.setattr("sys.stdout.isatty", lambda isatty=isatty: isatty)
+        assert exit_code(script, ["runs", "--test"]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[0].endswith(f"  {last}")
+        assert lines[2].startswith("   2  cell=grugru, lr=1.001   ")
+        assert (max(map(len, lines)) <= 80) is isatty

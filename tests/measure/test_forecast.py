@@ -5,8 +5,8 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-import rich
 from PIL import Image
+from rich.console import Console
 
 import train
 from sequencer.config import Config
@@ -14,7 +14,7 @@ from sequencer.config.command import parse_command
 from sequencer.config.composition import to_config
 from sequencer.config.sources import Sources
 from sequencer.data.split import make_fingerprint
-from sequencer.measure import Plan, forecast, measurement, plan
+from sequencer.measure import Plan, forecast, measurement, plan, progress
 from sequencer.measure.plan_result import Measured
 from sequencer.measure.progress import stages
 from sequencer.training import run
@@ -186,7 +186,7 @@ def test_progress_is_shown_on_a_terminal(capsys, monkeypatch):
     assert capsys.readouterr().out == ""
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setattr(rich, "_console", None)
+    monkeypatch.setattr(progress, "CONSOLE", Console())
     with stages() as show:
         show("opening the data")
         show("timing training steps")
