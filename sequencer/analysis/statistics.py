@@ -4,7 +4,7 @@ All intervals are at 95%. Shape letters: `N` images, `K` classes.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,13 +12,14 @@ import torch
 from numpy.typing import NDArray
 from scipy.optimize import minimize_scalar
 from scipy.stats import binomtest, norm, rankdata
-from torchmetrics.functional.classification import multiclass_calibration_error
+from torchmetrics.functional.classification import binary_calibration_error
 
 Floats = NDArray[np.floating[Any]]
 Integers = NDArray[np.integer[Any]]
 
 BOOTSTRAP_SAMPLES = 2000
 CALIBRATION_BINS = 15  # as in Guo et al. 2017
+FITTED_VALUES = 2**23  # probabilities that a temperature is fitted to, those of every nth image
 
 
 class Interval(NamedTuple):
@@ -158,26 +159,29 @@ def calibration(labels: Integers, probabilities: Floats) -> Calibration:
         mean, accuracy = (
             np.bincount(bins, values.astype(float), CALIBRATION_BINS) / counts for values in (confidence, right)
         )
-    logits = np.log(np.maximum(probabilities.astype(float), np.finfo(float).tiny))
-    temperature = _fit_temperature(logits, labels)
-    return Calibration(
-        counts,
-        mean,
-        accuracy,
-        _calibration_error(probabilities, labels),
-        temperature,
-        _calibration_error(_softmax(logits / temperature), labels),
+    every = -(-probabilities.size // FITTED_VALUES)
+    temperature = _fit_temperature(_logits(probabilities[::every]), labels[::every])
+    rows = max(1, FITTED_VALUES // probabilities.shape[1])  # in memory at a time
+    starts = range(0, len(labels), rows)
+    scaled = [_largest_share(_logits(probabilities[start : start + rows]) / temperature) for start in starts]
+    errors = (_calibration_error(values, right) for values in (confidence, np.concatenate(scaled)))
+    return Calibration(counts, mean, accuracy, next(errors), temperature, next(errors))
+
+
+def _logits(probabilities: Floats) -> Floats:
+    return np.log(np.maximum(probabilities.astype(float), np.finfo(float).tiny))
+
+
+def _largest_share(logits: Floats) -> Floats:
+    """Computes the probability of the predicted class from logits `N K`."""
+    return 1 / np.exp(logits - logits.max(axis=1, keepdims=True)).sum(axis=1)
+
+
+def _calibration_error(confidence: Floats, right: NDArray[np.bool_]) -> float:
+    found = binary_calibration_error(
+        torch.from_numpy(confidence), torch.from_numpy(right.astype(int)), CALIBRATION_BINS
     )
-
-
-def _softmax(logits: Floats) -> Floats:
-    powers = np.exp(logits - logits.max(axis=1, keepdims=True))
-    return powers / powers.sum(axis=1, keepdims=True)
-
-
-def _calibration_error(probabilities: Floats, labels: Integers) -> float:
-    tensors = torch.from_numpy(np.ascontiguousarray(probabilities)), torch.from_numpy(np.ascontiguousarray(labels))
-    return float(multiclass_calibration_error(*tensors, probabilities.shape[1], n_bins=CALIBRATION_BINS))
+    return float(found)
 
 
 def _fit_temperature(logits: Floats, labels: Integers) -> float:
@@ -193,7 +197,7 @@ def _fit_temperature(logits: Floats, labels: Integers) -> float:
     return math.exp(float(found.x))
 
 
-def label_errors(labels: Integers, probabilities: Floats, mirrored: Floats) -> Integers:
+def label_errors(labels: Integers, probabilities: Floats, mirrored: Mapping[int, Floats]) -> list[int]:
     """Finds images whose label is probably wrong: the model is confident in another class, mirrored as well.
 
     Confident is a probability of at least the mean that the images labelled as that class have (confident learning,
@@ -202,21 +206,24 @@ def label_errors(labels: Integers, probabilities: Floats, mirrored: Floats) -> I
     Args:
         labels: `N`.
         probabilities: `N K`.
-        mirrored: `N K`, those of the mirror images.
+        mirrored: The `K` probabilities of the mirror images of candidates, by index of the image.
 
     Returns:
         Indices of the images, the most confident first.
     """
     K = probabilities.shape[1]
-    own = labels[:, None] == np.arange(K)
-    means = [probabilities[own[:, k], k].mean() if own[:, k].any() else np.inf for k in range(K)]
-    predicted = probabilities.argmax(axis=1)
-    confidence = np.minimum(*(p[np.arange(len(labels)), predicted] for p in (probabilities, mirrored)))
-    suspect = (
-        (predicted != labels) & (mirrored.argmax(axis=1) == predicted) & (confidence >= np.array(means)[predicted])
-    )
-    found = np.flatnonzero(suspect)
-    return found[np.argsort(-confidence[found], kind="stable")]
+    own = probabilities[np.arange(len(labels)), labels]
+    finite = np.isfinite(own)
+    support = np.bincount(labels[finite], minlength=K)
+    means = np.bincount(labels[finite], own[finite].astype(float), K) / np.maximum(support, 1)
+    found = {}
+    for index, other in mirrored.items():
+        predicted = int(probabilities[index].argmax())
+        confidence = float(min(probabilities[index, predicted], other[predicted]))
+        is_consistent = predicted != labels[index] and int(other.argmax()) == predicted
+        if is_consistent and support[predicted] and confidence >= means[predicted]:
+            found[index] = confidence
+    return sorted(found, key=lambda index: -found[index])
 
 
 def compare_paired(first: NDArray[np.bool_], second: NDArray[np.bool_], seed: int = 0) -> PairedComparison:

@@ -271,13 +271,9 @@ def label_error_cards(
     selection: Selection, predictions: Predictions, pictures: Pictures, cards: Cards, names: Sequence[str]
 ) -> list[dict[str, Any]]:
     """The images whose label is probably wrong, for the template."""
-    mirrored = np.zeros_like(predictions.probabilities)
-    for position, row in pictures.mirrored.items():
-        mirrored[position] = row
-    valid = np.flatnonzero(predictions.predicted >= 0)
-    suspects = valid[label_errors(predictions.labels[valid], predictions.probabilities[valid], mirrored[valid])]
+    suspects = label_errors(predictions.labels, predictions.probabilities, pictures.mirrored)
     found = []
-    for position in [int(p) for p in suspects if p in pictures.uris][:LABEL_ERRORS]:
+    for position in suspects[:LABEL_ERRORS]:
         predicted = int(predictions.predicted[position])
         found.append(
             {

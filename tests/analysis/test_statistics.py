@@ -103,12 +103,22 @@ def test_calibration_of_a_model_that_is_too_sure():
 def test_label_errors_are_confident_and_consistent():
     labels = np.array([0, 0, 0, 1, 1, 1])
     probabilities = np.array([[0.9, 0.1], [0.8, 0.2], [0.05, 0.95], [0.1, 0.9], [0.2, 0.8], [0.45, 0.55]])
-    assert label_errors(labels, probabilities, probabilities).tolist() == [2]
-    mirrored = probabilities.copy()
-    mirrored[2] = [0.6, 0.4]  # the mirror image is classified as labelled
-    assert label_errors(labels, probabilities, mirrored).tolist() == []
-    probabilities[2] = [0.3, 0.7]  # less than the mean of class 1, which is 0.75
-    assert label_errors(labels, probabilities, probabilities).tolist() == []
+    mirrored = dict(enumerate(probabilities.copy()))
+    assert label_errors(labels, probabilities, mirrored) == [2]
+    assert label_errors(labels, probabilities, {}) == []
+    mirrored[2] = np.array([0.6, 0.4])  # the mirror image is classified as labelled
+    assert label_errors(labels, probabilities, mirrored) == []
+    probabilities[2] = mirrored[2] = np.array([0.3, 0.7])  # less than the mean of class 1, which is 0.75
+    assert label_errors(labels, probabilities, mirrored) == []
+
+
+def test_calibration_of_many_images_in_parts(monkeypatch, answers):
+    labels, _, probabilities = answers
+    whole = calibration(labels, probabilities)
+    monkeypatch.setattr("sequencer.analysis.statistics.FITTED_VALUES", 700)  # 175 images at a time, every second fitted
+    parts = calibration(labels, probabilities)
+    assert parts.error == whole.error
+    assert parts.temperature == pytest.approx(whole.temperature, rel=0.2)
 
 
 def test_paired_comparison_is_mcnemars_exact_test():

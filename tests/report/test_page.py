@@ -4,7 +4,6 @@ import csv
 import html
 import json
 import re
-import shutil
 from collections import Counter
 from html.parser import HTMLParser
 
@@ -189,19 +188,6 @@ def test_a_page_that_fails_leaves_the_result(tmp_path, monkeypatch, caplog):
     summary = run(small_config(tmp_path / "run", "trainer.max_epochs=1", "logger.report=true"))
     assert summary["epochs"] == 1
     assert "report.html could not be written: no page" in (tmp_path / "run" / "train.log").read_text()
-
-
-@pytest.fixture(scope="module")
-def browser():
-    executable = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if executable is None:
-        pytest.skip("there is no Chromium: apt-get install chromium")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as driver:
-        started = driver.chromium.launch(executable_path=executable, args=["--no-sandbox", "--disable-gpu"])
-        yield started
-        started.close()
 
 
 @pytest.fixture
