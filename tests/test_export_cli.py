@@ -123,7 +123,7 @@ def test_a_mismatch_keeps_nothing(script, run_folder, monkeypatch, capsys):
     [
         (["nowhere", "--format", "onnx"], "nowhere is neither a file or folder nor a timm model name"),
         (["sequencer2d_x", "--format", "onnx"], "sequencer2d_x is neither a file or folder nor a timm model name"),
-        (["RUN/..", "--format", "onnx"], "is neither a run nor a model folder: no model/config.json, no checkpoints/"),
+        (["empty", "--format", "onnx"], "is neither a run nor a model folder: no model/config.json, no checkpoints/"),
         (["weights.safetensors", "--format", "onnx"], "does not say its architecture: add --arch NAME"),
         (["weights.safetensors", "--format", "onnx", "--arch", "sequencer2d_t8"], "did you mean sequencer2d_t_8"),
         (["weights.safetensors", "--format", "onnx", "--arch", "sequencer2d_t_32"], "does not fit Sequencer2d"),
@@ -142,6 +142,7 @@ def test_wrong_requests(script, run_folder, tmp_path, capsys, monkeypatch, argum
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
     (tmp_path / "weights.safetensors").write_bytes((run_folder / "model" / "model.safetensors").read_bytes())
     (tmp_path / "damaged.pth").write_bytes(b"no checkpoint")
+    (tmp_path / "empty").mkdir()
     before = sorted(tmp_path.rglob("*"))
     arguments = [argument.replace("RUN", str(run_folder)) for argument in arguments]
     if "--output" not in arguments:

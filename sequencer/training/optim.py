@@ -95,7 +95,6 @@ def describe_groups(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     return [
         {
-            "tensors": len(group["params"]),
             "parameters": sum(parameter.numel() for parameter in group["params"]),
             "lr": group.get("initial_lr", group["lr"]),
             "weight_decay": group["weight_decay"],

@@ -202,7 +202,7 @@ def _describe_groups(config: Config, model: nn.Module) -> list[str]:
     except Exception as error:  # of timm's factory, torch's optimizers and their plug-ins
         raise RequestError(f"optim.opt={config.optim.opt} cannot be built: {first_line(error)}") from error
     return [
-        f"parameter group {i}: {row['parameters']:,} in {row['tensors']} tensors from {row['first']}, "
+        f"parameter group {i}: {row['parameters']:,} from {row['first']}, "
         f"lr {row['lr']:.3g}, weight decay {row['weight_decay']:.3g}"
         for i, row in enumerate(rows)
     ]
