@@ -82,11 +82,17 @@ def test_weights_for_the_paper_s_repository_and_back(script, run_folder):
     assert all(torch.equal(tensor, expected[name]) for name, tensor in again.state_dict().items())
 
 
-def test_a_folder_for_a_hub(script, run_folder):
-    assert script.main([str(run_folder), "--format", "hub", "--output", "out"]) == 0
+def test_a_folder_for_a_hub(script, run_folder, capsys, tmp_path):
+    assert script.main([str(run_folder), "--format", "hub", "--output", str(tmp_path / "out")]) == 0
+    assert capsys.readouterr().out.endswith("\ntimm loads it only after `import sequencer`\n")
     names = ["README.md", "certificate.json", "config.json", "model.safetensors"]
     assert sorted(path.name for path in Path("out").iterdir()) == names
-    assert 'timm.create_model("local-dir:out", pretrained=True)' in Path("out/README.md").read_text()
+    card = Path("out/README.md").read_text()
+    assert 'timm.create_model("local-dir:FOLDER", pretrained=True)' in card
+    assert "FOLDER is the folder that holds this file." in card
+    assert str(tmp_path) not in card
+    Path("new").touch()
+    assert {path.stat().st_mode for path in Path("out").iterdir()} == {Path("new").stat().st_mode}
     model = timm.create_model("local-dir:out", pretrained=True)
     assert torch.equal(model.head.fc.weight, load_file(run_folder / "model" / "model.safetensors")["head.fc.weight"])
 
