@@ -16,7 +16,7 @@ import io
 import os
 import sys
 from argparse import Namespace, RawDescriptionHelpFormatter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain, islice
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -237,7 +237,7 @@ def write_parquet(found: "Iterator[Prediction]", file: IO[bytes], top: int) -> N
             writer.write_table(pyarrow.Table.from_arrays(arrays, schema=schema))
 
 
-WRITERS = {
+WRITERS: "dict[str, Callable[[Iterator[Prediction], Any, int], None]]" = {
     "csv": write_csv,
     "json": write_json,
     "jsonl": write_jsonl,

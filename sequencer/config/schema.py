@@ -176,7 +176,12 @@ class OptimConfig:
     sched: str = knob(
         "cosine", "learning-rate schedule, stepped after every update", choices=("cosine", "linear", "constant")
     )
-    warmup_epochs: float = knob(0.0, "epochs of linear warm-up, part of trainer.max_epochs", low=0.0)
+    warmup_epochs: float = knob(
+        0.0,
+        "epochs of linear warm-up, part of trainer.max_epochs; warm-up and cool-down that would take all of it are "
+        "shortened to half of it",
+        low=0.0,
+    )
     warmup_lr: float = knob(1e-6, "learning rate at the first update of the warm-up", low=0.0, high=1e3)
     min_lr: float = knob(1e-6, "learning rate at the end of the schedule", low=0.0, high=1e3)
     cooldown_epochs: float = knob(0.0, "epochs at min_lr at the end, part of trainer.max_epochs", low=0.0)
@@ -290,7 +295,9 @@ class Config:
     run_dir: str = knob("outputs/${name}/${now:%Y-%m-%d_%H-%M-%S}", "folder that the run writes to", path=True)
     init_from: str | None = knob(
         None,
-        "start from the weights of a run, model folder, checkpoint or timm name; a head with other classes is replaced",
+        "start from the weights of a run, model folder, checkpoint or timm name; a head of other classes is replaced; "
+        "of a run, model.name, model.kwargs, data.in_chans, img_size, mean and std are taken too, unless the command "
+        "line says otherwise",
         path=True,
     )
     data: DataConfig = field(default_factory=DataConfig)
