@@ -6,11 +6,14 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from sequencer.export import recurrence
@@ -49,6 +52,28 @@ def test_a_graph_and_its_certificate(script, run_folder, capsys, form, name):
     assert printed.out.startswith(f"new/out/{name}: ")
     assert f"top-1 classes agree for 100% of the images ({said['images']})" in printed.out
     assert printed.err == ""
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_program_of_the_documents_predicts_as_the_run(script, tmp_path, load_script, capsys, channels):
+    """The example of docs/export.md, which needs onnxruntime alone, on a photograph whose sides are odd."""
+    statistics = {"in_chans": channels, "mean": [0.3] * channels, "std": [0.4] * channels}
+    data = replace(DIGITS, img_size=12, crop_pct=0.875, **statistics)
+    run_folder = save_run(tmp_path / "run", data, [f"class {k}" for k in range(10)])
+    pixels = np.random.RandomState(0).randint(256, size=(37, 51, 3), dtype=np.uint8)
+    Image.fromarray(pixels).resize((255, 185)).save(tmp_path / "photograph.png")
+    assert script.main([str(run_folder), "--format", "onnx", "--output", "FOLDER"]) == 0
+    assert load_script("predict").main([str(run_folder), "photograph.png", "--format", "jsonl"]) == 0
+    (expected,) = json.loads(capsys.readouterr().out.splitlines()[-1])["classes"]
+    page = (SCRIPTS.parent / "docs" / "export.md").read_text()
+    (program,) = (
+        block for block in re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL) if "onnxruntime" in block
+    )
+    scope: dict = {}
+    exec(program.replace("photograph.jpg", "photograph.png"), scope)
+    assert capsys.readouterr().out == f"{expected['class']}\n"
+    logits = torch.from_numpy(scope["logits"]).double()
+    assert logits.softmax(0).max().item() == pytest.approx(expected["probability"], abs=1e-5)
 
 
 def test_an_export_is_evaluated_as_its_run(script, run_folder, load_script):
