@@ -56,6 +56,7 @@ def train(wanted: Request, command: CommandLine) -> None:
 
 
 def smoke(config: Config) -> None:
+    check_request(config)
     from sequencer.training import smoke  # imports torch
 
     smoke(config)

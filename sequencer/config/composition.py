@@ -20,6 +20,7 @@ from sequencer.config.conf_files import ConfigFiles, conf_dir
 from sequencer.config.errors import RequestError, show
 from sequencer.config.hydra_internals import VERSION_BASE
 from sequencer.config.inheritance import inherited_values
+from sequencer.config.named_runs import find_run
 from sequencer.config.overrides import complete, describe_unknown, parse_overrides, quoted
 from sequencer.config.schema import Config, leaves
 from sequencer.config.validation import validate
@@ -64,7 +65,7 @@ def compose_lines(lines: list[str], files: ConfigFiles) -> Composed:
     """
     node = _compose(lines, files)
     try:
-        source = node.init_from
+        source = None if node.init_from is None else str(find_run(node.init_from, besides=node.run_dir))
     except OmegaConfBaseException as error:
         raise _from_omegaconf(error) from error
     if inherited := inherited_values(source):

@@ -9,7 +9,7 @@ from timm.scheduler import CosineLRScheduler, PolyLRScheduler, StepLRScheduler
 from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
-from sequencer.config.schema import OptimConfig
+from sequencer.config.schema import Config, OptimConfig
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
@@ -101,6 +101,18 @@ def fit_phases(config: OptimConfig, epochs: float) -> tuple[float, float]:
     asked = config.warmup_epochs + config.cooldown_epochs
     factor = epochs / 2 / asked if asked >= epochs else 1.0
     return config.warmup_epochs * factor, config.cooldown_epochs * factor
+
+
+def describe_phases(config: Config) -> list[str]:
+    """Says by how much warm-up and cool-down are shortened, if they are."""
+    optim, epochs = config.optim, config.trainer.max_epochs
+    warmup, cooldown = fit_phases(optim, epochs)
+    if (warmup, cooldown) == (optim.warmup_epochs, optim.cooldown_epochs):
+        return []
+    return [
+        f"warm-up of {warmup:.3g} and cool-down of {cooldown:.3g} epochs: {optim.warmup_epochs:g} and "
+        f"{optim.cooldown_epochs:g} would fill the {epochs} of this run"
+    ]
 
 
 def describe_groups(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[dict[str, object]]:

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from sequencer import distributed
 from sequencer.config.errors import RequestError
-from sequencer.config.inheritance import inherited_values
 from sequencer.config.request import describe_differences
 from sequencer.config.schema import Config, lightning_settings, lower_is_better
 from sequencer.data import DataModule, Split
@@ -34,10 +33,11 @@ from sequencer.training.ema import WeightEma
 from sequencer.training.launch import trainer_settings, training_device
 from sequencer.training.loss import Teacher, build_teacher
 from sequencer.training.module import Classifier, parameters_of
-from sequencer.training.optim import build_optimizer, describe_groups, fit_phases, try_optimizer
+from sequencer.training.optim import build_optimizer, describe_groups, describe_phases, try_optimizer
 from sequencer.training.progress import EpochBar
 from sequencer.training.report import EpochReport
 from sequencer.training.result import limited
+from sequencer.training.start import describe_start, suggest_inheriting
 
 
 @dataclass(frozen=True)
@@ -93,9 +93,9 @@ def build_parts(config: Config, *callbacks: Callback, data: DataModule | None = 
         f"{config.model.name}, {parameters_of(model):,} parameters",
         f"{config.data.name}: {len(data.train_set):,} images to train, {len(data.val_set):,} to validate, "
         f"{data.num_classes:,} classes",
-        *([] if resumed else _describe_start(config)),
+        *([] if resumed else describe_start(config)),
         _describe_batch(config),
-        *_describe_phases(config),
+        *describe_phases(config),
         *([f"teacher: {config.optim.distill_from}, {config.optim.distill_weight:g} of the loss"] if teacher else []),
         *([f"kernels: {', '.join(dict.fromkeys(name for name, _ in kernels))}"] if kernels else []),
     ]
@@ -150,16 +150,8 @@ def build_model(config: Config, num_classes: int, resumed: bool = False) -> nn.M
         if config.init_from and not resumed:
             load_weights(model, read_weights(config.init_from), source=config.init_from, replace_head=True)
     except CheckpointError as error:
-        raise RequestError(f"{error}{_suggest_inheriting(config)}") from error
+        raise RequestError(f"{error}{suggest_inheriting(config)}") from error
     return model
-
-
-def _suggest_inheriting(config: Config) -> str:
-    """Says, as a line of its own, which keys of the architecture differ from those of the run that is started from."""
-    there = inherited_values(config.init_from)
-    here = {"model.name": config.model.name, "model.kwargs": config.model.kwargs, "data.in_chans": config.data.in_chans}
-    differences = describe_differences({key: there.get(key) for key in here}, here) if there else ""
-    return f"\nits architecture is another one: {differences}" if differences else ""
 
 
 def _try_model(config: Config, model: nn.Module, num_classes: int) -> None:
@@ -219,22 +211,6 @@ def _describe_groups(config: Config, model: nn.Module) -> list[str]:
     ]
 
 
-def _describe_start(config: Config) -> list[str]:
-    """Says which weights the run starts from, and which settings it has taken from their run."""
-    if config.init_from is None:
-        return []
-    there = inherited_values(config.init_from)
-    here = {key: getattr(getattr(config, key.split(".")[0]), key.split(".")[1]) for key in there}
-    taken = ", ".join(key for key in there if here[key] == there[key])
-    others = describe_differences(there, here)
-    parts = [
-        f"weights of {config.init_from}",
-        f"from there {taken}" if taken else "",
-        f"not {others}" if others else "",
-    ]
-    return ["; ".join(filter(None, parts))]
-
-
 def _describe_batch(config: Config) -> str:
     """Describes the batch of an update, which is the same on any number of devices, and the learning rate."""
     size, passes, devices = config.data.batch_size, config.trainer.accumulate_grad_batches, distributed.world_size()
@@ -244,18 +220,6 @@ def _describe_batch(config: Config) -> str:
     ]
     made = f" ({' x '.join([str(size // devices), *factors])})" if factors else ""
     return f"batch {size * passes:,}{made}, learning rate {config.optim.lr:g}"
-
-
-def _describe_phases(config: Config) -> list[str]:
-    """Says by how much warm-up and cool-down are shortened, if they are."""
-    optim, epochs = config.optim, config.trainer.max_epochs
-    warmup, cooldown = fit_phases(optim, epochs)
-    if (warmup, cooldown) == (optim.warmup_epochs, optim.cooldown_epochs):
-        return []
-    return [
-        f"warm-up of {warmup:.3g} and cool-down of {cooldown:.3g} epochs: {optim.warmup_epochs:g} and "
-        f"{optim.cooldown_epochs:g} would fill the {epochs} of this run"
-    ]
 
 
 def _kernels(model: nn.Module, trainer: pl.Trainer) -> list[tuple[str, str]]:

@@ -1,17 +1,20 @@
 """A smoke test: every part of a run once, on a few images, in a folder that is deleted."""
 
 import dataclasses
+import logging
 import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
-
-from rich import get_console
+from typing import Any
 
 from sequencer.config.schema import Config
+from sequencer.console import say
 from sequencer.distributed import is_first
 from sequencer.models import load_model
 from sequencer.training.launch import launch
 from sequencer.training.lifecycle import run
+
+log = logging.getLogger("sequencer")
 
 IMAGES = 2  # of a batch on each device; mixup needs an even number
 
@@ -27,21 +30,18 @@ def smoke(config: Config) -> None:
     """
     started = time.monotonic()
     launch(config)
-    console = get_console()
-    quiet, console.quiet = console.quiet, True  # figures of two images and the path of a deleted folder say nothing
+    log.disabled = True  # figures of two images and the path of a deleted folder say nothing
     try:
         with TemporaryDirectory(prefix="smoke", ignore_cleanup_errors=True) as folder:
             summary = run(shorten(config, Path(folder, "run")))
             if is_first():
                 load_model(Path(folder, "run"))
     finally:
-        console.quiet = quiet
+        log.disabled = False
     if is_first():
-        console.print(
+        say(
             f"smoke test passed in {time.monotonic() - started:.0f} s: {summary['model']} on {summary['data']}, one "
-            "batch each of training, validation and test, checkpoints, pictures and the model folder; nothing was kept",
-            soft_wrap=True,
-            highlight=False,
+            "batch each of training, validation and test, checkpoints, pictures and the model folder; nothing was kept"
         )
 
 
@@ -55,7 +55,7 @@ def shorten(config: Config, run_dir: Path) -> Config:
         eval_batch_size=min(config.data.eval_batch_size, IMAGES),
         num_workers=min(config.data.num_workers, 1),
     )
-    once = {f"limit_{split}_batches": 1 for split in ("train", "val", "test")}
+    once: dict[str, Any] = {f"limit_{split}_batches": 1 for split in ("train", "val", "test")}
     trainer = dataclasses.replace(config.trainer, max_epochs=1, accumulate_grad_batches=1, **once)
     logger = dataclasses.replace(config.logger, wandb=False)
     return dataclasses.replace(

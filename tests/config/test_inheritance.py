@@ -49,6 +49,7 @@ def test_a_run_that_starts_from_another_needs_no_repetition(first, tmp_path):
     config = compose([*SMALL, f"init_from={first}", f"run_dir={tmp_path / 'run'}", "trainer.max_epochs=1"])
     assert config.model.kwargs == KWARGS
     assert config.data.mean == [0.25]
+    assert compose([f"init_from={first.parent}"]).model.kwargs == KWARGS  # the newest run in a folder of runs
     run(config)
     log = (tmp_path / "run" / "train.log").read_text()
     assert f"weights of {first}; from there model.name, model.kwargs, data.in_chans, data.img_size, data.mean, " in log
