@@ -91,7 +91,7 @@ def test_a_parquet_file_is_read_as_a_csv_file(folder):
     pyarrow.parquet.write_table(table, folder / "list.parquet", row_group_size=7)
     csv_splits = opened(write_csv(folder / "list.csv", "path,label,split", listed))
     for name, split in opened(folder / "list.parquet").items():
-        assert split.fingerprint() == csv_splits[name].fingerprint()
+        assert split.fingerprint == csv_splits[name].fingerprint
 
 
 def test_integers_are_sorted_by_value(folder):
@@ -102,14 +102,14 @@ def test_integers_are_sorted_by_value(folder):
 
 def test_the_fingerprint_covers_the_list_wherever_it_lies(folder):
     path = write_csv(folder / "list.csv", "path,label", rows())
-    first = opened(path)["train"].fingerprint()
+    first = opened(path)["train"].fingerprint
     moved = shutil.copytree(folder, folder / "moved")
-    assert opened(moved / "list.csv")["train"].fingerprint() == first
+    assert opened(moved / "list.csv")["train"].fingerprint == first
     changed = rows()
     changed[0][1] = "bee"
     write_csv(path, "path,label", changed)
     os.utime(path, ns=(1, 1))
-    assert opened(path)["train"].fingerprint() != first
+    assert opened(path)["train"].fingerprint != first
 
 
 def test_the_loaders_of_a_list(folder):
