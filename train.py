@@ -22,7 +22,7 @@ from sequencer.output import drop_unread_output
 
 
 def main(command: CommandLine) -> None:
-    """Runs a parsed command: a question to Hydra, a plan, a sweep or a run, checked before torch is imported."""
+    """Runs a parsed command, checked before torch is imported: a question, a plan, a smoke test, a sweep or a run."""
     if command.is_question:
         return ask_hydra(trial, command.flags, command.flags.overrides, command.files)
     check_restarts(command)
@@ -36,7 +36,7 @@ def main(command: CommandLine) -> None:
         raise
     if command.flags.cfg:
         to_config(composed.config)
-        return ask_hydra(trial, command.flags, command.first_lines, command.files)
+        return ask_hydra(trial, command.flags, composed.lines, command.files)
     if command.flags.multirun or composed.multirun:
         return sweep(prepare_sweep(command, composed))
     refuse_sweep(command)
@@ -44,7 +44,8 @@ def main(command: CommandLine) -> None:
     name_runs(config)
     if command.plan:
         return show_plan(command, config)
-    return train(request(config), command)
+    wanted = request(config)
+    return smoke(config) if command.smoke else train(wanted, command)
 
 
 def train(wanted: Request, command: CommandLine) -> None:
@@ -52,6 +53,13 @@ def train(wanted: Request, command: CommandLine) -> None:
     from sequencer.training import run  # imports torch
 
     run(wanted.config, wanted.resume, {} if wanted.resume else describe_origin(command))
+
+
+def smoke(config: Config) -> None:
+    check_request(config)
+    from sequencer.training import smoke  # imports torch
+
+    smoke(config)
 
 
 def show_plan(command: CommandLine, config: Config, trials: int = 1) -> None:
@@ -63,9 +71,11 @@ def show_plan(command: CommandLine, config: Config, trials: int = 1) -> None:
 
 
 def sweep(wanted: Sweep) -> None:
-    """Runs a sweep's trials by Hydra's sweeper and launcher, and writes its table; or prints its plan."""
+    """Runs a sweep's trials by Hydra's sweeper and launcher and writes its table, or plans or tries the first trial."""
     if wanted.command.plan:
         return show_plan(wanted.command, wanted.config, wanted.trials)
+    if wanted.command.smoke:
+        return smoke(wanted.config)
     start_folder(wanted.folder)
     trials = partial(trial, trials=Trials(__file__, wanted.trials))
     run_hydra(update_wrapper(trials, trial), wanted.command.flags, wanted.lines, wanted.command.files)

@@ -21,7 +21,7 @@ from sequencer.config.errors import RequestError, SharedError, show, summarise_e
 from sequencer.config.named_runs import named_run
 from sequencer.config.preflight import check_model_name, check_source
 from sequencer.config.schema import LARGEST_INTEGER
-from sequencer.files import WriteError, nearest_existing, writing
+from sequencer.files import WriteError, apply_umask, nearest_existing, writing
 from sequencer.output import drop_unread_output
 from sequencer.printing import printable
 
@@ -178,14 +178,14 @@ def pick_device(name: str) -> "torch.device":
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def need_onnx() -> None:
-    """Checks that the packages for ONNX files are installed.
+def need_packages(what: str, *names: str) -> None:
+    """Checks that optional packages are installed.
 
     Raises:
         RequestError: A package is not installed.
     """
-    if missing := [name for name in ("onnx", "onnxruntime", "onnxscript") if find_spec(name) is None]:
-        raise RequestError(f"ONNX needs {', '.join(missing)}: python -m pip install {' '.join(missing)}")
+    if missing := [name for name in names if find_spec(name) is None]:
+        raise RequestError(f"{what} needs {', '.join(missing)}: python -m pip install {' '.join(missing)}")
 
 
 def make_folder(output: Path) -> None:
@@ -237,4 +237,5 @@ def prepared(output: Path) -> Iterator[Path]:
         (output / "certificate.json").unlink(missing_ok=True)  # that of an older export does not hold for this one
         for path in sorted(folder.iterdir(), key=lambda path: path.suffix == ".json"):
             with writing(output / path.name):
+                apply_umask(path)
                 os.replace(path, output / path.name)

@@ -20,7 +20,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from _cli import Parser, created, integer, need_onnx, pick_device, run
+from _cli import Parser, created, integer, need_packages, pick_device, run
 from rich.console import Console
 from rich.table import Table
 
@@ -151,7 +151,7 @@ def growth(args: Namespace) -> None:
 
 
 def export(args: Namespace) -> None:
-    need_onnx()
+    need_packages("ONNX", "onnx", "onnxruntime", "onnxscript")
     from sequencer.measure import check_model, compare_exports
 
     check_model(args.model, args.img_size)

@@ -13,7 +13,7 @@ from argparse import Namespace, RawDescriptionHelpFormatter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from _cli import Parser, add_model_options, integer, load_original, named_model, need_onnx, prepared, run
+from _cli import Parser, add_model_options, integer, load_original, named_model, need_packages, prepared, run
 
 from sequencer.config.errors import RequestError
 from sequencer.files import write_json
@@ -64,10 +64,10 @@ def parse(argv: list[str] | None) -> Namespace:
 
 def work(args: Namespace) -> None:
     args.model = named_model(args.model, args)
-    from sequencer.export import export_graph, export_weights, push
+    from sequencer.export import export_graph, export_weights, loads_with_timm, push
 
     if args.format == "onnx":
-        need_onnx()
+        need_packages("ONNX", "onnx", "onnxruntime", "onnxscript")
     loaded = load_original(args.model, args)
     img_size = args.img_size or loaded.pretrained_cfg["input_size"][-1]
     check(loaded, img_size, args)
@@ -75,13 +75,15 @@ def work(args: Namespace) -> None:
         if args.format in EXPORTED_GRAPHS:
             result = export_graph(loaded, folder, args.format, img_size, args.dtype, args.with_preprocessing)
         else:
-            name = f"hf-hub:{args.push_to}" if args.push_to else f"local-dir:{args.output}"
-            result = export_weights(loaded, folder, args.format, name)
+            names = [f"hf-hub:{args.push_to}"] if args.push_to else []
+            result = export_weights(loaded, folder, args.format, *names)
         certificate = {"model": args.model, "format": args.format} | result
         write_json(folder / "certificate.json", certificate)
     show(certificate, args.output)
+    if args.format in ("hub", "timm"):
+        print("it loads with timm alone" if loads_with_timm(loaded) else "timm loads it only after `import sequencer`")
     if args.push_to:
-        print(f"pushed to {push(loaded, args.push_to)}")
+        print(f"pushed to {push(args.output, args.push_to)}")
 
 
 def check(loaded: "LoadedModel", img_size: int, args: Namespace) -> None:

@@ -66,6 +66,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Writes a file under a temporary name in the same folder, syncs it to disk and renames it to `path`.
 
     A reader finds the old file or the new one, never part of either. Where `path` is a link, its target is written.
+    The file has the permissions that the umask gives.
 
     Args:
         path: The file; its folder is created where it does not exist.
@@ -85,6 +86,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
             _lock(file)
             try:
                 write(temporary)
+                apply_umask(temporary)
                 os.fsync(file.fileno())
                 os.replace(temporary, target)
             finally:
@@ -94,6 +96,18 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def apply_umask(path: Path) -> None:
+    """Gives a file the permissions that a new file in its folder gets; some libraries write for their user alone."""
+    probe = path.with_name(f".{path.name}.mode")
+    try:
+        probe.touch()
+        mode = stat.S_IMODE(probe.stat().st_mode)
+    finally:
+        probe.unlink(missing_ok=True)
+    if stat.S_IMODE(path.stat().st_mode) != mode:  # some file systems refuse every change
+        path.chmod(mode)
 
 
 def _lock(file: IO[bytes]) -> None:

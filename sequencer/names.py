@@ -18,6 +18,7 @@ DATA_SETS = [
     "stanford_cars",
     "imagefolder",
     "imagenet",
+    "filelist",
     "webdataset",
 ]
 # arguments of timm.create_model and timm's builders that are no arguments of an architecture: they load weights, read

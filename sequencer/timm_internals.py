@@ -4,6 +4,5 @@ They may change without notice. Everything else that the package imports from ti
 """
 
 from timm.models._features import feature_take_indices
-from timm.models._hub import generate_readme
 
-__all__ = ["feature_take_indices", "generate_readme"]
+__all__ = ["feature_take_indices"]

@@ -6,11 +6,14 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from sequencer.export import recurrence
@@ -51,6 +54,28 @@ def test_a_graph_and_its_certificate(script, run_folder, capsys, form, name):
     assert printed.err == ""
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_program_of_the_documents_predicts_as_the_run(script, tmp_path, load_script, capsys, channels):
+    """The example of docs/export.md, which needs onnxruntime alone, on a photograph whose sides are odd."""
+    statistics = {"in_chans": channels, "mean": [0.3] * channels, "std": [0.4] * channels}
+    data = replace(DIGITS, img_size=12, crop_pct=0.875, **statistics)
+    run_folder = save_run(tmp_path / "run", data, [f"class {k}" for k in range(10)])
+    pixels = np.random.RandomState(0).randint(256, size=(37, 51, 3), dtype=np.uint8)
+    Image.fromarray(pixels).resize((255, 185)).save(tmp_path / "photograph.png")
+    assert script.main([str(run_folder), "--format", "onnx", "--output", "FOLDER"]) == 0
+    assert load_script("predict").main([str(run_folder), "photograph.png", "--format", "jsonl"]) == 0
+    (expected,) = json.loads(capsys.readouterr().out.splitlines()[-1])["classes"]
+    page = (SCRIPTS.parent / "docs" / "export.md").read_text()
+    (program,) = (
+        block for block in re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL) if "onnxruntime" in block
+    )
+    scope: dict = {}
+    exec(program.replace("photograph.jpg", "photograph.png"), scope)
+    assert capsys.readouterr().out == f"{expected['class']}\n"
+    logits = torch.from_numpy(scope["logits"]).double()
+    assert logits.softmax(0).max().item() == pytest.approx(expected["probability"], abs=1e-5)
+
+
 def test_an_export_is_evaluated_as_its_run(script, run_folder, load_script):
     assert script.main([str(run_folder), "--format", "onnx", "--output", "out"]) == 0
     evaluate = load_script("evaluate")
@@ -82,11 +107,17 @@ def test_weights_for_the_paper_s_repository_and_back(script, run_folder):
     assert all(torch.equal(tensor, expected[name]) for name, tensor in again.state_dict().items())
 
 
-def test_a_folder_for_a_hub(script, run_folder):
-    assert script.main([str(run_folder), "--format", "hub", "--output", "out"]) == 0
+def test_a_folder_for_a_hub(script, run_folder, capsys, tmp_path):
+    assert script.main([str(run_folder), "--format", "hub", "--output", str(tmp_path / "out")]) == 0
+    assert capsys.readouterr().out.endswith("\ntimm loads it only after `import sequencer`\n")
     names = ["README.md", "certificate.json", "config.json", "model.safetensors"]
     assert sorted(path.name for path in Path("out").iterdir()) == names
-    assert 'timm.create_model("local-dir:out", pretrained=True)' in Path("out/README.md").read_text()
+    card = Path("out/README.md").read_text()
+    assert 'timm.create_model("local-dir:FOLDER", pretrained=True)' in card
+    assert "FOLDER is the folder that holds this file." in card
+    assert str(tmp_path) not in card
+    Path("new").touch()
+    assert {path.stat().st_mode for path in Path("out").iterdir()} == {Path("new").stat().st_mode}
     model = timm.create_model("local-dir:out", pretrained=True)
     assert torch.equal(model.head.fc.weight, load_file(run_folder / "model" / "model.safetensors")["head.fc.weight"])
 

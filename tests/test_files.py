@@ -2,7 +2,10 @@
 
 import json
 import math
+import os
+import stat
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 
 import pytest
 
@@ -37,6 +40,25 @@ def test_an_error_names_the_file_and_leaves_the_old_one(tmp_path):
         write_atomically(path, lambda temporary: (tmp_path / "missing" / "file").write_text(""))
     assert path.read_text() == "1\n"
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o027, 0o077])
+def test_the_umask_decides_who_reads_a_file(tmp_path, mask):
+    def write_for_the_user_alone(path: Path) -> None:
+        with NamedTemporaryFile(dir=tmp_path, delete=False) as file:  # as safetensors does
+            file.write(b"weights")
+        os.replace(file.name, path)
+
+    before = os.umask(mask)
+    try:
+        write_atomically(tmp_path / "weights", write_for_the_user_alone)
+        write_atomically(tmp_path / "text", lambda path: path.write_text("text"))
+    finally:
+        os.umask(before)
+    assert {path.name: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()} == {
+        "weights": 0o666 & ~mask,
+        "text": 0o666 & ~mask,
+    }
 
 
 def test_an_error_that_names_its_file_is_kept(tmp_path):

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 import torch
 from PIL import Image
@@ -22,6 +23,7 @@ from sequencer.models import load_model
 from tests.helpers import DIGITS, SCRIPTS, exit_code, save_run
 
 NAMES = [f"class {k}" for k in range(10)]
+NO_IMAGE = "no image in one of the formats JPEG, PNG, WEBP, PPM, BMP, TIFF, GIF"
 
 
 @pytest.fixture
@@ -217,6 +219,41 @@ def test_output(script, run_folder, images, capsys, name, start):
     assert capsys.readouterr() == ("", f"written: new/{name}\n")
 
 
+def test_a_json_file_is_one_array(script, run_folder, images, tmp_path, monkeypatch):
+    (tmp_path / "bad.png").write_text("no image")
+    assert script.main([str(run_folder), str(images[0]), "bad.png", "--output", "out.JSON"]) == 1
+    first, second = json.loads(Path("out.JSON").read_text())
+    assert first["path"] == str(images[0])
+    assert first["classes"][0]["class"] in NAMES
+    assert second == {"path": "bad.png", "error": NO_IMAGE}
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    assert script.main([str(run_folder), "-", "--output", "none.json"]) == 0
+    assert json.loads(Path("none.json").read_text()) == []
+
+
+def test_a_parquet_file(script, run_folder, images, tmp_path, monkeypatch):
+    (tmp_path / "bad.png").write_text("no image")
+    monkeypatch.setattr(script, "ROW_GROUP", 3)
+    assert script.main([str(run_folder), "set", "bad.png", "--top", "2", "--output", "out.parquet"]) == 1
+    table = pyarrow.parquet.read_table("out.parquet")
+    assert table.column_names == ["path", "class", "probability", "class_2", "probability_2", "error"]
+    assert [str(kind) for kind in table.schema.types] == ["string", *["string", "double"] * 2, "string"]
+    rows = table.to_pylist()
+    for row, path, probabilities in zip(rows, images, expected(run_folder, images), strict=False):
+        assert (row["path"], row["error"]) == (os.path.relpath(path, tmp_path), None)
+        assert row["class"] == NAMES[probabilities.argmax()]
+        assert row["probability"] == pytest.approx(probabilities.max().item(), abs=1e-6)
+    assert len(rows) == 8
+    assert rows[-1] == dict.fromkeys(rows[0]) | {"path": "bad.png", "error": NO_IMAGE}
+
+
+def test_parquet_without_pyarrow(script, run_folder, images, capsys, monkeypatch):
+    monkeypatch.setattr("_cli.find_spec", lambda name: None)
+    assert script.main([str(run_folder), "set", "--output", "out.parquet"]) == 2
+    assert capsys.readouterr().err == "error: Parquet needs pyarrow: python -m pip install pyarrow\n"
+    assert not Path("out.parquet").exists()
+
+
 def test_a_failure_leaves_the_old_output(script, run_folder, images, monkeypatch, capsys):
     Path("out.csv").write_text("old")
 
@@ -258,12 +295,17 @@ def test_a_nan_output_is_an_error(script, run_folder, images, monkeypatch, capsy
         (["set", "set"], "set is neither a run nor a model folder"),
         (["RUN"], "the following arguments are required: PATHS"),
         (["RUN", "set", "--top", "0"], "--top: 0 is less than 1"),
-        (["RUN", "set", "--output", "set"], "--output set is no regular file; name a file, or leave it out"),
+        (["RUN", "set", "--output", "set.csv"], "--output set.csv is no regular file; name a file, or leave it out"),
+        (["RUN", "set", "--output", "out.xlsx"], "--output out.xlsx: its suffix is none of .csv, .json, .jsonl, "),
+        (["RUN", "set", "--output", "out"], "add --format, or another suffix"),
+        (["RUN", "set", "--output", "a.json", "--format", "csv"], "files with this suffix hold json, and --format is"),
+        (["RUN", "set", "--format", "parquet"], "--format parquet needs --output FILE.parquet"),
         (["RUN", "set", "--output", "set/a/1.png/out.csv"], "set/a/1.png cannot be written: File exists"),
         (["RUN/model/config.json", "set"], "config.json"),
     ],
 )
 def test_wrong_requests(script, run_folder, images, capsys, arguments, message):
+    Path("set.csv").mkdir()
     arguments = [argument.replace("RUN", str(run_folder)) for argument in arguments]
     assert exit_code(script, arguments) == 2
     printed = capsys.readouterr()

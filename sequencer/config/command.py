@@ -16,6 +16,7 @@ from sequencer.config.overrides import complete, parse_overrides
 from sequencer.names import BACKENDS
 
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+MODES = ("plan", "smoke", "resume")  # what is done with the run, and no keys of its configuration
 
 
 @dataclass(frozen=True)
@@ -23,9 +24,10 @@ class CommandLine:
     """A parsed command line of `train.py`."""
 
     flags: Namespace  # Hydra's own flags
-    overrides: tuple[Override, ...]  # all but `plan` and `resume`
+    overrides: tuple[Override, ...]  # all but `plan`, `smoke` and `resume`
     files: ConfigFiles
     plan: bool | Literal["full"] = False  # "full" lists every value
+    smoke: bool = False
     resume: Path | None = None
 
     @property
@@ -76,18 +78,24 @@ def parse_command(arguments: list[str]) -> CommandLine:
         return CommandLine(flags, (), files)
     check_environment()
     overrides = parse_overrides(flags.overrides)
-    plan, resume = (_last(overrides, key) for key in ("plan", "resume"))
+    plan, smoke, resume = (_last(overrides, key) for key in MODES)
     if plan not in (None, True, False, "full"):
         raise RequestError(f"plan={plan}: it is true, full (lists every value) or false")
-    if plan and resume:
-        raise RequestError("plan=true and resume=RUN exclude each other: a plan is made of a new run")
+    if not isinstance(smoke, bool | None):
+        raise RequestError(f"smoke={smoke}: it is true or false")
+    if plan and smoke:
+        raise RequestError("plan=true and smoke=true exclude each other: a plan trains nothing")
+    if (plan or smoke) and resume:
+        kind = "plan" if plan else "smoke test"
+        raise RequestError(f"{kind.split()[0]}=true and resume=RUN exclude each other: a {kind} is made of a new run")
     if resume and flags.cfg:
         raise RequestError(
             f"--cfg shows what a new run would be; that of the run is in {Path(str(resume), 'config.yaml')}"
         )
-    others = tuple(override for override in overrides if override.key_or_group not in ("plan", "resume"))
+    others = tuple(override for override in overrides if override.key_or_group not in MODES)
     wanted: bool | Literal["full"] = "full" if plan == "full" else bool(plan)
-    return CommandLine(flags, others, files, wanted, None if resume is None else Path(str(resume)))
+    path = None if resume is None else Path(str(resume))
+    return CommandLine(flags, others, files, wanted, bool(smoke), path)
 
 
 def check_environment() -> None:

@@ -19,7 +19,9 @@ from yaml import MarkedYAMLError
 from sequencer.config.conf_files import ConfigFiles, conf_dir
 from sequencer.config.errors import RequestError, show
 from sequencer.config.hydra_internals import VERSION_BASE
-from sequencer.config.overrides import complete, describe_unknown, parse_overrides
+from sequencer.config.inheritance import inherited_values
+from sequencer.config.named_runs import find_run
+from sequencer.config.overrides import complete, describe_unknown, parse_overrides, quoted
 from sequencer.config.schema import Config, leaves
 from sequencer.config.validation import validate
 from sequencer.printing import first_line
@@ -46,6 +48,8 @@ class Composed:
     """A composed configuration, and Hydra's own settings of a sweep."""
 
     config: DictConfig
+    lines: list[str]  # the overrides, those that follow from `init_from` included
+    inherited: dict[str, Any]  # what follows from `init_from`, by key; the overrides may say otherwise
     multirun: bool  # a recipe asks for a sweep
     sweeper: dict[str, Any]
 
@@ -53,12 +57,36 @@ class Composed:
 def compose_lines(lines: list[str], files: ConfigFiles) -> Composed:
     """Composes overrides that `complete` has checked, in which nothing is swept over.
 
+    Where `init_from` names a run, its architecture, channels, image size and normalisation take the place of those of
+    the files. Overrides come after them, and another `model.name` leaves out the arguments of the run's model.
+
     Raises:
         RequestError: A value of the wrong type, or another error of the composition.
     """
+    node = _compose(lines, files)
+    try:
+        source = None if node.init_from is None else str(find_run(node.init_from, besides=node.run_dir))
+    except OmegaConfBaseException as error:
+        raise _from_omegaconf(error) from error
+    if inherited := inherited_values(source):
+        names = [str(line.value()) for line in parse_overrides(lines) if line.key_or_group == "model.name"]
+        if names and names[-1] != inherited["model.name"]:
+            del inherited["model.kwargs"]
+        values = (f"++{key}={_literal(value)}" for key, value in inherited.items())
+        lines = [*values, *lines]
+        node = _compose(lines, files)
+    mode, sweeper = node.hydra.mode, OmegaConf.to_container(node.hydra.sweeper, resolve=False)
+    assert isinstance(sweeper, dict)
+    with open_dict(node):
+        del node["hydra"]
+    settings = {str(key): value for key, value in sweeper.items()}
+    return Composed(node, lines, inherited, mode == RunMode.MULTIRUN, settings)
+
+
+def _compose(lines: list[str], files: ConfigFiles) -> DictConfig:
     try:
         with initialize_config_dir(str(files.main.absolute()), version_base=VERSION_BASE):
-            node = hydra_compose(files.name, overrides=[*lines, *files.lines], return_hydra_config=True)
+            return hydra_compose(files.name, overrides=[*lines, *files.lines], return_hydra_config=True)
     except ConfigCompositionException as error:
         raise _from_composition(error, files) from error
     except MarkedYAMLError as error:
@@ -68,11 +96,15 @@ def compose_lines(lines: list[str], files: ConfigFiles) -> Composed:
         ) from error
     except Exception as error:  # Hydra and OmegaConf raise Python's own errors too
         raise RequestError(first_line(error)) from error
-    mode, sweeper = node.hydra.mode, OmegaConf.to_container(node.hydra.sweeper, resolve=False)
-    assert isinstance(sweeper, dict)
-    with open_dict(node):
-        del node["hydra"]
-    return Composed(node, mode == RunMode.MULTIRUN, {str(key): value for key, value in sweeper.items()})
+
+
+def _literal(value: Any) -> str:
+    """Returns a value in Hydra's grammar of overrides."""
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{key}:{_literal(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list):
+        return f"[{','.join(map(_literal, value))}]"
+    return quoted(value) if isinstance(value, str) else "null" if value is None else str(value)
 
 
 def to_config(node: DictConfig) -> Config:

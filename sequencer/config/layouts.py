@@ -43,6 +43,7 @@ LAYOUTS = {
     ),
     "imagefolder": Layout("{split}", IMAGE_FOLDER + "a folder of images per class"),
     "imagenet": Layout("{split}", IMAGE_FOLDER + "a folder per synset (n01440764, ...)"),
+    "filelist": Layout(remedy="{root} must name a CSV or Parquet file with a column of paths and a column of labels"),
     "webdataset": Layout(
         "{split}.json", "scripts/shards.py writes shards with their index, or an index for existing shards"
     ),

@@ -19,13 +19,16 @@ def named_run(source: str | Path, besides: str | None = None) -> Path:
     Returns:
         The run that was started or resumed last, or `source` if it is no folder of runs.
     """
+    found = find_run(source, besides)
+    if found != Path(source) and os.environ.get("RANK", "0") == "0":
+        print(f"newest run in {printable(Path(source))}: {printable(found)}", file=sys.stderr)
+    return found
+
+
+def find_run(source: str | Path, besides: str | None = None) -> Path:
+    """Returns what `named_run` returns, and says nothing."""
     folder = Path(source)
     if not os.path.isdir(folder) or any((folder / name).exists() for name in OF_A_MODEL):
         return folder
     runs = [path for path in folder.glob("*/config.yaml") if besides is None or path.parent != Path(besides)]
-    if not runs:
-        return folder
-    newest = max(runs, key=lambda path: path.stat().st_mtime).parent
-    if os.environ.get("RANK", "0") == "0":
-        print(f"newest run in {printable(folder)}: {printable(newest)}", file=sys.stderr)
-    return newest
+    return max(runs, key=lambda path: path.stat().st_mtime).parent if runs else folder

@@ -82,8 +82,8 @@ class DataConfig:
     name: str = knob(MISSING, "data set", choices=DATA_SETS)
     root: str = knob(
         "data",
-        "folder of the data set; an image folder has train/, val/ and optionally test/; shards may also be at an http, "
-        "https or s3 address",
+        "folder of the data set; an image folder has train/, val/ and optionally test/; of a file list, the CSV or "
+        "Parquet file; shards may also be at an http, https or s3 address",
         path=True,
         on_resume=True,  # the fingerprints of the splits show whether the data are the same
     )
@@ -107,6 +107,18 @@ class DataConfig:
         "fraction of the training images that is the validation split of data sets without one, whatever the seed",
         low=0.0,
         high=0.9,
+    )
+    test_fraction: float = knob(
+        0.0,
+        "file list: fraction of the training images that is the test split of a list without one, whatever the seed",
+        low=0.0,
+        high=0.9,
+    )
+    path_column: str = knob("path", "file list: column of the images' paths, which start from the list's folder")
+    label_column: str = knob("label", "file list: column of the labels; the classes are the labels, sorted")
+    split_column: str | None = knob(
+        "split",
+        "file list: column with train, val or test; a list without it, or null, is divided by the fractions",
     )
     batch_size: int = knob(128, "images per forward pass, summed over all devices", low=1)
     check: bool = knob(False, "decode every image file before training starts")
@@ -164,7 +176,12 @@ class OptimConfig:
     sched: str = knob(
         "cosine", "learning-rate schedule, stepped after every update", choices=("cosine", "linear", "constant")
     )
-    warmup_epochs: float = knob(0.0, "epochs of linear warm-up, part of trainer.max_epochs", low=0.0)
+    warmup_epochs: float = knob(
+        0.0,
+        "epochs of linear warm-up, part of trainer.max_epochs; warm-up and cool-down that would take all of it are "
+        "shortened to half of it",
+        low=0.0,
+    )
     warmup_lr: float = knob(1e-6, "learning rate at the first update of the warm-up", low=0.0, high=1e3)
     min_lr: float = knob(1e-6, "learning rate at the end of the schedule", low=0.0, high=1e3)
     cooldown_epochs: float = knob(0.0, "epochs at min_lr at the end, part of trainer.max_epochs", low=0.0)
@@ -278,7 +295,9 @@ class Config:
     run_dir: str = knob("outputs/${name}/${now:%Y-%m-%d_%H-%M-%S}", "folder that the run writes to", path=True)
     init_from: str | None = knob(
         None,
-        "start from the weights of a run, model folder, checkpoint or timm name; a head with other classes is replaced",
+        "start from the weights of a run, model folder, checkpoint or timm name; a head of other classes is replaced; "
+        "of a run, model.name, model.kwargs, data.in_chans, img_size, mean and std are taken too, unless the command "
+        "line says otherwise",
         path=True,
     )
     data: DataConfig = field(default_factory=DataConfig)

@@ -20,7 +20,7 @@ DEFAULTS = leaves(OmegaConf.to_container(OmegaConf.structured(Config), resolve=F
 
 
 class Sources:
-    """The place that gives each key its final value: the schema, a YAML file or the command line.
+    """The place that gives each key its final value: the schema, a YAML file, a run, or the command line.
 
     Args:
         command: a valid command; a swept key has its first value.
@@ -38,6 +38,10 @@ class Sources:
                 loaded = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
                 for key, value in leaves(loaded, entry.package or "").items():
                     self._places[key] = (_shown(path, files.main), value)
+        composed = command.compose()
+        for key, value in composed.inherited.items():
+            for leaf, item in leaves(value, key).items():
+                self._places[leaf] = (f"init_from={composed.config.init_from}", item)
         for override in command.overrides:
             key = override.key_or_group
             if key in KEYS or key.startswith("model.kwargs."):

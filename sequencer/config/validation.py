@@ -103,11 +103,6 @@ def _check_optim(config: Config) -> None:
                 raise RequestError(f"trainer.{key}={getattr(trainer, key)} needs an average: set optim.ema_decay")
     if trainer.best_metric == "epoch" and trainer.early_stopping_patience is not None:
         raise RequestError("trainer.early_stopping_patience needs a trainer.best_metric other than epoch")
-    if optim.warmup_epochs + optim.cooldown_epochs > trainer.max_epochs:
-        raise RequestError(
-            f"optim.warmup_epochs={optim.warmup_epochs} and cooldown_epochs={optim.cooldown_epochs} are part of "
-            f"trainer.max_epochs={trainer.max_epochs} and do not fit into it"
-        )
 
 
 def _check_trainer(config: Config) -> None:

@@ -20,12 +20,13 @@ from sequencer import names
 from sequencer.config.errors import RequestError
 from sequencer.config.layouts import LAYOUTS, Layout, missing_data, split_folder
 from sequencer.config.schema import DataConfig
+from sequencer.data.filelist import has_test_rows, open_file_list
 from sequencer.data.files import FileSplit, scan_folder
 from sequencer.data.images import check_memory, reason_of
 from sequencer.data.memory import MemorySplit
 from sequencer.data.shard_files import read_index, resolve
 from sequencer.data.shards import ShardSplit
-from sequencer.data.split import Split, SplitName, Transform
+from sequencer.data.split import Split, SplitName, Transform, stratified_split
 from sequencer.data.transforms import resized_side
 from sequencer.declared import UndeclaredContent
 from sequencer.printing import printable
@@ -91,21 +92,6 @@ def open_split(config: DataConfig, name: SplitName, transform: Transform) -> Spl
 def has_test_split(config: DataConfig) -> bool:
     """Whether the configured data set has a test split."""
     return DATA_SETS[config.name].has_test(config)
-
-
-def stratified_split(labels: np.ndarray, fraction: float) -> tuple[np.ndarray, np.ndarray]:
-    """Holds out the same `fraction` of every class; returns the indices (kept, held out), both sorted.
-
-    The result is a function of the arguments alone: NumPy promises never to change the stream of `RandomState`, while
-    scikit-learn's `train_test_split` may split otherwise in another version.
-    """
-    random_state = np.random.RandomState(0)
-    held = []
-    for label in np.unique(labels):
-        members = random_state.permutation(np.flatnonzero(labels == label))
-        held.append(members[: round(fraction * len(members))])
-    held_indices = np.sort(np.concatenate(held))
-    return np.setdiff1d(np.arange(len(labels)), held_indices), held_indices
 
 
 def _train_or_val(split: Split, config: DataConfig) -> tuple[np.ndarray, np.ndarray]:
@@ -212,6 +198,7 @@ DATA_SETS: dict[str, DataSet] = {
     "stanford_cars": DataSet(partial(open_listed, datasets.StanfordCars), layout=LAYOUTS["stanford_cars"]),
     "imagefolder": DataSet(open_folder, has_val=True, has_test=_has_test_folder, layout=LAYOUTS["imagefolder"]),
     "imagenet": DataSet(open_folder, has_val=True, has_test=_has_test_folder, layout=LAYOUTS["imagenet"]),
+    "filelist": DataSet(open_file_list, has_val=True, has_test=has_test_rows, layout=LAYOUTS["filelist"]),
     "webdataset": DataSet(ShardSplit, has_val=True, has_test=_has_test_shards, layout=LAYOUTS["webdataset"]),
 }
 

@@ -146,6 +146,21 @@ def unchanged(image: Any) -> Any:
     return image
 
 
+def stratified_split(labels: np.ndarray, fraction: float) -> tuple[np.ndarray, np.ndarray]:
+    """Holds out the same `fraction` of every class; returns the indices (kept, held out), both sorted.
+
+    The result is a function of the arguments alone: NumPy promises never to change the stream of `RandomState`, while
+    scikit-learn's `train_test_split` may split otherwise in another version.
+    """
+    random_state = np.random.RandomState(0)
+    held = []
+    for label in np.unique(labels):
+        members = random_state.permutation(np.flatnonzero(labels == label))
+        held.append(members[: round(fraction * len(members))])
+    held_indices = np.sort(np.concatenate(held))
+    return np.setdiff1d(np.arange(len(labels)), held_indices), held_indices
+
+
 def make_fingerprint(number: int, *contents: bytes) -> str:
     """Returns the number of images with a hash of what identifies them, e.g. `24 images 0a1b2c3d4e5f`."""
     total = hashlib.sha256()

@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from sequencer.evaluation import input_config
-from sequencer.export.description import describe_export, model_card
-from sequencer.export.folder import write_model_folder
+from sequencer.export.description import LOCAL, describe_export, model_card
+from sequencer.export.folder import CARD, write_model_folder
 from sequencer.export.formats import DTYPES, to_onnx, to_program
 from sequencer.export.provenance import versions
 from sequencer.export.verify import compare, real_images, sha256_of_file, sha256_of_weights
@@ -26,7 +26,6 @@ from sequencer.models import (
     to_paper_layout,
 )
 from sequencer.names import EXPORTED_GRAPHS, EXPORTED_WEIGHTS
-from sequencer.timm_internals import generate_readme
 
 
 def export_graph(
@@ -56,7 +55,7 @@ def export_graph(
     return certify(load_exported(path, trust=True), loaded, path, img_size, dtype)
 
 
-def export_weights(loaded: LoadedModel, folder: Path, form: str, name: str) -> dict[str, Any]:
+def export_weights(loaded: LoadedModel, folder: Path, form: str, name: str = LOCAL) -> dict[str, Any]:
     """Exports the weights of a model, loads them again and compares the outputs.
 
     Args:
@@ -64,7 +63,7 @@ def export_weights(loaded: LoadedModel, folder: Path, form: str, name: str) -> d
         folder: An existing folder, into which the file named in `EXPORTED_WEIGHTS` is written, for `hub` also
             `config.json` and the model card `README.md`.
         form: A key of `EXPORTED_WEIGHTS`: `hub`, `timm` or `paper`.
-        name: The name by which `timm.create_model` loads the folder, which the model card of `hub` shows.
+        name: The name by which `timm.create_model` loads the folder, for the model card of `hub`.
 
     Returns:
         The certificate: file, checksums, errors and versions.
@@ -89,7 +88,7 @@ def _write(loaded: LoadedModel, path: Path, form: str, name: str) -> None:
     weights = loaded.model.state_dict()
     if form == "hub":
         write_model_folder(loaded, path.parent)
-        (path.parent / "README.md").write_text(generate_readme(model_card(loaded, name), loaded.arch))
+        (path.parent / CARD).write_text(model_card(loaded, name), encoding="utf-8")
     elif form == "timm":
         save_file(weights, path)
     else:

@@ -4,12 +4,16 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import HfApi
 from safetensors import SafetensorError
-from timm.models import push_to_hf_hub, save_for_hf
+from timm.models import save_for_hf
 
-from sequencer.export.description import model_card
-from sequencer.files import finite, writing
+import sequencer
+from sequencer.files import apply_umask, finite, writing
 from sequencer.models import PREPROCESSING, LoadedModel
+
+CARD = "README.md"
+UPLOADED = (CARD, "config.json", "model.safetensors")
 
 
 def save_model_folder(loaded: LoadedModel, folder: Path) -> None:
@@ -27,6 +31,8 @@ def save_model_folder(loaded: LoadedModel, folder: Path) -> None:
         shutil.rmtree(partial, ignore_errors=True)
         try:
             write_model_folder(loaded, partial)
+            for path in partial.iterdir():
+                apply_umask(path)
             shutil.rmtree(folder, ignore_errors=True)
             partial.rename(folder)
         finally:
@@ -38,11 +44,11 @@ def write_model_folder(loaded: LoadedModel, folder: Path) -> None:
     save_for_hf(loaded.model, str(folder), safe_serialization=True, **_configuration(loaded))
 
 
-def push(loaded: LoadedModel, repo_id: str) -> str:
-    """Uploads a model folder to a hub by timm's own function. An existing model card is kept.
+def push(folder: Path, repo_id: str) -> str:
+    """Uploads an exported model folder to a hub. An existing model card is kept.
 
     Args:
-        loaded: The model, on the CPU.
+        folder: The folder, with its model card; other files in it are left out.
         repo_id: `ORG/NAME`.
 
     Returns:
@@ -52,13 +58,20 @@ def push(loaded: LoadedModel, repo_id: str) -> str:
         OSError: The hub cannot be reached or refuses the upload.
         ValueError: The name of the repository is not valid.
     """
-    card = model_card(loaded, f"hf-hub:{repo_id}")
-    commit = push_to_hf_hub(loaded.model, repo_id, model_card=card, safe_serialization=True, **_configuration(loaded))
-    return str(commit.repo_url)
+    hub = HfApi(library_name="sequencer", library_version=sequencer.__version__)
+    address = hub.create_repo(repo_id, exist_ok=True)
+    kept = [CARD] if hub.file_exists(address.repo_id, CARD) else []
+    hub.upload_folder(
+        repo_id=address.repo_id,
+        folder_path=folder,
+        allow_patterns=[name for name in UPLOADED if name not in kept],
+        commit_message="Add model",
+    )
+    return str(address)
 
 
 def _configuration(loaded: LoadedModel) -> dict[str, Any]:
-    """Returns the arguments of timm's functions that write `config.json`.
+    """Returns the arguments of timm's function that writes `config.json`.
 
     This package's own entries are at the top level, because timm rejects unknown keys inside `pretrained_cfg`. Numbers
     that are not finite become null, because timm would write them as JSON that only Python reads.

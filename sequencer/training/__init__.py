@@ -3,5 +3,6 @@
 from sequencer.training.divergence import Diverged
 from sequencer.training.lifecycle import run
 from sequencer.training.module import Classifier
+from sequencer.training.smoke_test import smoke
 
-__all__ = ["Classifier", "Diverged", "run"]
+__all__ = ["Classifier", "Diverged", "run", "smoke"]

@@ -9,7 +9,7 @@ from timm.scheduler import CosineLRScheduler, PolyLRScheduler, StepLRScheduler
 from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
-from sequencer.config.schema import OptimConfig
+from sequencer.config.schema import Config, OptimConfig
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
@@ -75,8 +75,9 @@ def build_schedule(
     Returns:
         A schedule whose `step_update(n)` sets the learning rates after `n` updates.
     """
-    warmup = min(round(config.warmup_epochs * updates_per_epoch), updates - 1)
-    falling = max(updates - round(config.cooldown_epochs * updates_per_epoch), warmup + 1)
+    warmup_epochs, cooldown_epochs = fit_phases(config, updates / updates_per_epoch)
+    warmup = min(round(warmup_epochs * updates_per_epoch), updates - 1)
+    falling = max(updates - round(cooldown_epochs * updates_per_epoch), warmup + 1)
     common: dict[str, Any] = {
         "warmup_t": warmup,
         "warmup_lr_init": config.warmup_lr,
@@ -88,6 +89,30 @@ def build_schedule(
     if config.sched == "linear":
         return PolyLRScheduler(optimizer, t_initial=falling, power=1.0, lr_min=config.min_lr, **common)
     return CosineLRScheduler(optimizer, t_initial=falling, lr_min=config.min_lr, **common)
+
+
+def fit_phases(config: OptimConfig, epochs: float) -> tuple[float, float]:
+    """Returns the epochs of warm-up and cool-down: those of the configuration, or half of a run that they would fill.
+
+    Args:
+        config: The configuration.
+        epochs: Epochs of the run.
+    """
+    asked = config.warmup_epochs + config.cooldown_epochs
+    factor = epochs / 2 / asked if asked >= epochs else 1.0
+    return config.warmup_epochs * factor, config.cooldown_epochs * factor
+
+
+def describe_phases(config: Config) -> list[str]:
+    """Says by how much warm-up and cool-down are shortened, if they are."""
+    optim, epochs = config.optim, config.trainer.max_epochs
+    warmup, cooldown = fit_phases(optim, epochs)
+    if (warmup, cooldown) == (optim.warmup_epochs, optim.cooldown_epochs):
+        return []
+    return [
+        f"warm-up of {warmup:.3g} and cool-down of {cooldown:.3g} epochs: {optim.warmup_epochs:g} and "
+        f"{optim.cooldown_epochs:g} would fill the {epochs} of this run"
+    ]
 
 
 def describe_groups(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[dict[str, object]]:

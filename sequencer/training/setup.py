@@ -33,10 +33,11 @@ from sequencer.training.ema import WeightEma
 from sequencer.training.launch import trainer_settings, training_device
 from sequencer.training.loss import Teacher, build_teacher
 from sequencer.training.module import Classifier, parameters_of
-from sequencer.training.optim import build_optimizer, describe_groups, try_optimizer
+from sequencer.training.optim import build_optimizer, describe_groups, describe_phases, try_optimizer
 from sequencer.training.progress import EpochBar
 from sequencer.training.report import EpochReport
 from sequencer.training.result import limited
+from sequencer.training.start import describe_start, suggest_inheriting
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,9 @@ def build_parts(config: Config, *callbacks: Callback, data: DataModule | None = 
         f"{config.model.name}, {parameters_of(model):,} parameters",
         f"{config.data.name}: {len(data.train_set):,} images to train, {len(data.val_set):,} to validate, "
         f"{data.num_classes:,} classes",
+        *([] if resumed else describe_start(config)),
         _describe_batch(config),
+        *describe_phases(config),
         *([f"teacher: {config.optim.distill_from}, {config.optim.distill_weight:g} of the loss"] if teacher else []),
         *([f"kernels: {', '.join(dict.fromkeys(name for name, _ in kernels))}"] if kernels else []),
     ]
@@ -147,7 +150,7 @@ def build_model(config: Config, num_classes: int, resumed: bool = False) -> nn.M
         if config.init_from and not resumed:
             load_weights(model, read_weights(config.init_from), source=config.init_from, replace_head=True)
     except CheckpointError as error:
-        raise RequestError(str(error)) from error
+        raise RequestError(f"{error}{suggest_inheriting(config)}") from error
     return model
 
 
@@ -272,6 +275,7 @@ def _build_trainer(config: Config, callbacks: list[Callback]) -> pl.Trainer:
 def quieten() -> None:
     """Silences Lightning's messages about itself, and its advice on settings that are chosen here on purpose."""
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    logging.getLogger("timm.scheduler.cosine_lr").setLevel(logging.ERROR)  # a run of one update has no curve
     os.environ.setdefault("PL_DISABLE_TIPS", "1")
     for message in (
         r"The '\w+' does not have many workers",

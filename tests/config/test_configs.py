@@ -110,7 +110,6 @@ def test_model_arguments_may_be_added():
         (["optim.lr"], "overrides are written key=value"),
         (["trainer.slot=ema"], "set optim.ema_decay"),
         (["trainer.best_metric=val_ema/top1"], "set optim.ema_decay"),
-        (["trainer.max_epochs=3", "optim.warmup_epochs=4"], "do not fit"),
         (["trainer.best_metric=epoch", "trainer.early_stopping_patience=2"], "other than epoch"),
         (["data.mean=[0.5,0.5]"], "data.mean has 2 entries"),
         (["model.img_size=16"], "data.img_size=8"),

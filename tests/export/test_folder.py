@@ -2,18 +2,24 @@
 
 import base64
 import json
+import os
+import stat
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 
 import pytest
 import torch
+import yaml
 from huggingface_hub import constants
+from PIL import Image
 
-from sequencer.export import save_model_folder
+from sequencer.export import loads_with_timm, save_model_folder
+from sequencer.export.description import model_card
 from sequencer.models import LoadedModel, create_model, load_model, timm_preprocessing
 from tests.helpers import DIGITS, save_run
 
@@ -156,17 +162,78 @@ def test_upload_to_a_hub(hub, load_script, tmp_path, monkeypatch, capsys):
 
 
 def test_model_card_has_results_and_code_that_runs(tmp_path, monkeypatch):
-    from PIL import Image
-
-    from sequencer.export.description import model_card
-
     monkeypatch.chdir(tmp_path)
-    loaded = load_model(save_run(tmp_path / "run", DIGITS, list("0123456789")))
-    about = loaded.about | {"metrics": {"val/top1": 0.25, "test/top1": 0.5, "test/top5": 0.75}}
-    card = model_card(LoadedModel(**(vars(loaded) | {"about": about})), "local-dir:run/model")
-    assert card["details"]["Results"] == {"test top-1": "50.00%", "test top-5": "75.00%", "val top-1": "25.00%"}
+    names = ["ants", "bees\x1b[2J", *"23456789"]
+    loaded = load_model(save_run(tmp_path / "run", DIGITS, names))
+    about = loaded.about | {"metrics": {"val/top1": 0.25, "test/top1": 0.5, "test/top5": 0.75}, "commit": "c0ffee"}
+    card = model_card(replace(loaded, about=about), "local-dir:run/model")
+    header, body = card.removeprefix("---\n").split("\n---\n")
+    assert yaml.safe_load(header) == {"pipeline_tag": "image-classification", "tags": ["image-classification"]}
+    for line in (
+        "# sequencer2d_t_8",
+        "An image classifier of the Sequencer family: `sequencer2d_t_8`.",
+        r"- **Classes:** 10: ants, bees\x1b[2J, 2, 3, 4, 5, 6, 7, 8, 9",
+        "- **Data set:** digits",
+        "- **test top-1:** 50.00%",
+        "- **test top-5:** 75.00%",
+        "- **val top-1:** 25.00%",
+        "- **Commit:** c0ffee",
+        "- **Licence:** for the author to state, by `license:` in the header of this file",
+        "It needs the package `sequencer`, whose import adds the architecture to timm; timm alone cannot load it.",
+    ):
+        assert line in body.splitlines()
     Image.new("RGB", (20, 20)).save("photograph.jpg")
     scope: dict = {}
-    exec(card["usage"].strip().removeprefix("```python").removesuffix("```"), scope)
+    exec(body.partition("```python\n")[2].partition("```")[0], scope)
     assert scope["probabilities"].shape == (1, 10)
     assert scope["probabilities"].sum().item() == pytest.approx(1)
+
+
+def test_a_model_card_lists_the_first_hundred_classes(tmp_path):
+    loaded = load_model(save_run(tmp_path, DIGITS, [f"class {k}" for k in range(103)]))
+    assert ", class 98, class 99, and 3 more\n" in model_card(loaded, "local-dir:FOLDER")
+
+
+LOAD = """
+import sys
+sys.modules["sequencer"] = None
+import timm
+for folder in sys.argv[1:]:
+    try:
+        timm.create_model(f"local-dir:{folder}", pretrained=True)
+        print("loaded")
+    except Exception as error:
+        print(error)
+"""
+
+
+def test_what_loads_with_timm_alone_is_said_of_it(tmp_path):
+    """Models as timm has them do; altered ones, and those that only this package has, fail as soon as timm is asked."""
+    cases = {
+        ("sequencer2d_s", False): "loaded",
+        ("sequencer2d_s", True): "Sequencer2d.__init__() got an unexpected keyword argument 'cell'",
+        ("gru_sequencer2d_s", False): "Unknown model (gru_sequencer2d_s)",
+        ("resnet18", False): "loaded",
+    }
+    cfg, folders = timm_preprocessing(vars(DIGITS) | {"img_size": 56}), []
+    for (name, altered), answer in cases.items():
+        args = {"cell": "indylstm"} if altered else {"drop_path_rate": 0.1}
+        model = create_model(name, num_classes=2, in_chans=1, **args)
+        loaded = LoadedModel(model, name, "raw", ("ants", "bees"), cfg, args)
+        assert loads_with_timm(loaded) == (answer == "loaded")
+        header = yaml.safe_load(model_card(loaded, "local-dir:FOLDER").split("---\n")[1])
+        assert header.get("library_name") == ("timm" if answer == "loaded" else None)
+        folders.append(tmp_path / f"{name}_{altered}")
+        save_model_folder(loaded, folders[-1])
+    done = subprocess.run([sys.executable, "-c", LOAD, *map(str, folders)], capture_output=True, text=True)
+    assert done.stdout.splitlines() == list(cases.values()), done.stderr
+
+
+def test_others_can_read_a_model_folder(tmp_path):
+    before = os.umask(0o022)
+    try:
+        folder = save_run(tmp_path, DIGITS, list("0123456789")) / "model"
+    finally:
+        os.umask(before)
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()}
+    assert modes == {"config.json": 0o644, "model.safetensors": 0o644}

@@ -9,7 +9,7 @@ import torch
 
 import sequencer  # noqa: F401
 from sequencer.config.schema import OptimConfig
-from sequencer.training.optim import build_optimizer, build_schedule, describe_groups
+from sequencer.training.optim import build_optimizer, build_schedule, describe_groups, fit_phases
 
 
 @pytest.fixture
@@ -86,6 +86,15 @@ def test_linear_and_constant():
         OptimConfig(lr=1.0, sched="constant", warmup_epochs=1, warmup_lr=0.0), updates=10, updates_per_epoch=4
     )
     assert constant == pytest.approx([0, 0.25, 0.5, 0.75] + [1.0] * 6)
+
+
+def test_phases_that_would_fill_a_run_take_half_of_it():
+    config = OptimConfig(lr=1.0, warmup_epochs=20, warmup_lr=0.0, min_lr=0.0, cooldown_epochs=10)
+    assert fit_phases(config, 310) == (20, 10)
+    assert fit_phases(config, 1) == pytest.approx((1 / 3, 1 / 6))
+    values = rates(config, updates=60, updates_per_epoch=60)
+    assert values[:20] == pytest.approx([step / 20 for step in range(20)])
+    assert values[50:] == pytest.approx([0.0] * 10)
 
 
 @pytest.mark.parametrize("opt", ["adamw", "sgd", "lamb", "lion", "adafactor"])
