@@ -1,4 +1,4 @@
-"""The programs of docs/extending.md, from outside the package, and what they lead to."""
+"""The programs of docs/extend.md, from outside the package, and what they lead to."""
 
 import json
 import re
@@ -25,7 +25,7 @@ from sequencer.training import run
 from sequencer.variants import VARIANTS
 
 ROOT = Path(__file__).parents[1]
-PAGE = (ROOT / "docs" / "extending.md").read_text()
+PAGE = (ROOT / "docs" / "extend.md").read_text()
 SHORT = (
     '"trainer.limit_train_batches=2", "trainer.accelerator=cpu", "optim.warmup_epochs=0", '
     '"model.kwargs={layers: [1], patch_sizes: [2], embed_dims: [16], hidden_sizes: [4]}", '

@@ -3,7 +3,6 @@
 import csv
 import importlib.resources
 import itertools
-import json
 import logging
 import shlex
 from collections.abc import Sequence
@@ -28,7 +27,7 @@ from sequencer.config.schema import Config, leaves
 from sequencer.config.sources import DEFAULTS
 from sequencer.data.mixing import build_mixup
 from sequencer.evaluation import Predictions
-from sequencer.files import write_arrays, write_atomically
+from sequencer.files import to_json, write_arrays, write_atomically
 from sequencer.models import Sequencer
 from sequencer.printing import printable
 from sequencer.report.charts import reliability_chart, run_charts
@@ -145,7 +144,7 @@ def render(context: dict[str, Any], script: dict[str, Any]) -> str:
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     environment.loader = jinja2.FunctionLoader(lambda name: (templates / name).read_text(encoding="utf-8"))
     css, code = ((templates / name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
-    data = json.dumps(script, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+    data = to_json(script).replace("<", "\\u003c")
     return environment.get_template("report.html").render(**context, css=css, script=code, data=data)
 
 
