@@ -18,11 +18,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from _cli import Parser, add_model_options, created, integer, load_original, pick_device, run
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from sequencer.config.errors import RequestError
+from sequencer.console import say, table_lines
 from sequencer.files import write_arrays, write_csv
 from sequencer.printing import printable
 
@@ -177,21 +175,20 @@ def evidence(args: Namespace) -> int:
         images = np.array([row[0] for row in table])
         write_arrays(output / "evidence.npz", {"image": images, "predicted": predicted, "margin": margin})
         plot_evidence(drawn, output / "evidence.png")
-    shown = Table("image", "predicted", "runner-up", caption="in brackets: tokens in random order")
-    for name in ("deletion", "insertion"):
-        shown.add_column(name, justify="right", no_wrap=True)
+    lines = []
     for path, predicted, runner_up, p, deletion, insertion, random_deletion, random_insertion in table[:MOST_DRAWN]:
         curves = (f"{a:.0%} ({b:.0%})" for a, b in ((deletion, random_deletion), (insertion, random_insertion)))
-        shown.add_row(Text(os.path.basename(path)), f"{predicted} {p:.1%}", runner_up, *curves)
+        lines.append([os.path.basename(path), f"{predicted} {p:.1%}", runner_up, *curves])
+    shown = table_lines(("image", "predicted", "runner-up", "deletion", "insertion"), lines)
+    if len(table) > MOST_DRAWN:
+        shown.append(f"the first {MOST_DRAWN} of {len(table):,} images are shown")
     means = np.mean([row[4:] for row in table], axis=0)
-    return _finish(
-        subject,
-        shown,
-        len(table),
-        "mean probability of the predicted class while the largest evidence is deleted: {0:.1%} (random order: "
-        "{2:.1%}); while it is inserted: {1:.1%} (random order: {3:.1%})".format(*means),
-        [output / f"evidence.{suffix}" for suffix in ("png", "csv", "npz")],
-    )
+    shown += [
+        "deletion, insertion: mean probability of the predicted class while the",
+        "tokens with the largest evidence are deleted or inserted first; in brackets,",
+        "in random order. Means: {0:.1%} ({2:.1%}), {1:.1%} ({3:.1%})".format(*means),
+    ]
+    return _finish(subject, shown, [output / f"evidence.{suffix}" for suffix in ("png", "csv", "npz")])
 
 
 def _areas(subject: Subject, batch: Batch, maps: "torch.Tensor", curves: Any) -> np.ndarray[Any, Any]:
@@ -230,22 +227,15 @@ def directions(args: Namespace) -> int:
     sums: dict[str, float] = {}
     for part, value in zip(found.parts, mean, strict=True):
         sums[part.source] = sums.get(part.source, 0.0) + value
-    shown = Table("source", title="sum over blocks, mean over images")
-    shown.add_column("logit above the runner-up", justify="right")
-    for source, value in (sums | {"together": sum(sums.values())}).items():
-        shown.add_row(source, f"{value:+.3f}")
-    return _finish(subject, shown, 0, "", [output / f"directions.{suffix}" for suffix in ("png", "csv")])
+    lines = [[source, f"{value:+.3f}"] for source, value in (sums | {"together": sum(sums.values())}).items()]
+    shown = table_lines(("sum over blocks, mean over images", "logit above the runner-up"), lines)
+    return _finish(subject, shown, [output / f"directions.{suffix}" for suffix in ("png", "csv")])
 
 
-def _finish(subject: Subject, table: Table, rows: int, note: str, files: list[Path]) -> int:
-    """Prints the table and what was written; returns the exit code, 1 if an image could not be read."""
-    console = Console(highlight=False, markup=False)
-    console.print(table)
-    if rows > MOST_DRAWN:
-        console.print(f"the first {MOST_DRAWN} of {rows:,} images are shown")
-    if note:
-        console.print(note, soft_wrap=True)
-    console.print(f"written: {', '.join(printable(file) for file in files)}", soft_wrap=True)
+def _finish(subject: Subject, lines: list[str], files: list[Path]) -> int:
+    """Prints the result and what was written; returns the exit code, 1 if an image could not be read."""
+    for line in [*lines, "written:", *(printable(file) for file in files)]:
+        say(line)
     return 1 if subject.unreadable else 0
 
 

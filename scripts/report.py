@@ -10,11 +10,11 @@ from argparse import Namespace, RawDescriptionHelpFormatter
 from pathlib import Path
 
 from _cli import Parser, load, pick_device, run
-from rich.console import Console
 
 from sequencer.config.composition import to_config
 from sequencer.config.errors import RequestError
 from sequencer.config.request import load_run, load_summary
+from sequencer.console import say
 from sequencer.printing import printable
 
 
@@ -50,7 +50,7 @@ def work(args: Namespace) -> None:
     config.data.root = data.root
     subject, predictions = open_subject(config, summary, loaded, pick_device(args.device), run_dir)
     page = write_report(subject, predictions, run_dir, args.receptive_fields)
-    Console(highlight=False, markup=False).print(f"written: {printable(page)}", soft_wrap=True)
+    say(f"written: {printable(page)}")
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ def test_evidence_sums_to_the_logits(script, run_folder, images, capsys):
     with Image.open(folder / "evidence.png") as picture:
         assert picture.width > 500
     assert "0.png" in shown
-    assert f"written: {folder}/evidence.png" in shown
+    assert f"\nwritten:\n{folder}/evidence.png\n" in shown
     assert "\x1b[31m" not in shown
 
 
@@ -83,7 +83,7 @@ def test_an_unreadable_image_is_left_out(script, run_folder, images, tmp_path, c
     images[0].write_text("no image")
     assert exit_code(script, ["evidence", str(run_folder), *map(str, images), "--output", str(tmp_path / "o")]) == 1
     assert len(read_csv(tmp_path / "o" / "evidence.csv")) == 2
-    assert f"{images[0]} is left out: cannot identify image file" in capsys.readouterr().err
+    assert f"{images[0]} is left out: no image in one of the formats" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("what", ["evidence", "directions"])
