@@ -48,8 +48,8 @@ def work(args: Namespace) -> None:
     loaded = load(args.run, args)
     data = evaluation_data(loaded, root=args.data_root)
     config.data.root = data.root
-    subject, predictions = open_subject(config, summary, loaded, pick_device(args.device), run_dir)
-    page = write_report(subject, predictions, run_dir, args.receptive_fields)
+    subject, results = open_subject(config, summary, loaded, pick_device(args.device), run_dir)
+    page = write_report(subject, results, run_dir, args.receptive_fields)
     say(f"written: {printable(page)}")
 
 

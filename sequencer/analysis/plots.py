@@ -217,13 +217,13 @@ def plot_sweep(rows: Sequence[tuple[str, str, int, Sequence[float]]], metric: st
     for number, (_, family, _, values) in enumerate(rows):
         axes[0].plot(np.mean(values), number, "|", color=colours[family], markersize=13, markeredgewidth=3)
         axes[0].plot(values, [number] * len(values), "o", color=FAINT, markerfacecolor="none", markersize=5)
-    axes[0].set_yticks(range(len(rows)), [_drawable(label) for label, _, _, _ in rows])
+    axes[0].set_yticks(range(len(rows)), [drawable(label) for label, _, _, _ in rows])
     axes[0].set_ylim(len(rows) - 0.5, -0.5)
     as_text = "{x:g}" if lower_is_better(metric) else PercentFormatter(1)
     axes[0].xaxis.set_major_locator(MaxNLocator(5))
     axes[0].xaxis.set_major_formatter(as_text)
     axes[0].set_xlabel(metric)
-    figure.suptitle(_drawable(title), x=0.01, ha="left", fontsize=11, fontweight="bold")
+    figure.suptitle(drawable(title), x=0.01, ha="left", fontsize=11, fontweight="bold")
     if panels > 1:
         for family in families:
             points = sorted((parameters, np.mean(values)) for _, own, parameters, values in rows if own == family)
@@ -290,7 +290,7 @@ def plot_confusion(confusion: ArrayLike, class_names: Sequence[str], output: Pat
     _add_colour_bar(figure, axes, image, numbered)
     total = int(counts.sum())
     result = f"top-1 {counts.trace() / total:.2%} of {total:,} images" if total else "no image has a prediction"
-    axes.set_title(_drawable(title), pad=24)
+    axes.set_title(drawable(title), pad=24)
     axes.annotate(result, (0, 1), (0, 8), xycoords="axes fraction", textcoords="offset points")
     save(figure, output)
     return figure
@@ -308,7 +308,7 @@ def _name_classes(axes: Axes, class_names: Sequence[str], side: float) -> None:
     """Labels both axes of a matrix `side` inches wide with as many class names as fit."""
     nth = next(n for n in _round_numbers() if len(class_names) <= MOST_LABELS * n)
     shown = range(0, len(class_names), nth)
-    names = [_shorten(class_names[i]) for i in shown]
+    names = [shorten(class_names[i]) for i in shown]
     note = f" (one in {nth} named)" if nth > 1 else ""
     too_wide = CHARACTER_WIDTH * max(map(len, names)) > 0.9 * side / len(names)
     axes.set_xticks(shown, names, rotation=90 if too_wide else 0)
@@ -326,12 +326,12 @@ def _round_numbers() -> Any:
         power *= 10
 
 
-def _shorten(name: str) -> str:
-    name = _drawable(name)
+def shorten(name: str) -> str:
+    name = drawable(name)
     return name if len(name) <= LONGEST_LABEL else name[: LONGEST_LABEL - 1] + "…"
 
 
-def _drawable(text: str) -> str:
+def drawable(text: str) -> str:
     """Returns text as `printable` shows it, with escapes in place of characters that the font lacks, such as CJK."""
     glyphs = get_font(findfont(STYLE["font.family"])).get_charmap()
     return "".join(c if ord(c) in glyphs else c.encode("unicode_escape").decode() for c in printable(text))

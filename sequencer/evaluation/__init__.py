@@ -1,5 +1,6 @@
 """Metrics, the evaluation of a model on a split, and predictions for images."""
 
+from sequencer.evaluation.figures import describe_figures, short_number
 from sequencer.evaluation.inputs import check_img_size, data_section, data_settings, input_config
 from sequencer.evaluation.loop import FlipAveraged, evaluate
 from sequencer.evaluation.metrics import ClassificationMetrics, ClassResult, Outcome, describe_unpredicted, metric_names
@@ -20,6 +21,7 @@ __all__ = [
     "check_img_size",
     "data_section",
     "data_settings",
+    "describe_figures",
     "describe_setting",
     "describe_unpredicted",
     "evaluate",
@@ -30,5 +32,6 @@ __all__ = [
     "metric_names",
     "predict",
     "readable_names",
+    "short_number",
     "write_evaluation",
 ]

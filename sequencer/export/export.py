@@ -10,8 +10,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from sequencer.evaluation import input_config
-from sequencer.export.description import LOCAL, describe_export, model_card
-from sequencer.export.folder import CARD, write_model_folder
+from sequencer.export.card import LOCAL
+from sequencer.export.description import describe_export
+from sequencer.export.folder import confusion_of, write_model_folder
 from sequencer.export.formats import DTYPES, to_onnx, to_program
 from sequencer.export.provenance import versions
 from sequencer.export.verify import compare, real_images, sha256_of_file, sha256_of_weights
@@ -60,8 +61,8 @@ def export_weights(loaded: LoadedModel, folder: Path, form: str, name: str = LOC
 
     Args:
         loaded: The model.
-        folder: An existing folder, into which the file named in `EXPORTED_WEIGHTS` is written, for `hub` also
-            `config.json` and the model card `README.md`.
+        folder: An existing folder, into which the file named in `EXPORTED_WEIGHTS` is written, for `hub` the
+            other files of a model folder too.
         form: A key of `EXPORTED_WEIGHTS`: `hub`, `timm` or `paper`.
         name: The name by which `timm.create_model` loads the folder, for the model card of `hub`.
 
@@ -87,8 +88,7 @@ def export_weights(loaded: LoadedModel, folder: Path, form: str, name: str = LOC
 def _write(loaded: LoadedModel, path: Path, form: str, name: str) -> None:
     weights = loaded.model.state_dict()
     if form == "hub":
-        write_model_folder(loaded, path.parent)
-        (path.parent / CARD).write_text(model_card(loaded, name), encoding="utf-8")
+        write_model_folder(loaded, path.parent, name, confusion_of(loaded))
     elif form == "timm":
         save_file(weights, path)
     else:

@@ -9,6 +9,7 @@ from sequencer.models.checkpoint import (
     read_checkpoint,
     select_weights,
 )
+from sequencer.models.declarations import KeyFigures
 from sequencer.models.exported import Exported, check_original, load_exported
 from sequencer.models.layouts import to_paper_layout, to_timm_layout
 from sequencer.models.load import PREPROCESSING, LoadedModel, load_model, read_weights, timm_preprocessing
@@ -18,6 +19,7 @@ __all__ = [
     "PREPROCESSING",
     "CheckpointError",
     "Exported",
+    "KeyFigures",
     "LoadedModel",
     "Sequencer",
     "Sequencer2d",

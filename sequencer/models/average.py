@@ -20,7 +20,7 @@ def average_models(models: Iterable[tuple[str, LoadedModel]]) -> LoadedModel:
         models: Pairs of source and model, two or more. If this is a generator, two models are in memory at a time.
 
     Returns:
-        The first model, whose weights are replaced by the means. Its `about` lists the sources and has no metrics.
+        The first model, whose weights are replaced by the means. Its `about` lists the sources and has no results.
 
     Raises:
         CheckpointError: There are fewer than two models, one of them differs in kind from the first, or a weight is not
@@ -45,7 +45,7 @@ def average_models(models: Iterable[tuple[str, LoadedModel]]) -> LoadedModel:
         for name, tensor in first.model.state_dict().items():
             if tensor.is_floating_point():
                 tensor.copy_(sums[name] / len(sources))
-    about = {key: value for key, value in first.about.items() if key != "metrics"}
+    about = {key: value for key, value in first.about.items() if key not in ("metrics", "figures", "images")}
     return replace(first, about=about | {"averaged": sources})
 
 

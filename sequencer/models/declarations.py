@@ -72,11 +72,32 @@ class Preprocessing(_Statistics):
         return self.to_timm(*self.input_size)
 
 
+class KeyFigures(BaseModel):
+    """The result of a model on the images of a split; a figure that is not defined or not finite is None."""
+
+    split: Literal["val", "test"]
+    images: Annotated[int, Field(ge=0)]
+    top1: float | None
+    top1_interval: tuple[float, float] | None  # at 95%, by Wilson's score
+    loss: float | None  # cross-entropy, in nats
+    calibration_error: float | None  # expected, in 15 bins of equal width
+    operations: int  # multiplications and additions of a forward pass with one image
+    confusion: list[list[int]] | None  # images by true class and predicted class; None for many classes
+
+    @model_validator(mode="after")
+    def check_confusion(self) -> "KeyFigures":
+        if self.confusion is not None and any(len(row) != len(self.confusion) for row in self.confusion):
+            raise ValueError("confusion: not a square matrix")
+        return self
+
+
 class About(BaseModel):
     """The origin of a model; every entry is optional."""
 
     config: dict[str, Any] = {}
+    images: dict[str, int] = {}  # of each split
     metrics: dict[str, Any] = {}
+    figures: KeyFigures | None = None
     commit: str | None = None
     versions: dict[str, Any] = {}
     averaged: list[str] = []
@@ -90,7 +111,7 @@ class About(BaseModel):
 
     def present(self) -> dict[str, Any]:
         """Returns the entries that the file has."""
-        return {name: getattr(self, name) for name in About.model_fields if name in self.model_fields_set}
+        return self.model_dump(include=set(About.model_fields), exclude_unset=True)
 
 
 class _Description(BaseModel):

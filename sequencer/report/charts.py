@@ -14,6 +14,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from sequencer.analysis.plots import BLUE, GREEN, GREY, STYLE, VERMILION, Array
 from sequencer.analysis.statistics import Calibration
+from sequencer.report.plots import draw_reliability
 
 SIZE = (4.2, 2.6)  # inches
 SVG_STYLE: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": "report", "savefig.facecolor": "none"}
@@ -74,17 +75,7 @@ def reliability_chart(found: Calibration) -> Chart:
     with rc_context(STYLED):
         figure = Figure(figsize=(3.6, 3.4), layout=ConstrainedLayoutEngine())
         axes = figure.subplots()
-        axes.plot([0, 1], [0, 1], color=GREY, linewidth=0.8, linestyle="--")
-        filled = found.counts > 0
-        areas = 20 + 300 * found.counts[filled] / found.counts.sum()
-        axes.plot(found.confidence[filled], found.accuracy[filled], color=BLUE)
-        axes.scatter(found.confidence[filled], found.accuracy[filled], s=areas, color=BLUE, alpha=0.6, linewidths=0)
-        axes.set_xlabel("mean probability of the predicted class")
-        axes.set_ylabel("top-1 accuracy")
-        axes.set_xlim(0, 1.02)
-        axes.set_ylim(0, 1.02)
-        for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.0f}%"))
+        draw_reliability(axes, found)
         middle = 0.5 / len(found.counts)
         svg, left, right = _render(figure, axes, middle, 1 - middle, title)
     rows: list[list[str]] = []

@@ -22,6 +22,7 @@ MOST_PAIRS = 20
 IMAGES_OF_A_CELL = 12
 IMAGES_OF_CELLS = 900  # of all cells together
 MISTAKES, MISTAKES_OF_A_CLASS = 24, 4
+PLOTTED_MISTAKES = 12  # in mistakes.png
 LABEL_ERRORS, LABEL_ERROR_CANDIDATES = 12, 200
 SMALL = 64  # pixels up to which images are enlarged without smoothing
 
@@ -54,16 +55,9 @@ class Pictures:
     """What is kept of the selected images."""
 
     uris: dict[int, str] = field(default_factory=dict)
+    pixels: dict[int, NDArray[np.uint8]] = field(default_factory=dict)  # `H W 3`, of the first mistakes
     evidence: dict[int, Evidence] = field(default_factory=dict)
     mirrored: dict[int, NDArray[np.float32]] = field(default_factory=dict)  # probabilities of suspects' mirror images
-
-
-def confusion_matrix(predictions: Predictions, num_classes: int) -> NDArray[np.int64]:
-    """Counts images by true class (row) and predicted class (column); images without a prediction are left out."""
-    counts = np.zeros((num_classes, num_classes), np.int64)
-    valid = predictions.predicted >= 0
-    np.add.at(counts, (predictions.labels[valid], predictions.predicted[valid]), 1)
-    return counts
 
 
 def select(predictions: Predictions, confusion: NDArray[np.int64]) -> Selection:
@@ -117,6 +111,7 @@ def draw(
     position_of = {int(predictions.indices[position]): position for position in selection.positions}
     mistakes, suspects = set(selection.mistakes), set(selection.suspects)
     explained = is_decomposable(model)
+    plotted = set(selection.mistakes[:PLOTTED_MISTAKES])
     found = Pictures()
     for images, _, indices in split.evaluation_loader(data):
         places = [(row, position_of.pop(int(index))) for row, index in enumerate(indices) if int(index) in position_of]
@@ -125,6 +120,8 @@ def draw(
         pixels = to_pixels(images[[row for row, _ in places]], data)
         for (_, position), pixel in zip(places, pixels, strict=True):
             found.uris[position] = thumbnail(pixel)
+            if position in plotted:
+                found.pixels[position] = pixel
         if rows := [(row, position) for row, position in places if position in mistakes and explained]:
             found.evidence |= _explain(model, images, rows, predictions, device)
         if rows := [(row, position) for row, position in places if position in suspects]:

@@ -13,29 +13,25 @@ from typing import Any
 import jinja2
 import numpy as np
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from sequencer.analysis.receptive_field import token_fields
 from sequencer.analysis.statistics import (
     Calibration,
-    calibration,
     class_statistics,
     confused_pairs,
-    wilson,
 )
 from sequencer.config.schema import Config, leaves
 from sequencer.config.sources import DEFAULTS
 from sequencer.data.mixing import build_mixup
-from sequencer.evaluation import Predictions
+from sequencer.evaluation import describe_figures, short_number
 from sequencer.files import to_json, write_arrays, write_atomically
-from sequencer.models import Sequencer
+from sequencer.models import KeyFigures, Sequencer
 from sequencer.printing import printable
 from sequencer.report.charts import reliability_chart, run_charts
 from sequencer.report.content import (
     MOST_PAIRS,
     Cards,
     cell_label,
-    confusion_matrix,
     draw,
     is_decomposable,
     label_error_cards,
@@ -46,6 +42,8 @@ from sequencer.report.content import (
 )
 from sequencer.report.numbers import write_numbers
 from sequencer.report.pictures import field_sheet, thumbnail
+from sequencer.report.plots import first_mistakes, write_pictures
+from sequencer.report.results import Results
 from sequencer.report.subject import Subject
 
 log = logging.getLogger("sequencer")
@@ -65,12 +63,12 @@ SECTIONS = (
 )
 
 
-def write_report(subject: Subject, predictions: Predictions, run_dir: Path, fields: bool = False) -> Path:
+def write_report(subject: Subject, results: Results, run_dir: Path, fields: bool = False) -> Path:
     """Writes `report.html` and the folder `report/` of a run.
 
     Args:
         subject: The run.
-        predictions: Of its model, for `subject.split`.
+        results: Of its model, on `subject.split`.
         run_dir: Its folder, with `metrics.csv` and, where there are any, `train.log` and `bad_samples.csv`.
         fields: Whether to compute receptive fields also for images above 64 px, a backward pass for each token.
 
@@ -79,12 +77,10 @@ def write_report(subject: Subject, predictions: Predictions, run_dir: Path, fiel
     """
     numbers = run_dir / "report"
     numbers.mkdir(exist_ok=True)
-    found, names = predictions, [printable(name) for name in subject.split.class_names]
+    found, confusion, calibrated, figures = results
+    names = [printable(name) for name in subject.split.class_names]
     ids = [printable(identity) for identity in subject.split.ids]
-    confusion = confusion_matrix(found, len(names))
     classes = class_statistics(found.labels, found.predicted, found.probabilities)
-    valid = found.predicted >= 0
-    calibrated = calibration(found.labels[valid], found.probabilities[valid]) if valid.any() else None
     selection = select(found, confusion)
     pictures = draw(selection, found, subject.split, subject.config.data, subject.model, subject.device)
     cards = Cards(found, pictures, ids, names, subject.config.data.img_size)
@@ -99,7 +95,7 @@ def write_report(subject: Subject, predictions: Predictions, run_dir: Path, fiel
     context = {
         "title": f"{subject.config.name}: {subject.config.model.name}",
         "subtitle": f"{_split_text(subject.split_name)} of {subject.config.data.name}, {len(found.labels):,} images",
-        "figures": _figures(subject, found, calibrated),
+        "figures": _figures(subject, figures),
         "facts": _facts(subject),
         "command": _command(subject),
         "sections": SECTIONS,
@@ -134,6 +130,8 @@ def write_report(subject: Subject, predictions: Predictions, run_dir: Path, fiel
     }
     page = run_dir / "report.html"
     write_atomically(page, lambda path: path.write_text(render(context, script), encoding="utf-8"))
+    shown = first_mistakes(selection, found, pictures, ids, names)
+    write_pictures(numbers, calibrated, shown, f"{subject.config.name}: {subject.split_name} split")
     write_numbers(numbers, found, ids, names, confusion, classes, calibrated, pictures.evidence)
     return page
 
@@ -155,33 +153,13 @@ def read_columns(metrics_csv: Path) -> dict[str, Any]:
     return {name: np.array([float(row[name] or "nan") for row in rows]) for name in (rows[0] if rows else ())}
 
 
-def _figures(subject: Subject, found: Predictions, calibrated: Calibration | None) -> list[tuple[str, str, str]]:
+def _figures(subject: Subject, figures: KeyFigures) -> list[tuple[str, str, str]]:
     """Name, value and note of the key figures."""
-    top1 = wilson(int((found.predicted == found.labels).sum()), len(found.labels))
     return [
-        ("top-1", f"{top1.value:.2%}", f"95%: {top1.low:.2%} to {top1.high:.2%}"),
-        ("loss", f"{found.losses.astype(float).mean():.4f}", "cross-entropy, nats"),
-        ("calibration error", f"{calibrated.error:.2%}" if calibrated else "-", "expected, 15 bins"),
-        ("parameters", _short(subject.summary["parameters"]), f"{subject.summary['parameters']:,}"),
-        ("operations", _short(operations(subject)), "multiplications and additions, an image"),
+        *describe_figures(figures),
+        ("parameters", short_number(subject.summary["parameters"]), f"{subject.summary['parameters']:,}"),
         ("training", duration(subject.summary["time/train_s"]), f"{subject.summary['epochs']} epochs"),
     ]
-
-
-def operations(subject: Subject) -> int:
-    """Counts the floating-point operations of a forward pass with one image."""
-    data = subject.config.data
-    image = torch.zeros(1, data.in_chans, data.img_size, data.img_size, device=subject.device)
-    with FlopCounterMode(display=False) as counter, torch.inference_mode():
-        subject.model(image)
-    return counter.get_total_flops()
-
-
-def _short(value: float) -> str:
-    for factor, letter in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
-        if value >= factor:
-            return f"{value / factor:.3g}{letter}"
-    return f"{value:g}"
 
 
 def duration(seconds: float) -> str:

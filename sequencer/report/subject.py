@@ -10,9 +10,10 @@ from torch import nn
 
 from sequencer.config.schema import Config
 from sequencer.data import Split, eval_transform, has_test_split, open_split, train_transform
-from sequencer.evaluation import Collector, Predictions, evaluate
+from sequencer.evaluation import Collector, evaluate
 from sequencer.machine import describe_device
 from sequencer.models import LoadedModel
+from sequencer.report.results import Results, examine
 
 ORIGIN = "origin.json"  # in a run folder: the command, and the source of each value
 
@@ -55,7 +56,7 @@ def make_subject(
 
 def open_subject(
     config: Config, summary: dict[str, Any], loaded: LoadedModel, device: torch.device, run_dir: Path
-) -> tuple[Subject, Predictions]:
+) -> tuple[Subject, Results]:
     """Opens the data of a finished run and evaluates its model for its page.
 
     Args:
@@ -74,7 +75,7 @@ def open_subject(
     subject = make_subject(config, summary, loaded, device, run_dir, name, split, train)
     collector = Collector(len(split), len(split.class_names))
     evaluate(subject.model, split.evaluation_loader(config.data), len(split.class_names), device, collector=collector)
-    return subject, collector.predictions()
+    return subject, examine(subject.model, name, collector.predictions(), loaded.pretrained_cfg["input_size"])
 
 
 def read_origin(run_dir: Path) -> dict[str, Any]:

@@ -76,11 +76,16 @@ class EventFiles(TensorBoardLogger):
         with writing(Path(self.log_dir), ValueError):  # by which Lightning replaces any error
             super().log_metrics(*args, **kwargs)
 
-    def log_result(self, metrics: Mapping[str, float], pictures: Mapping[str, Path], step: int) -> None:
-        """Logs metrics and pictures of a finished run, and the configuration for TensorBoard's table of runs."""
+    def log_result(self, metrics: Mapping[str, float], files: Mapping[str, Path], step: int) -> None:
+        """Logs metrics and pictures of a finished run, and the configuration for TensorBoard's table of runs.
+
+        Of the files only pictures are taken: TensorBoard does not show pages.
+        """
         with writing(Path(self.log_dir), ValueError):
             self.log_hyperparams(leaves(self._values), dict(metrics), step)
-            for name, path in pictures.items():
+            for name, path in files.items():
+                if path.suffix != ".png":
+                    continue
                 with Image.open(path) as image:
                     self.experiment.add_image(name, np.asarray(image.convert("RGB")), step, dataformats="HWC")
             self.experiment.close()

@@ -25,7 +25,7 @@ SEND_LIMIT = 20.0  # s that wandb has at the end to send what is left; then it c
 FINISH_LIMIT = 30.0  # s that the end of training waits for W&B
 INTERRUPT_LIMIT = 5.0  # the same where training failed or was interrupted: schedulers kill soon after SIGTERM
 
-# a row, its step or None, and the files of pictures by name; the last message is the exit code
+# a row, its step or None, and the files of pictures and pages by name; the last message is the exit code
 Message = tuple[dict[str, Any], int | None, dict[str, str]] | int
 
 
@@ -70,10 +70,10 @@ class WandbGuard(Logger):
         self._queue.put((dict(metrics) | {"trainer/global_step": step}, step, {}))
 
     @rank_zero_only
-    def log_result(self, metrics: Mapping[str, float], pictures: Mapping[str, Path], step: int) -> None:
-        """Logs metrics and pictures of a finished run, and tells W&B that it has succeeded."""
+    def log_result(self, metrics: Mapping[str, float], files: Mapping[str, Path], step: int) -> None:
+        """Logs metrics, pictures and the page of a finished run, and tells W&B that it has succeeded."""
         row = dict(metrics) | {"trainer/global_step": step}
-        self._queue.put((row, None, {name: str(path) for name, path in pictures.items()}))  # W&B's own next step
+        self._queue.put((row, None, {name: str(path) for name, path in files.items()}))  # W&B's own next step
         self._end(0, FINISH_LIMIT)
 
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:

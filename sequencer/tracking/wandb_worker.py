@@ -55,15 +55,20 @@ def _start(arguments: dict[str, Any]) -> Any:
 
 def _log_rows(guard: Connection, run: Any) -> int:
     """Logs rows until the exit code comes, and returns it."""
-    from wandb import Image
-
     try:
         while not isinstance(message := guard.recv(), int):
-            row, step, pictures = message
-            run.log({**row, **{name: Image(path) for name, path in pictures.items()}}, step=step, commit=True)
+            row, step, files = message
+            run.log({**row, **{name: _media(path) for name, path in files.items()}}, step=step, commit=True)
     except (EOFError, ConnectionResetError):
         return 1
     return message
+
+
+def _media(path: str) -> Any:
+    """Returns a file as W&B shows it, a page or a picture."""
+    import wandb
+
+    return wandb.Html(path, inject=False) if path.endswith(".html") else wandb.Image(path)
 
 
 if __name__ == "__main__":

@@ -34,7 +34,6 @@ from sequencer.training.setup import Parts, build_parts
 log = logging.getLogger("sequencer")
 
 MOST_ROLLBACKS = 3  # to one checkpoint
-PICTURES = ("curves", "confusion")  # that loggers receive
 
 
 def run(config: Config, resume: bool = False, origin: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -136,10 +135,10 @@ def _train(config: Config, folder: RunFolder, resume: bool, reshuffles: int) -> 
             compile_in_place(model)
         data.reshuffle(reshuffles)
         _fit(trainer, parts.module, data, checkpoint)
-        summary = finish(config, model, data, trainer.strategy.root_device, parts.checkpoints, parts.report)
+        summary, written = finish(config, model, data, trainer.strategy.root_device, parts.checkpoints, parts.report)
         test = {name: value for name, value in summary.items() if name.startswith("test/")}
         for logger in loggers:
-            logger.log_result(test, {name: folder.path / f"{name}.png" for name in PICTURES}, summary["updates"])
+            logger.log_result(test, written, summary["updates"])
         return summary
     finally:
         for logger in loggers:

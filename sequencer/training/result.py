@@ -3,6 +3,8 @@
 import itertools
 import logging
 import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -15,12 +17,12 @@ from sequencer.config.schema import Config
 from sequencer.console import table_lines
 from sequencer.data import DataModule
 from sequencer.distributed import is_first
-from sequencer.evaluation import Collector, Predictions, describe_unpredicted, evaluate, metric_names
+from sequencer.evaluation import Collector, describe_unpredicted, evaluate, metric_names
 from sequencer.export import commit, save_model_folder, versions
 from sequencer.files import WriteError, write_json
 from sequencer.models import LoadedModel, load_weights, read_checkpoint, select_weights, timm_preprocessing
 from sequencer.printing import first_line
-from sequencer.report import make_subject, write_report
+from sequencer.report import examine, make_subject, write_report
 from sequencer.training.checkpoints import RunCheckpoints
 from sequencer.training.module import parameters_of
 from sequencer.training.report import EpochReport
@@ -43,7 +45,7 @@ def finish(
     device: torch.device,
     checkpoints: RunCheckpoints,
     report: EpochReport,
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], dict[str, Path]]:
     """Evaluates the best weights on the test split and writes the result of the run.
 
     This is the only time that the test split is read. A set without one is evaluated on its validation split.
@@ -54,7 +56,7 @@ def finish(
         checkpoints, report: of the finished run.
 
     Returns:
-        The content of `summary.json`.
+        The content of `summary.json` and, on rank 0, the pictures and the page that loggers receive, by name.
     """
     run_dir = Path(config.run_dir)
     best = checkpoints.folder / "best.ckpt"
@@ -87,50 +89,56 @@ def finish(
         "time/train_s": round(sum(row["time/epoch_s"] for row in report.rows), 1),
     }
     if not is_first():
-        return summary
+        return summary, {}
+    preprocessing = timm_preprocessing(asdict(config.data))
+    results = None
+    if predictions is not None:
+        with _page_may_fail():
+            results = examine(model, split, predictions, preprocessing["input_size"])
+    confusion = run_dir / "confusion.png"
+    plot_confusion(metrics.confusion.cpu(), data.class_names, confusion, f"{config.name}: {split} split")
     result = LoadedModel(
         model,
         config.model.name,
         config.trainer.slot,
         tuple(data.class_names),
-        timm_preprocessing(asdict(config.data)),
+        preprocessing,
         config.model.kwargs,
-        {"metrics": summary, "config": asdict(config), "commit": commit(), "versions": versions()},
+        {
+            "metrics": summary,
+            **({"figures": results.figures.model_dump()} if results is not None else {}),
+            "images": {name: len(images) for name, images in data.splits.items()},
+            "config": asdict(config),
+            "commit": commit(),
+            "versions": versions(),
+        },
     )
-    save_model_folder(result, run_dir / "model")
+    save_model_folder(result, run_dir / "model", confusion)
     report.write()  # the file may have been deleted or edited since the last epoch
     plot_curves(run_dir / "metrics.csv", run_dir / "curves.png", int(best_row["epoch"]) + 1)
-    title = f"{config.name}: {split} split"
-    plot_confusion(metrics.confusion.cpu(), data.class_names, run_dir / "confusion.png", title)
     write_json(run_dir / "summary.json", summary)
-    if predictions is not None:
-        _write_page(result, config, summary, data, split, predictions, device)
+    written = {"curves": run_dir / "curves.png", "confusion": confusion}
+    if results is not None:
+        with _page_may_fail():
+            subject = make_subject(config, summary, result, device, run_dir, split, data.splits[split], data.train_set)
+            written |= {"report": write_report(subject, results, run_dir)}
+            written |= {path.stem: path for path in sorted((run_dir / "report").glob("*.png"))}
+        model.cpu()
     for line in describe_result(summary, run_dir, describe_unpredicted(metrics.per_class(data.class_names))):
         log.info(line)
-    return summary
+    return summary, written
 
 
-def _write_page(
-    result: LoadedModel,
-    config: Config,
-    summary: dict[str, Any],
-    data: DataModule,
-    split: Literal["val", "test"],
-    predictions: Predictions,
-    device: torch.device,
-) -> None:
-    """Writes the page of the run; a failure leaves a warning, since the result is complete without the page."""
-    run_dir = Path(config.run_dir)
+@contextmanager
+def _page_may_fail() -> Iterator[None]:
+    """Turns an error into a warning, since the result is complete without the page; but not that of a full disk."""
     try:
-        subject = make_subject(config, summary, result, device, run_dir, split, data.splits[split], data.train_set)
-        write_report(subject, predictions, run_dir)
+        yield
     except WriteError:
         raise
     except Exception as error:
         log.warning("report.html could not be written: %s", first_line(error))
         log.debug("", exc_info=True)
-    finally:
-        result.model.cpu()
 
 
 def limited(available: int, limit: int | float | None) -> int:

@@ -19,7 +19,7 @@ from huggingface_hub import constants
 from PIL import Image
 
 from sequencer.export import loads_with_timm, save_model_folder
-from sequencer.export.description import model_card
+from sequencer.export.card import model_card
 from sequencer.models import LoadedModel, create_model, load_model, timm_preprocessing
 from tests.helpers import DIGITS, save_run
 
