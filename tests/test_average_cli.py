@@ -9,7 +9,7 @@ import torch
 
 from sequencer.export import export_graph, save_model_folder
 from sequencer.models import create_model, load_model
-from tests.helpers import DIGITS, exit_code, save_run
+from tests.helpers import DIGITS, FIGURES, exit_code, save_run
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def runs(tmp_path) -> list[str]:
         torch.manual_seed(seed)
         for parameter in loaded.model.parameters():
             torch.nn.init.normal_(parameter)
-        about = loaded.about | {"metrics": {"test/top1": seed}}
+        about = loaded.about | {"metrics": {"test/top1": seed}, "images": {"train": 100}, "figures": FIGURES}
         save_model_folder(replace(loaded, about=about), folder / "model")
     return [str(folder) for folder in folders]
 
@@ -45,7 +45,10 @@ def test_the_mean_of_the_weights(script, runs, capsys):
     config = json.loads(Path("soup/config.json").read_text())
     assert config["averaged"] == runs
     assert config["config"]["data"]["name"] == "digits"
-    assert "metrics" not in config  # those of the first do not hold for it
+    assert not {"metrics", "figures", "images"} & config.keys()  # those of the first do not hold for it
+    card = Path("soup/README.md").read_text()
+    assert "- **Average:** of 3 models\n" in card
+    assert "## Results" not in card
     assert load_model("soup").about["averaged"] == runs
 
 

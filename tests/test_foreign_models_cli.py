@@ -12,7 +12,7 @@ from sequencer.config import RequestError
 from sequencer.export import export_graph, save_model_folder
 from sequencer.models import create_model, load_model
 from sequencer.training import run
-from tests.helpers import ARGS, DIGITS, exit_code, save_run
+from tests.helpers import ARGS, DIGITS, FIGURES, exit_code, save_run
 
 COMMANDS = {
     "predict": ["MODEL", "image.png"],
@@ -61,6 +61,12 @@ def test_misleading_models_are_wrong_requests(load_script, work_folder, capsys, 
         ("typed", {"architecture": 5}, "config.json: architecture: input should be a valid string"),
         ("named", {"label_names": ["a"]}, "config.json: label_names: 1 names for 10 classes"),
         ("loads", {"model_args": {"checkpoint_path": "/etc/passwd"}}, "model_args.checkpoint_path: not an argument"),
+        ("shown", {"figures": FIGURES | {"top1": "best"}}, "config.json: figures.top1: input should be a valid number"),
+        (
+            "drawn",
+            {"figures": FIGURES | {"confusion": [[1, 2]]}},
+            "config.json: figures: confusion: not a square matrix",
+        ),
         ("large", {"model_args": {"embed_dims": [64, 300_000]}}, "a model far larger than the file"),
     ]:
         edit_config(save_run(Path(folder), DIGITS, list("0123456789")), **entries)

@@ -153,6 +153,7 @@ def _details(loaded: LoadedModel, names: list[str]) -> list[tuple[str, str]]:
         "Images": f"{height} x {width} pixels, {channels} channel{'s' * (channels != 1)}",
         "Classes": _list_classes(loaded, names),
         "Weights": "exponential moving average" if loaded.slot == "ema" else "without moving average",
+        "Average": f"of {len(averaged)} models" if (averaged := loaded.about.get("averaged")) else "",
         "Data set": _describe_data(loaded),
         "Commit": escape(loaded.about.get("commit") or ""),
         "Made with": escape(", ".join(f"{key} {value}" for key, value in loaded.about.get("versions", {}).items())),

@@ -15,13 +15,13 @@ from threading import Thread
 import pytest
 import torch
 import yaml
-from huggingface_hub import constants
+from huggingface_hub import ModelCard, constants
 from PIL import Image
 
 from sequencer.export import loads_with_timm, save_model_folder
 from sequencer.export.card import model_card
 from sequencer.models import LoadedModel, create_model, load_model, timm_preprocessing
-from tests.helpers import DIGITS, save_run
+from tests.helpers import DIGITS, FIGURES, save_run
 
 WITHOUT_THIS_PACKAGE = """
 import sys
@@ -136,6 +136,7 @@ def hub() -> Iterator[ThreadingHTTPServer]:
 
 def test_upload_to_a_hub(hub, load_script, tmp_path, monkeypatch, capsys):
     run = save_run(tmp_path / "run", DIGITS, list("0123456789"))
+    Image.new("RGB", (20, 20)).save(run / "model" / "confusion.png")
     template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, hub.address)
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
     monkeypatch.setattr(constants, "ENDPOINT", hub.address)
@@ -144,7 +145,7 @@ def test_upload_to_a_hub(hub, load_script, tmp_path, monkeypatch, capsys):
     assert load_script("export").main(arguments) == 0
     assert f"pushed to {hub.address}/somebody/digits" in capsys.readouterr().out
     assert hub.tokens == {"Bearer hf_secret"}
-    assert {"README.md", "config.json", "model.safetensors"} <= hub.files.keys()
+    assert hub.files.keys() == {"README.md", "confusion.png", "config.json", "model.safetensors"}
     pushed = tmp_path / "pushed"
     pushed.mkdir()
     for name, content in hub.files.items():
@@ -167,16 +168,17 @@ def test_model_card_has_results_and_code_that_runs(tmp_path, monkeypatch):
     loaded = load_model(save_run(tmp_path / "run", DIGITS, names))
     about = loaded.about | {"metrics": {"val/top1": 0.25, "test/top1": 0.5, "test/top5": 0.75}, "commit": "c0ffee"}
     card = model_card(replace(loaded, about=about), "local-dir:run/model")
-    header, body = card.removeprefix("---\n").split("\n---\n")
-    assert yaml.safe_load(header) == {"pipeline_tag": "image-classification", "tags": ["image-classification"]}
+    header, body = card.removeprefix("---\n").split("\n---\n", 1)
+    assert yaml.safe_load(header).keys() == {"pipeline_tag", "tags", "model-index"}
     for line in (
         "# sequencer2d_t_8",
         "An image classifier of the Sequencer family: `sequencer2d_t_8`.",
-        r"- **Classes:** 10: ants, bees\x1b[2J, 2, 3, 4, 5, 6, 7, 8, 9",
+        r"- **Classes:** 10: ants, bees\\x1b\[2J, 2, 3, 4, 5, 6, 7, 8, 9",
         "- **Data set:** digits",
-        "- **test top-1:** 50.00%",
-        "- **test top-5:** 75.00%",
-        "- **val top-1:** 25.00%",
+        "| test top-1 | 50.00% |  |",
+        "| test top-5 | 75.00% |  |",
+        "| validation top-1 | 25.00% | the epoch was chosen on these images |",
+        "- Whether its probabilities are calibrated has not been measured.",
         "- **Commit:** c0ffee",
         "- **Licence:** for the author to state, by `license:` in the header of this file",
         "It needs the package `sequencer`, whose import adds the architecture to timm; timm alone cannot load it.",
@@ -192,6 +194,63 @@ def test_model_card_has_results_and_code_that_runs(tmp_path, monkeypatch):
 def test_a_model_card_lists_the_first_hundred_classes(tmp_path):
     loaded = load_model(save_run(tmp_path, DIGITS, [f"class {k}" for k in range(103)]))
     assert ", class 98, class 99, and 3 more\n" in model_card(loaded, "local-dir:FOLDER")
+
+
+def test_results_of_a_saved_model_card_are_read_by_the_library_of_the_hub(tmp_path):
+    metrics = {"val/top1": 0.7, "val_ema/top1": 0.8, "val_ema/loss": None, "test/top1": 0.75, "test/loss": 0.8125}
+    loaded = load_model(save_run(tmp_path / "run", DIGITS, ["an <b>ant</b>", "a|b_c"]))
+    about = {"metrics": metrics, "figures": FIGURES, "images": {"train": 1200, "val": 30, "test": 40}}
+    config = loaded.about["config"] | {"init_from": str(tmp_path / "first")}
+    Image.new("RGB", (20, 20)).save(tmp_path / "matrix.png")
+    save_model_folder(
+        replace(loaded, slot="ema", about=about | {"config": config}), tmp_path / "model", tmp_path / "matrix.png"
+    )
+    card = ModelCard.load(tmp_path / "model" / "README.md")
+    assert [(r.dataset_name, r.dataset_split, r.metric_type, r.metric_value) for r in card.data.eval_results] == [
+        ("digits", "test", "accuracy", 0.75),
+        ("digits", "test", "loss", 0.8125),
+        ("digits", "test", "expected_calibration_error", 0.05),
+        ("digits", "validation", "accuracy", 0.8),
+    ]
+    assert {result.task_type for result in card.data.eval_results} == {"image-classification"}
+    assert (card.data.model_name, card.data.license) == ("sequencer2d_t_8", None)
+    for line in (
+        "On 40 images of the test split:",
+        "| top-1 | 75.00% | 95%: 60.00% to 86.00% |",
+        "| loss | 0.8125 | cross-entropy, nats |",
+        "| calibration error | 5.00% | expected, 15 bins |",
+        "| operations | 4.13 M | multiplications and additions, an image |",
+        "| validation top-1 | 80.00% | the epoch was chosen on these images |",
+        "![Confusion matrix: shares of each true class by predicted class](confusion.png)",
+        r"| | an \<b\>ant\</b\> | a\|b\_c |",
+        r"| **an \<b\>ant\</b\>** | 18 | 2 |",
+        r"| **a\|b\_c** | 8 | 12 |",
+        r"- **Classes:** 2: an \<b\>ant\</b\>, a\|b\_c",
+        "- **Data set:** digits: 1,200 training, 30 validation and 40 test images",
+        "The model assigns an image, seen at 8 x 8 pixels, to one of 2 classes. It was trained on the data set digits.",
+        "- Its probabilities differ from the share of right answers by 5.0 percentage points on average (expected "
+        "calibration error).",
+        "- Training started from the weights of another model, whose data, licence and limits hold here too.",
+    ):
+        assert line in card.text.splitlines()
+    assert str(tmp_path) not in card.content
+    assert (tmp_path / "model" / "confusion.png").read_bytes() == (tmp_path / "matrix.png").read_bytes()
+
+
+def test_a_card_says_that_validation_results_are_too_good(tmp_path):
+    loaded = load_model(save_run(tmp_path, DIGITS, list("ab")))
+    unknown = dict.fromkeys(("top1", "top1_interval", "loss", "calibration_error", "confusion"))
+    about = loaded.about | {"figures": FIGURES | unknown | {"split": "val"}}
+    lines = model_card(replace(loaded, about=about), "local-dir:FOLDER").splitlines()
+    assert "| top-1 | - |  |" in lines
+    assert any(line.startswith("- There was no test split: the results are those of the validation") for line in lines)
+    assert not any("Confusion matrix" in line or "<details>" in line for line in lines)
+
+
+def test_a_card_without_results_has_no_index_of_them(tmp_path):
+    card = ModelCard.load(save_run(tmp_path, DIGITS, list("ab")) / "model" / "README.md")
+    assert card.data.eval_results is None
+    assert "## Results" not in card.text
 
 
 LOAD = """
@@ -236,4 +295,4 @@ def test_others_can_read_a_model_folder(tmp_path):
     finally:
         os.umask(before)
     modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()}
-    assert modes == {"config.json": 0o644, "model.safetensors": 0o644}
+    assert modes == {"README.md": 0o644, "config.json": 0o644, "model.safetensors": 0o644}

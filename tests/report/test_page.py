@@ -9,9 +9,12 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from huggingface_hub import ModelCard
 from PIL import Image
 
+from sequencer.analysis.attribution_plots import overlay
 from sequencer.analysis.statistics import wilson
+from sequencer.report.plots import Mistake, plot_mistakes, write_pictures
 from sequencer.training import run
 from tests.helpers import read_csv, small_config
 
@@ -178,6 +181,61 @@ def test_configuration_warnings_and_unreadable_images(page, hostile_run):
     assert text.count("cannot identify image file") >= 2
     assert "2 epochs" in text
     assert "As augmented and mixed" in text
+
+
+def test_the_card_of_the_model_has_the_figures_of_the_page(page, hostile_run):
+    rows = read_csv(hostile_run / "report" / "predictions.csv")
+    top1 = wilson(sum(row["class"] == row["predicted"] for row in rows), len(rows))
+    card = ModelCard.load(hostile_run / "model" / "README.md")
+    lines = card.text.splitlines()
+    assert f"On {len(rows)} images of the validation split:" in lines
+    assert f"| top-1 | {top1.value:.2%} | 95%: {top1.low:.2%} to {top1.high:.2%} |" in lines
+    figures = Texts(page).text
+    for name in ("loss", "calibration error", "operations"):
+        (row,) = (line for line in lines if line.startswith(f"| {name} |"))
+        assert row.strip("| ").replace(" | ", " ") in figures
+    results = {(r.dataset_split, r.metric_type): r.metric_value for r in card.data.eval_results}
+    assert results["validation", "accuracy"] == pytest.approx(top1.value)
+    assert "<script>" not in card.text
+    pairs = Counter((row["class"], row["predicted"]) for row in rows)
+    names = sorted(HOSTILE)
+    table = [line.strip("| ").split(" | ")[1:] for line in lines if line.startswith("| **")]
+    assert table == [[str(pairs[i, j]) for j in names] for i in names]
+
+
+def test_pictures_of_the_page(hostile_run):
+    for name in ("reliability", "mistakes"):
+        with Image.open(hostile_run / "report" / f"{name}.png") as picture:
+            assert picture.width > 700
+            assert len(np.unique(np.asarray(picture.convert("L")))) > 20
+
+
+def test_the_plotted_mistakes(tmp_path):
+    generator = np.random.default_rng(0)
+    image = generator.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    values = generator.normal(size=(4, 4))
+    mistakes = [
+        Mistake(image, values, "a <b>", "$c", "97.1%", "folder/" * 9 + "last.png"),
+        Mistake(image, values, "d", "日", "51.0%", "7"),
+    ]
+    figure = plot_mistakes(mistakes, tmp_path / "mistakes.png", "run: test split")
+    (axes,) = figure.axes
+    texts = [text.get_text() for text in axes.texts]
+    assert texts[0] == "run: test split, 2 mistakes with the largest loss"
+    assert texts[1:3] == ["label: a <b>", "predicted: $c, 97.1%"]
+    assert texts[3].startswith("…older/")
+    assert texts[3].endswith("/last.png")
+    assert texts[4:7] == ["label: d", "predicted: \\u65e5, 51.0%", "7"]
+    pictures = [shown.get_array() for shown in axes.get_images()]
+    assert np.array_equal(pictures[0], image)
+    assert np.array_equal(pictures[1], overlay(image, values, np.abs(values).max()))
+
+
+def test_pictures_that_would_be_empty_are_not_left_from_before(tmp_path):
+    for name in ("reliability.png", "mistakes.png"):
+        (tmp_path / name).touch()
+    write_pictures(tmp_path, None, [], "title")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_page_that_fails_leaves_the_result(tmp_path, monkeypatch, caplog):

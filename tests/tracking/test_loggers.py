@@ -14,6 +14,13 @@ from wandb.proto.wandb_internal_pb2 import Record
 
 from sequencer.training import run
 
+PICTURES = {  # in the run folder, by the names under which they are logged
+    "confusion": "confusion.png",
+    "curves": "curves.png",
+    "mistakes": "report/mistakes.png",
+    "reliability": "report/reliability.png",
+}
+
 
 def read_wandb(run_dir: Path) -> list[Record]:
     """Reads the records of the only offline run in a folder; wandb itself has no reader in Python.
@@ -44,7 +51,8 @@ def logged(tmp_path_factory) -> tuple[Path, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("logged") / "rates" / "lr-0.01"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WANDB_MODE", "offline")
-        summary = run(small_config(folder, "logger=[wandb,tensorboard]", "logger.group=rates", "optim.lr=0.01"))
+        loggers = ["logger=[wandb,tensorboard]", "logger.group=rates", "logger.report=true"]
+        summary = run(small_config(folder, *loggers, "optim.lr=0.01"))
     return folder, summary
 
 
@@ -57,10 +65,10 @@ def test_tensorboard(logged):
         assert point.step == summary["updates"]
         assert point.value == pytest.approx(summary[f"test/{name}"])
     assert [point.step for point in events.Scalars("val/top1")] == [3, 7]
-    assert sorted(events.Tags()["images"]) == ["confusion", "curves"]
-    for name in ("confusion", "curves"):
+    assert sorted(events.Tags()["images"]) == sorted(PICTURES)
+    for name, path in PICTURES.items():
         (event,) = events.Images(name)
-        with Image.open(io.BytesIO(event.encoded_image_string)) as shown, Image.open(folder / f"{name}.png") as written:
+        with Image.open(io.BytesIO(event.encoded_image_string)) as shown, Image.open(folder / path) as written:
             assert shown.tobytes() == written.convert("RGB").tobytes()
     (config,) = events.Tensors("config/text_summary")
     assert b"lr: 0.01\n" in config.tensor_proto.string_val[0]
@@ -81,8 +89,11 @@ def test_wandb(logged):
     assert float(rows[-1]["test/top1"]) == summary["test/top1"]
     assert rows[-1]["trainer/global_step"] == str(summary["updates"])
     media = list(folder.glob("wandb/offline-run-*/files/media/images/*.png"))
-    assert sorted(path.name.partition("_")[0] for path in media) == ["confusion", "curves"]
+    assert sorted(path.name.partition("_")[0] for path in media) == sorted(PICTURES)
     for path in media:
-        assert path.read_bytes() == (folder / f"{path.name.partition('_')[0]}.png").read_bytes()
+        assert path.read_bytes() == (folder / PICTURES[path.name.partition("_")[0]]).read_bytes()
+    (page,) = folder.glob("wandb/offline-run-*/files/media/html/report_*.html")
+    assert page.read_bytes() == (folder / "report.html").read_bytes()
+    assert json.loads(rows[-1]["report"])["_type"] == "html-file"
     (end,) = (record.exit for record in records if record.HasField("exit"))
     assert end.exit_code == 0

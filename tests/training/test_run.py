@@ -12,11 +12,12 @@ import signal
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from omegaconf import OmegaConf
 
 from sequencer.analysis import write_sweep
 from sequencer.config import Config, RequestError
-from sequencer.export.description import model_card
+from sequencer.export.card import model_card
 from sequencer.models import load_model, read_checkpoint
 from sequencer.training import Classifier, run
 from sequencer.training.divergence import DivergenceGuard
@@ -42,7 +43,15 @@ def test_run_folder(finished):
     files = ".lock config.yaml metrics.csv checkpoints model summary.json train.log curves.png confusion.png"
     assert {path.name for path in folder.iterdir()} == set(files.split())
     assert {path.name for path in (folder / "checkpoints").iterdir()} == {"last.ckpt", "previous.ckpt", "best.ckpt"}
-    assert {path.name for path in (folder / "model").iterdir()} == {"config.json", "model.safetensors"}
+    files = ["README.md", "config.json", "confusion.png", "model.safetensors"]
+    assert sorted(path.name for path in (folder / "model").iterdir()) == files
+    assert (folder / "model" / "confusion.png").read_bytes() == (folder / "confusion.png").read_bytes()
+    card = ModelCard.load(folder / "model" / "README.md")
+    results = {(r.dataset_split, r.metric_type): r.metric_value for r in card.data.eval_results}
+    assert results["test", "accuracy"] == summary["test/top1"]
+    assert results["validation", "loss"] == summary["val/loss"]
+    assert "digits: 1,295 training, 143 validation and 359 test images" in card.text
+    assert str(folder) not in card.content
     assert json.loads((folder / "summary.json").read_text()) == summary
     assert 0 <= summary["test/top1"] <= 1
     assert OmegaConf.load(folder / "config.yaml").data.name == "digits"
