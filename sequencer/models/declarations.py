@@ -78,7 +78,7 @@ class KeyFigures(BaseModel):
     split: Literal["val", "test"]
     images: Annotated[int, Field(ge=0)]
     top1: float | None
-    top1_interval: tuple[float, float] | None  # at 95%, by Wilson's score
+    top1_interval: Annotated[Sequence[float], Field(min_length=2, max_length=2)] | None  # at 95%, by Wilson's score
     loss: float | None  # cross-entropy, in nats
     calibration_error: float | None  # expected, in 15 bins of equal width
     operations: int  # multiplications and additions of a forward pass with one image

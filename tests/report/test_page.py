@@ -223,7 +223,7 @@ def test_the_plotted_mistakes(tmp_path):
     texts = [text.get_text() for text in axes.texts]
     assert texts[0] == "run: test split, 2 mistakes with the largest loss"
     assert texts[1:3] == ["label: a <b>", "predicted: $c, 97.1%"]
-    assert texts[3].startswith("…older/")
+    assert texts[3].startswith("…er/folder/")
     assert texts[3].endswith("/last.png")
     assert texts[4:7] == ["label: d", "predicted: \\u65e5, 51.0%", "7"]
     pictures = [shown.get_array() for shown in axes.get_images()]
