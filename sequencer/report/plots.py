@@ -92,10 +92,9 @@ def plot_reliability(found: Calibration, output: Path, title: str) -> Figure:
     figure = Figure(figsize=(5.4, 5.4), layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1))
     axes = figure.subplots()
     draw_reliability(axes, found)
+    axes.set_xlabel(axes.get_xlabel() + "\nthe area of a dot is its share of the images")
     axes.set_title(drawable(title), pad=24)
-    text = (
-        f"expected calibration error {found.error:.2%}; {found.counts.sum():,} images, the area of a dot is their share"
-    )
+    text = f"expected calibration error {found.error:.2%}, {found.counts.sum():,} images"
     axes.annotate(text, (0, 1), (0, 8), xycoords="axes fraction", textcoords="offset points")
     save(figure, output)
     return figure
@@ -117,7 +116,7 @@ def plot_mistakes(mistakes: Sequence[Mistake], output: Path, title: str) -> Figu
     """
     maps = mistakes[0].map is not None
     columns = min(COLUMNS, len(mistakes))
-    heading = f"{title}, {len(mistakes)} mistakes with the largest loss"
+    heading = f"{title}, mistakes with the largest loss"
     lines = -(-len(mistakes) // columns)
     wide = 2 * CELL + SEAM  # a single image leaves room for its text
     width = max(columns * (wide + GAP) + GAP, 5.5)

@@ -221,7 +221,7 @@ def test_the_plotted_mistakes(tmp_path):
     figure = plot_mistakes(mistakes, tmp_path / "mistakes.png", "run: test split")
     (axes,) = figure.axes
     texts = [text.get_text() for text in axes.texts]
-    assert texts[0] == "run: test split, 2 mistakes with the largest loss"
+    assert texts[0] == "run: test split, mistakes with the largest loss"
     assert texts[1:3] == ["label: a <b>", "predicted: $c, 97.1%"]
     assert texts[3].startswith("…er/folder/")
     assert texts[3].endswith("/last.png")

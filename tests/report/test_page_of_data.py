@@ -11,7 +11,7 @@ from sequencer.config import compose
 from sequencer.data import MemorySplit, train_transform
 from sequencer.evaluation import Collector
 from sequencer.models import LoadedModel, create_model
-from sequencer.report import make_subject, write_report
+from sequencer.report import examine, make_subject, write_report
 from sequencer.training import run
 
 pytestmark = pytest.mark.slow
@@ -75,7 +75,7 @@ def test_a_split_of_the_size_of_imagenet(tmp_path):
         rows = torch.arange(start, start + 1000)
         collector.add(logits, torch.from_numpy(labels[start : start + 1000]), rows)
     started = time.perf_counter()
-    page = write_report(subject, collector.predictions(), tmp_path)
+    page = write_report(subject, examine(model, "val", collector.predictions(), (3, 16, 16)), tmp_path)
     print(f"{time.perf_counter() - started:.0f} s")
     assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 < 2 * 2**30
     assert page.stat().st_size < 3 * 2**20
