@@ -11,17 +11,17 @@ of the table, with the mean and the standard deviation. They are ranked by the m
 shown with --test alone. Runs that have not finished stand last, with the best epoch so far.
 
 With --paired, or where a MODEL is no run, all models are evaluated on the same images of the validation split, or with
---test of the test split. MODEL is also a model folder, a checkpoint, an export (.onnx, .pt2) or a timm name. Each has its
-accuracy with a 95% confidence interval; each pair how many images the one classifies correctly and the other does not,
-the difference with its bootstrap interval, and the p-value of McNemar's exact test, by Holm's method adjusted for several
-pairs.
+--test of the test split. MODEL is also a model folder, a checkpoint, an export (.onnx, .pt2) or a timm name. Each has
+its accuracy with a 95% confidence interval; each pair the number of images that only one of the two classifies
+correctly, the difference of the accuracies with its bootstrap interval, and the p-value of McNemar's exact test, with
+that adjusted by Holm's method where there are several pairs.
 """
 
 import os
 from argparse import Namespace, RawDescriptionHelpFormatter
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from _cli import Parser, add_model_options, load, make_folder, named_model, pick_device, run
 
@@ -48,7 +48,7 @@ def parse(argv: list[str] | None) -> Namespace:
     add("--test", action="store_true", help="show the results on the test split, or evaluate on it")
     add("--output", metavar="FILE", type=Path, help="also write a CSV file with one row for each run or, paired, pair")
     add("--html", metavar="FILE", type=Path, help="also write a page that shows runs side by side; implies --paired")
-    add("--paired", action="store_true", help="evaluate the models of runs on the same images and compare them in pairs")
+    add("--paired", action="store_true", help="also evaluate runs on the same images and compare them in pairs")
     add("--data", metavar="NAME", choices=data_sets, help=f"data set: {', '.join(data_sets)}; default: the models'")
     add("--data-root", metavar="DIR", help="folder that holds the data set")
     add_model_options(parser)

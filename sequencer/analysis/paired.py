@@ -21,7 +21,7 @@ from sequencer.files import write_csv
 from sequencer.models import LoadedModel
 from sequencer.printing import printable
 
-SPLITS = {"val": "validation split", "test": "test split"}
+SPLITS = {"val": "Validation split", "test": "Test split"}
 
 
 class Pair(NamedTuple):
@@ -63,6 +63,7 @@ class PairedEvaluation:
 
     @property
     def title(self) -> str:
+        """The split, the data set and the number of images."""
         return f"{SPLITS[self.split_name]} of {self.data.name}, {len(self.outcomes[0]):,} images"
 
 
@@ -176,14 +177,11 @@ def write_pairs(found: PairedEvaluation, path: Path) -> None:
     Raises:
         WriteError: The file cannot be written.
     """
-    intervals = [f"{name}{end}" for name in ("first_top1", "second_top1", "difference") for end in ("", "_low", "_high")]
-    header = ["first", "second", "split", "images", *PairedComparison._fields[:4], *intervals, "p_value", "p_value_holm"]
+    values = [f"{name}{end}" for name in ("first_top1", "second_top1", "difference") for end in ("", "_low", "_high")]
+    header = ["first", "second", "split", "images", *PairedComparison._fields[:4], *values, "p_value", "p_value_holm"]
     names, top1 = [printable(source) for source in found.sources], found.accuracies
     rows = []
     for first, second, result, adjusted in found.pairs:
-        values = (*top1[first], *top1[second], *result.difference)
-        rows.append(
-            (names[first], names[second], found.split_name, sum(result[:4]), *result[:4], *values)
-            + (result.p_value, adjusted)
-        )
+        counts, numbers = result[:4], (*top1[first], *top1[second], *result.difference, result.p_value, adjusted)
+        rows.append((names[first], names[second], found.split_name, sum(counts), *counts, *numbers))
     write_csv(path, header, rows)

@@ -1,7 +1,7 @@
 """What the page of a run shows, computed from the run's files, its model and the predictions of the model."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -118,10 +118,8 @@ def draw(
     mistakes, suspects = set(selection.mistakes), set(selection.suspects)
     explained = is_decomposable(model)
     found = Pictures()
-    for images, _, indices in split.evaluation_loader(data):
-        places = [(row, position_of.pop(int(index))) for row, index in enumerate(indices) if int(index) in position_of]
-        if not places:
-            continue
+    for images, wanted in read_again(split, data, position_of):
+        places = [(row, position_of[index]) for row, index in wanted]
         pixels = to_pixels(images[[row for row, _ in places]], data)
         for (_, position), pixel in zip(places, pixels, strict=True):
             found.uris[position] = thumbnail(pixel)
@@ -130,9 +128,29 @@ def draw(
         if rows := [(row, position) for row, position in places if position in suspects]:
             mirrored = model(images[[row for row, _ in rows]].flip(-1).to(device)).double().softmax(dim=1).float()
             found.mirrored |= dict(zip((position for _, position in rows), mirrored.cpu().numpy(), strict=True))
-        if not position_of:
-            break
     return found
+
+
+def read_again(
+    split: Split, data: DataConfig, indices: Iterable[int]
+) -> Iterator[tuple[Tensor, list[tuple[int, int]]]]:
+    """Reads a split until the wanted images have been found.
+
+    Args:
+        split: The split.
+        data: Its settings.
+        indices: Of the wanted images.
+
+    Yields:
+        Batches `B C H W` that hold wanted images, with the row and the index of each of these.
+    """
+    missing = set(indices)
+    for images, _, found in split.evaluation_loader(data):
+        if wanted := [(row, index) for row, index in enumerate(found.tolist()) if index in missing]:
+            missing -= {index for _, index in wanted}
+            yield images, wanted
+        if not missing:
+            break
 
 
 def is_decomposable(model: nn.Module) -> bool:

@@ -98,7 +98,7 @@ def write_report(subject: Subject, predictions: Predictions, run_dir: Path, fiel
     settings = _settings(subject)
     context = {
         "title": f"{subject.config.name}: {subject.config.model.name}",
-        "subtitle": f"{SPLITS[subject.split_name].capitalize()} of {subject.config.data.name}, {len(found.labels):,} images",
+        "subtitle": f"{SPLITS[subject.split_name]} of {subject.config.data.name}, {len(found.labels):,} images",
         "figures": _figures(subject, found, calibrated),
         "facts": _facts(subject),
         "command": _command(subject),
