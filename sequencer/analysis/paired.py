@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import combinations
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -43,7 +44,7 @@ class PairedEvaluation:
     split: Split  # with the transform of the first model
     outcomes: list[list[Outcome]]  # `M N`; of the images that could be read for every model, ordered by index
 
-    @property
+    @cached_property
     def right(self) -> NDArray[np.bool_]:
         """Whether each model classifies each image correctly, `M N`."""
         return np.array([[outcome.rank == 1 for outcome in found] for found in self.outcomes], dtype=bool)
@@ -53,7 +54,7 @@ class PairedEvaluation:
         """Top-1 of each model with its interval by Wilson's score."""
         return [wilson(int(row.sum()), len(row)) for row in self.right]
 
-    @property
+    @cached_property
     def pairs(self) -> list[Pair]:
         """Every pair of models, in their order."""
         right = self.right
@@ -98,7 +99,7 @@ def evaluate_paired(
         check_data(section, [split], root="--data-root DIR")
         splits.append(open_split(section, split, eval_transform(section)))
     for position in range(len(models)):
-        _check_same(sources, models, splits, position)
+        _check_same(sources, models, data, splits, position)
     found = []
     for model, images, section in zip(models, splits, data, strict=True):
         outcomes: list[Outcome] = []
@@ -110,27 +111,32 @@ def evaluate_paired(
     return PairedEvaluation(list(sources), data[0], split, splits[0], kept)
 
 
-def _check_same(sources: Sequence[str], models: Sequence[LoadedModel], splits: Sequence[Split], position: int) -> None:
-    """Checks a model against the first one and against the split.
+def _check_same(
+    sources: Sequence[str],
+    models: Sequence[LoadedModel],
+    data: Sequence[DataConfig],
+    splits: Sequence[Split],
+    position: int,
+) -> None:
+    """Checks a model against its split and against the first model.
 
     Raises:
         RequestError: They differ in their classes or images.
     """
-    source, first = printable(sources[position]), printable(sources[0])
-    names = splits[position].class_names
+    first, source = printable(sources[0]), printable(sources[position])
     try:
-        check_classes(models[position], names)
+        check_classes(models[position], splits[position].class_names)
     except RequestError as error:
         raise RequestError(f"{source}: {error}") from error
-    if names != splits[0].class_names or splits[position].fingerprint != splits[0].fingerprint:
-        raise RequestError(
-            f"{source} and {first} were trained on different data: {splits[position].location} and"
-            f" {splits[0].location}\nto evaluate both on the same images, name a data set (--data NAME)"
-        )
-    known = [model.class_names for model in (models[0], models[position]) if model.class_names]
-    if len(set(known)) > 1:
-        a, b = next(pair for pair in zip(*known, strict=True) if pair[0] != pair[1])
-        raise RequestError(f"{first} and {source} have different classes, e.g. {printable(a)} and {printable(b)}")
+    a, b = (list(models[place].class_names or splits[place].class_names) for place in (0, position))
+    if len(a) != len(b):
+        raise RequestError(f"{first} has {len(a)} classes, {source} {len(b)}")
+    if a != b:
+        names = next(pair for pair in zip(a, b, strict=True) if pair[0] != pair[1])
+        raise RequestError(f"{first} and {source} have different classes, e.g. {' and '.join(map(printable, names))}")
+    if splits[0].fingerprint != splits[position].fingerprint:
+        images = " and ".join(f"{splits[place].fingerprint} of {data[place].name}" for place in (0, position))
+        raise RequestError(f"{first} and {source} would be evaluated on different images: {images}")
 
 
 def print_paired(found: PairedEvaluation) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.colors import to_hex
 
-from sequencer.analysis.comparison import Comparison, Run
+from sequencer.analysis.comparison import Comparison
 from sequencer.analysis.paired import PairedEvaluation, letter, points
 from sequencer.analysis.plots import FAMILIES
 from sequencer.config.schema import lower_is_better
@@ -55,7 +55,7 @@ def write_comparison(table: Comparison, paired: PairedEvaluation, path: Path) ->
     context = {
         "title": f"Comparison of {len(runs)} runs",
         "subtitle": paired.title,
-        "figures": _figures(table, runs, paired),
+        "figures": _figures(names, paired),
         "sections": SECTIONS,
         "charts": charts,
         "metric": table.metric,
@@ -80,19 +80,20 @@ def _colours(number: int) -> list[str]:
     return [to_hex(colour) for colour in colormaps["turbo"](np.linspace(0.08, 0.92, number))]
 
 
-def _figures(table: Comparison, runs: Sequence[Run], paired: PairedEvaluation) -> list[tuple[str, str, str]]:
+def _figures(names: Sequence[str], paired: PairedEvaluation) -> list[tuple[str, str, str]]:
     """Name, value and note of the key figures."""
     first = paired.pairs[0]
+    adjusted = f", adjusted for {len(paired.pairs)} pairs" if len(paired.pairs) > 1 else ""
     difference = first.result.difference
     figures = [
-        (f"top-1 of {letter(place)}", f"{top1.value:.2%}", f"95%: {top1.low:.2%} to {top1.high:.2%}")
-        for place, top1 in enumerate(paired.accuracies[:2])
+        (name, f"{top1.value:.2%}", f"top-1, 95%: {top1.low:.2%} to {top1.high:.2%}")
+        for name, top1 in zip(names[:2], paired.accuracies[:2], strict=True)
     ]
-    interval = f"95%: {points(difference.low)} to {points(difference.high)} points"
+    interval = f"points, 95%: {points(difference.low)} to {points(difference.high)}"
     return [
         *figures,
-        ("A minus B", f"{points(difference.value)} points", interval),
-        ("p-value of A, B", f"{first.result.p_value:.3g}", "McNemar's exact test"),
+        ("A minus B", points(difference.value), interval),
+        ("p-value", f"{first.adjusted:.3g}", f"McNemar's exact test{adjusted}"),
     ]
 
 
