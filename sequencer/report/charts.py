@@ -149,7 +149,7 @@ def comparison_charts(runs: Sequence[tuple[str, str, dict[str, Array]]], slots: 
             if np.isfinite(values).any():
                 series.append(Series(name, values, colour))
         if series:
-            found.append(line_chart(title, np.arange(1, epochs + 1), series, unit))
+            found.append(line_chart(title, np.arange(1.0, epochs + 1), series, unit))
     return found
 
 
