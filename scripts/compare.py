@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING
 from _cli import Parser, add_model_options, load, make_folder, named_model, pick_device, run
 
 from sequencer.config.errors import RequestError
+from sequencer.config.named_runs import OF_A_MODEL
 from sequencer.config.schema import DataConfig
 from sequencer.console import say
 from sequencer.printing import printable
@@ -125,9 +126,10 @@ def compare_pairs(args: Namespace, sources: list[str], table: "Comparison | None
 
 
 def holds_runs(model: str) -> bool:
-    """Whether an argument is a run folder or a folder of run folders."""
+    """Whether an argument is a run folder or a folder that is none of a model, so that it should hold runs."""
     path = Path(model)
-    return (path / "config.yaml").is_file() or any(path.glob("*/config.yaml"))
+    of_a_model = any((path / name).exists() for name in OF_A_MODEL)
+    return (path / "config.yaml").is_file() or (path.is_dir() and not of_a_model)
 
 
 def find_sources(args: Namespace) -> list[str]:
