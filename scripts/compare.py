@@ -140,7 +140,7 @@ def find_sources(args: Namespace) -> list[str]:
     """
     from sequencer.analysis import find_runs
 
-    sources = []
+    sources: list[str] = []
     for model in args.models:
         if args.data is None and not os.path.exists(model):
             raise RequestError(f"{model} is no file or folder; a timm model needs a data set, with --data NAME")

@@ -17,8 +17,8 @@ from sequencer.evaluation import Outcome
 from sequencer.files import write_atomically
 from sequencer.printing import printable
 from sequencer.report.charts import comparison_charts
-from sequencer.report.content import SMALL, percent, read_again, to_pixels
-from sequencer.report.pictures import thumbnail
+from sequencer.report.content import SMALL, percent, to_pixels
+from sequencer.report.pictures import read_again, thumbnail
 from sequencer.report.rendering import duration, read_columns, render
 
 SECTIONS = (
@@ -62,7 +62,6 @@ def write_comparison(table: Comparison, paired: PairedEvaluation, path: Path) ->
         "runs": _rows(table, paired, names, colours),
         "keys": [(key, [printable(str(run.settings.get(key, ""))) for run in runs]) for key in table.keys],
         "letters": [letter(place) for place in range(len(runs))],
-        "colours": colours,
         "notes": table.notes,
         "pairs": [(letter(pair.first), letter(pair.second), pair) for pair in pairs],
         "several": len(pairs) > 1,  # then p-values are adjusted
@@ -139,7 +138,7 @@ def _galleries(paired: PairedEvaluation, orders: Sequence[tuple[int, int]]) -> l
         shown = sorted(places, key=lambda place: -(paired.outcomes[second][place].probability or 0))[:IMAGES]
         galleries.append((first, second, len(places), shown))
     wanted = {paired.outcomes[0][place].image for *_, shown in galleries for place in shown}
-    uris = {}
+    uris: dict[int, str] = {}
     for images, found in read_again(paired.split, paired.data, wanted) if wanted else ():
         pixels = to_pixels(images[[row for row, _ in found]], paired.data)
         uris |= {index: thumbnail(image) for (_, index), image in zip(found, pixels, strict=True)}

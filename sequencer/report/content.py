@@ -1,7 +1,7 @@
 """What the page of a run shows, computed from the run's files, its model and the predictions of the model."""
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,7 @@ from sequencer.analysis.statistics import confused_pairs, label_errors
 from sequencer.config.schema import DataConfig
 from sequencer.data import Split, channel_statistics
 from sequencer.evaluation import Predictions
-from sequencer.report.pictures import signed_map, thumbnail
+from sequencer.report.pictures import read_again, signed_map, thumbnail
 
 MOST_CELLS = 50  # classes up to which the whole confusion matrix is shown
 MOST_PAIRS = 20
@@ -129,28 +129,6 @@ def draw(
             mirrored = model(images[[row for row, _ in rows]].flip(-1).to(device)).double().softmax(dim=1).float()
             found.mirrored |= dict(zip((position for _, position in rows), mirrored.cpu().numpy(), strict=True))
     return found
-
-
-def read_again(
-    split: Split, data: DataConfig, indices: Iterable[int]
-) -> Iterator[tuple[Tensor, list[tuple[int, int]]]]:
-    """Reads a split until the wanted images have been found.
-
-    Args:
-        split: The split.
-        data: Its settings.
-        indices: Of the wanted images.
-
-    Yields:
-        Batches `B C H W` that hold wanted images, with the row and the index of each of these.
-    """
-    missing = set(indices)
-    for images, _, found in split.evaluation_loader(data):
-        if wanted := [(row, index) for row, index in enumerate(found.tolist()) if index in missing]:
-            missing -= {index for _, index in wanted}
-            yield images, wanted
-        if not missing:
-            break
 
 
 def is_decomposable(model: nn.Module) -> bool:
