@@ -45,11 +45,12 @@ def write_comparison(table: Comparison, paired: PairedEvaluation, path: Path) ->
         WriteError: The file cannot be written.
     """
     runs = [run for row in table.rows for run in row.runs]
-    names = [f"{letter(place)} {printable(run.folder.resolve().name)}" for place, run in enumerate(runs)]
+    letters = [letter(place) for place in range(len(runs))]
+    names = [f"{own} {printable(run.folder.resolve().name)}" for own, run in zip(letters, runs, strict=True)]
     colours = _colours(len(runs))
     columns = [read_columns(file) if (file := run.folder / "metrics.csv").is_file() else {} for run in runs]
     slots = ["val_ema" if run.settings.get("trainer.slot") == "ema" else "val" for run in runs]
-    charts = comparison_charts(list(zip(names, colours, columns, strict=True)), slots)
+    charts = comparison_charts(list(zip(letters, colours, columns, strict=True)), slots)
     pairs = paired.pairs
     shown = combinations(range(len(runs) if len(runs) <= MOST_RUNS_WITH_ALL_IMAGES else 2), 2)
     context = {
@@ -61,7 +62,7 @@ def write_comparison(table: Comparison, paired: PairedEvaluation, path: Path) ->
         "metric": table.metric,
         "runs": _rows(table, paired, names, colours),
         "keys": [(key, [printable(str(run.settings.get(key, ""))) for run in runs]) for key in table.keys],
-        "letters": [letter(place) for place in range(len(runs))],
+        "letters": letters,
         "notes": table.notes,
         "pairs": [(letter(pair.first), letter(pair.second), pair) for pair in pairs],
         "several": len(pairs) > 1,  # then p-values are adjusted
