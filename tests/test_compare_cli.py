@@ -91,6 +91,14 @@ def test_runs_have_the_table_and_then_the_pairs(script, capsys):
     ]
 
 
+def test_the_page_of_runs_without_curves(script, capsys):
+    assert exit_code(script, ["run0", "run1", "--html", "new/page.html"]) == 0
+    assert capsys.readouterr().out.endswith("p: McNemar's exact test\nwritten: new/page.html\n")
+    page = Path("new/page.html").read_text(encoding="utf-8")
+    assert "<h1>Comparison of 2 runs</h1>" in page
+    assert "No run has curves." in page
+
+
 def test_the_test_split_on_demand(script, capsys):
     assert exit_code(script, ["run0", "run1/model", "--test"]) == 0
     printed = capsys.readouterr().out

@@ -2,30 +2,41 @@
 
 import html
 import re
+from dataclasses import replace
+from shutil import copy
 
 import numpy as np
 import pytest
 import torch
 
-from sequencer.analysis import compare
+from sequencer.analysis import compare, find_runs
 from sequencer.analysis.paired import evaluate_paired
+from sequencer.analysis.statistics import holm
 from sequencer.data import eval_transform, open_split
 from sequencer.evaluation import evaluation_data
 from sequencer.models import load_model
 from sequencer.report import write_comparison
+from sequencer.report.charts import comparison_charts
 from tests.helpers import read_csv
 from tests.report.page_helpers import HOSTILE, Texts, rows_of
 
 
 @pytest.fixture(scope="module")
-def compared(hostile_run, other_hostile_run, tmp_path_factory):
-    """The page of two runs, and the order of the runs on it."""
+def evaluated(hostile_run, other_hostile_run):
+    """The table of two runs, their folders in its order, and their evaluation."""
     table = compare([hostile_run, other_hostile_run])
     folders = [run.folder for row in table.rows for run in row.runs]
     models = [load_model(folder) for folder in folders]
     data = [evaluation_data(model) for model in models]
+    return table, folders, evaluate_paired([str(folder) for folder in folders], models, data, "val")
+
+
+@pytest.fixture(scope="module")
+def compared(evaluated, tmp_path_factory):
+    """The page of two runs, and their folders in the order of the page."""
+    table, folders, paired = evaluated
     path = tmp_path_factory.mktemp("comparison") / "page.html"
-    write_comparison(table, evaluate_paired([str(folder) for folder in folders], models, data, "val"), path)
+    write_comparison(table, paired, path)
     return path, folders
 
 
@@ -99,6 +110,32 @@ def test_differences_and_curves(page, compared):
         "trainer.max_epochs": [{"0": "2", "1": "3"}[seed] for seed in seeds],
     }
     assert "Validation top-1" in Texts(page).text
+
+
+@pytest.mark.parametrize(("number", "galleries"), [(3, 6), (7, 2)])
+def test_more_runs(evaluated, tmp_path, number, galleries):
+    _, folders, paired = evaluated
+    for place in range(number):
+        (tmp_path / f"run{place}").mkdir()
+        for name in ("config.yaml", "summary.json", "metrics.csv"):
+            copy(folders[place % 2] / name, tmp_path / f"run{place}")
+    outcomes = [paired.outcomes[place % 2] for place in range(number)]
+    several = replace(paired, sources=[str(place) for place in range(number)], outcomes=outcomes)
+    write_comparison(compare(find_runs([tmp_path])), several, tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert page.count(" wrong: ") == galleries
+    assert ("of the two best runs" in page) == (number > 3)
+    pairs = rows_of(page, 'id="pairs"')
+    assert [row[0] for row in pairs[:2]] == ["A, B", "A, C"]
+    adjusted = holm([pair.result.p_value for pair in several.pairs])
+    assert [row[3] for row in pairs] == [f"{value:.3g}" for value in adjusted]
+    assert len(set(re.findall(r'<td><span class="key" style="background: (#\w+)', page))) == number
+
+
+def test_curves_are_those_of_the_weights_that_are_kept():
+    columns = {"epoch": np.array([1.0]), "val/top1": np.array([0.25]), "val_ema/top1": np.array([0.5])}
+    (chart,) = comparison_charts([("A", "#000000", columns), ("B", "#ffffff", columns)], ["val", "val_ema"])
+    assert chart.pointer["rows"] == [["epoch 1", "25%", "50%"]]
 
 
 def test_charts_show_the_values_of_every_run(open_page, compared):
