@@ -72,12 +72,12 @@ STATEFUL = [*RANDOM, *EMA, "trainer.max_epochs=3", "trainer.accumulate_grad_batc
 STATEFUL += ["trainer.early_stopping_patience=5"]
 
 
-def save_run(folder: Path, data: DataConfig, class_names: list[str], **entries) -> Path:
+def save_run(folder: Path, data: DataConfig, class_names: list[str], seed: int = 0, **entries) -> Path:
     """Writes the files of a run folder that evaluation reads: untrained weights and the configuration.
 
     The head is drawn at random, because a new head is zero. `entries` are added to the data section.
     """
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     size = {"in_chans": data.in_chans, "img_size": data.img_size}
     model = create_model("sequencer2d_t_8", num_classes=len(class_names), **size, **ARGS)
     torch.nn.init.normal_(model.get_classifier().weight)

@@ -6,7 +6,7 @@ from sequencer.evaluation.loop import FlipAveraged, evaluate
 from sequencer.evaluation.metrics import ClassificationMetrics, ClassResult, Outcome, describe_unpredicted, metric_names
 from sequencer.evaluation.prediction import Prediction, find_images, predict, readable_names
 from sequencer.evaluation.predictions import Collector, Predictions
-from sequencer.evaluation.split import Evaluation, describe_setting, evaluate_model, evaluation_data
+from sequencer.evaluation.split import Evaluation, check_classes, describe_setting, evaluate_model, evaluation_data
 from sequencer.evaluation.writing import write_evaluation
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "Outcome",
     "Prediction",
     "Predictions",
+    "check_classes",
     "check_img_size",
     "data_section",
     "data_settings",

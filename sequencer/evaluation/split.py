@@ -106,7 +106,7 @@ def evaluate_model(
     """
     chosen: Literal["val", "test"] = split or ("test" if has_test_split(data) else "val")
     images = distributed.one_by_one(lambda: open_split(data, chosen, eval_transform(data)))
-    _check_classes(loaded, images.class_names)
+    check_classes(loaded, images.class_names)
     if data.img_size != loaded.pretrained_cfg["input_size"][-1]:
         check_img_size(loaded, data.img_size)
     if bad_samples is not None:
@@ -141,7 +141,12 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _check_classes(loaded: LoadedModel, names: Sequence[str]) -> None:
+def check_classes(loaded: LoadedModel, names: Sequence[str]) -> None:
+    """Checks that a model has as many classes as a data set; classes of other names are logged as a warning.
+
+    Raises:
+        RequestError: It has not.
+    """
     if loaded.model.num_classes != len(names):
         raise RequestError(f"the model has {loaded.model.num_classes} classes, the data set {len(names)}")
     renamed = [pair for pair in zip(loaded.class_names or names, names, strict=True) if pair[0] != pair[1]]

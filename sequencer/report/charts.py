@@ -115,6 +115,35 @@ def run_charts(columns: dict[str, Array], best_epoch: int) -> list[Chart]:
     return found
 
 
+def comparison_charts(runs: Sequence[tuple[str, str, dict[str, Array]]], slots: Sequence[str]) -> list[Chart]:
+    """Draws the curves of several runs over each other; a run without a column has no line in its chart.
+
+    Args:
+        runs: Name, colour and the columns of `metrics.csv` of each.
+        slots: The weights whose validation each run shows, `val` or `val_ema`.
+    """
+    epochs = max((len(columns["epoch"]) for *_, columns in runs if columns), default=0)
+    found = []
+    for title, unit, column in (
+        ("Validation top-1", "%", "val/top1"),
+        ("Validation loss", "", "val/loss"),
+        ("Training top-1", "%", "train/top1"),
+        ("Training loss", "", "train/loss"),
+        ("Learning rate", "", "lr"),
+        ("Gradient norm", "", "train/grad_norm"),
+    ):
+        series = []
+        for (name, colour, columns), slot in zip(runs, slots, strict=True):
+            values = np.full(epochs, np.nan)
+            own = columns.get(column.replace("val/", f"{slot}/"), values)
+            values[: len(own)] = own
+            if np.isfinite(values).any():
+                series.append(Series(name, values, colour))
+        if series:
+            found.append(line_chart(title, np.arange(1.0, epochs + 1), series, unit))
+    return found
+
+
 def _text(value: float, unit: str, digits: int = 3) -> str:
     if not np.isfinite(value):
         return "-"

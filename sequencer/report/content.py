@@ -15,7 +15,7 @@ from sequencer.analysis.statistics import confused_pairs, label_errors
 from sequencer.config.schema import DataConfig
 from sequencer.data import Split, channel_statistics
 from sequencer.evaluation import Predictions
-from sequencer.report.pictures import signed_map, thumbnail
+from sequencer.report.pictures import read_again, signed_map, thumbnail
 
 MOST_CELLS = 50  # classes up to which the whole confusion matrix is shown
 MOST_PAIRS = 20
@@ -113,10 +113,8 @@ def draw(
     explained = is_decomposable(model)
     plotted = set(selection.mistakes[:PLOTTED_MISTAKES])
     found = Pictures()
-    for images, _, indices in split.evaluation_loader(data):
-        places = [(row, position_of.pop(int(index))) for row, index in enumerate(indices) if int(index) in position_of]
-        if not places:
-            continue
+    for images, wanted in read_again(split, data, position_of):
+        places = [(row, position_of[index]) for row, index in wanted]
         pixels = to_pixels(images[[row for row, _ in places]], data)
         for (_, position), pixel in zip(places, pixels, strict=True):
             found.uris[position] = thumbnail(pixel)
@@ -127,8 +125,6 @@ def draw(
         if rows := [(row, position) for row, position in places if position in suspects]:
             mirrored = model(images[[row for row, _ in rows]].flip(-1).to(device)).double().softmax(dim=1).float()
             found.mirrored |= dict(zip((position for _, position in rows), mirrored.cpu().numpy(), strict=True))
-        if not position_of:
-            break
     return found
 
 

@@ -1,7 +1,6 @@
 """The page of a run, `report.html`, and the numbers behind its pictures."""
 
 import csv
-import importlib.resources
 import itertools
 import logging
 import shlex
@@ -10,10 +9,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 import torch
 
+from sequencer.analysis.paired import SPLITS
 from sequencer.analysis.receptive_field import token_fields
 from sequencer.analysis.statistics import (
     Calibration,
@@ -24,7 +23,7 @@ from sequencer.config.schema import Config, leaves
 from sequencer.config.sources import DEFAULTS
 from sequencer.data.mixing import build_mixup
 from sequencer.evaluation import describe_figures, short_number
-from sequencer.files import to_json, write_arrays, write_atomically
+from sequencer.files import write_arrays, write_atomically
 from sequencer.models import KeyFigures, Sequencer
 from sequencer.printing import printable
 from sequencer.report.charts import reliability_chart, run_charts
@@ -43,6 +42,7 @@ from sequencer.report.content import (
 from sequencer.report.numbers import write_numbers
 from sequencer.report.pictures import field_sheet, thumbnail
 from sequencer.report.plots import first_mistakes, write_pictures
+from sequencer.report.rendering import duration, read_columns, render
 from sequencer.report.results import Results
 from sequencer.report.subject import Subject
 
@@ -94,7 +94,7 @@ def write_report(subject: Subject, results: Results, run_dir: Path, fields: bool
     settings = _settings(subject)
     context = {
         "title": f"{subject.config.name}: {subject.config.model.name}",
-        "subtitle": f"{_split_text(subject.split_name)} of {subject.config.data.name}, {len(found.labels):,} images",
+        "subtitle": f"{SPLITS[subject.split_name]} of {subject.config.data.name}, {len(found.labels):,} images",
         "figures": _figures(subject, figures),
         "facts": _facts(subject),
         "command": _command(subject),
@@ -129,28 +129,11 @@ def write_report(subject: Subject, results: Results, run_dir: Path, fields: bool
         "fields": [{"rows": s["rows"], "columns": s["columns"], "sheet": s["sheet"]} for s in sheets],
     }
     page = run_dir / "report.html"
-    write_atomically(page, lambda path: path.write_text(render(context, script), encoding="utf-8"))
+    write_atomically(page, lambda path: path.write_text(render("report.html", context, script), encoding="utf-8"))
     shown = first_mistakes(selection, found, pictures, ids, names)
     write_pictures(numbers, calibrated, shown, f"{subject.config.name}: {subject.split_name} split")
     write_numbers(numbers, found, ids, names, confusion, classes, calibrated, pictures.evidence)
     return page
-
-
-def render(context: dict[str, Any], script: dict[str, Any]) -> str:
-    """Renders the page; texts are escaped by jinja2, and the numbers of its script are JSON without `<`."""
-    templates = importlib.resources.files("sequencer.report") / "templates"
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    environment.loader = jinja2.FunctionLoader(lambda name: (templates / name).read_text(encoding="utf-8"))
-    css, code = ((templates / name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
-    data = to_json(script).replace("<", "\\u003c")
-    return environment.get_template("report.html").render(**context, css=css, script=code, data=data)
-
-
-def read_columns(metrics_csv: Path) -> dict[str, Any]:
-    """Reads `metrics.csv` as arrays by column, with NaN for an empty field."""
-    with open(metrics_csv, newline="") as file:
-        rows = list(csv.DictReader(file))
-    return {name: np.array([float(row[name] or "nan") for row in rows]) for name in (rows[0] if rows else ())}
 
 
 def _figures(subject: Subject, figures: KeyFigures) -> list[tuple[str, str, str]]:
@@ -160,20 +143,6 @@ def _figures(subject: Subject, figures: KeyFigures) -> list[tuple[str, str, str]
         ("parameters", short_number(subject.summary["parameters"]), f"{subject.summary['parameters']:,}"),
         ("training", duration(subject.summary["time/train_s"]), f"{subject.summary['epochs']} epochs"),
     ]
-
-
-def duration(seconds: float) -> str:
-    """Formats seconds as a person says them: `38 s`, `4 min 10 s`, `2 h 5 min`."""
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 1:
-        return f"{rest} s"
-    if minutes < 60:
-        return f"{minutes} min {rest} s"
-    return f"{minutes // 60} h {minutes % 60} min"
-
-
-def _split_text(name: str) -> str:
-    return {"test": "Test split", "val": "Validation split"}[name]
 
 
 def _facts(subject: Subject) -> list[tuple[str, str]]:

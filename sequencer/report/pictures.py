@@ -1,18 +1,44 @@
-"""Small pictures inside the page, as data URIs."""
+"""Small pictures inside the pages, as data URIs, and the images of a split that they show."""
 
 import base64
 import io
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 from matplotlib import colormaps
 from numpy.typing import NDArray
 from PIL import Image
+from torch import Tensor
 
 from sequencer.analysis.attribution_plots import SIGNED
 from sequencer.analysis.plots import Array
+from sequencer.config.schema import DataConfig
+from sequencer.data import Split
 
 THUMBNAIL = 96  # pixels of the longer side at most
 LOSSLESS = 16  # pixels up to which compression would be seen
+
+
+def read_again(
+    split: Split, data: DataConfig, indices: Iterable[int]
+) -> Iterator[tuple[Tensor, list[tuple[int, int]]]]:
+    """Reads a split until the wanted images have been found.
+
+    Args:
+        split: The split.
+        data: Its settings.
+        indices: Of the wanted images.
+
+    Yields:
+        Batches `B C H W` that hold wanted images, with the row and the index of each of these.
+    """
+    missing = set(indices)
+    for images, _, found in split.evaluation_loader(data):
+        if wanted := [(row, index) for row, index in enumerate(found.tolist()) if index in missing]:
+            missing -= {index for _, index in wanted}
+            yield images, wanted
+        if not missing:
+            break
 
 
 def thumbnail(pixels: NDArray[np.uint8]) -> str:

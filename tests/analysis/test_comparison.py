@@ -169,11 +169,11 @@ def test_the_command(load_script, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nowhere"], "error: nowhere is no folder\n"),
+        (["nowhere"], "error: nowhere is no file or folder; a timm model needs a data set, with --data NAME\n"),
         (["empty"], "error: empty holds no run: there is no config.yaml in it or in a folder inside\n"),
         (["run", "--output", "empty"], "error: --output empty is a folder; name a file\n"),
         (["damaged"], "error: damaged/config.yaml is damaged or of another version: "),
-        ([], "error: the following arguments are required: RUN\n"),
+        ([], "error: the following arguments are required: MODEL\n"),
     ],
     ids=lambda value: value[-1] if value and isinstance(value, list) else "",
 )

@@ -320,9 +320,9 @@ def test_a_server_that_never_answers(config, tmp_path, monkeypatch, silent_serve
 
 def test_a_folder_that_cannot_be_written(config, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
-    (tmp_path / "run").mkdir()
+    run(config("trainer.max_epochs=1"))
     (tmp_path / "run" / "wandb").touch()
-    run(config("logger=wandb", "trainer.max_epochs=1"))
+    run(config("logger=wandb", "trainer.max_epochs=2"), resume=True)
     assert (tmp_path / "run" / "summary.json").exists()
     (warning,) = warnings(tmp_path / "run" / "train.log")
     assert warning.startswith("W&B is given up ([Errno 20] Not a directory")

@@ -110,6 +110,6 @@ def test_the_list_of_unreadable_images(small_disk):
 
 def test_the_files_of_an_evaluation(small_disk):
     fill(small_disk)
-    evaluation = Evaluation("arch", "raw", DIGITS, "val", False, {}, [], [], [], [])
+    evaluation = Evaluation("arch", "raw", DIGITS, "val", False, {}, [], [], [], [], False)
     with pytest.raises(WriteError, match=r"predictions.csv could not be written: No space left on device"):
         write_evaluation(evaluation, small_disk / "evaluation", "model")
