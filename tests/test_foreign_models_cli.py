@@ -120,7 +120,8 @@ def test_training_does_not_load_a_program(config, work_folder, key):
 
 
 def test_a_misleading_model_starts_no_training(config, work_folder):
-    edit_config(Path("run"), model_args={"pretrained": True})
+    said = json.loads(Path("run/model/config.json").read_text())["config"] | {"model": {"name": "sequencer2d_t_8"}}
+    edit_config(Path("run"), model_args={"pretrained": True}, config=said)
     for key in ("init_from", "optim.distill_from"):
         with pytest.raises(RequestError, match=r"model_args\.pretrained: not an argument of the architecture"):
             run(config(f"{key}=run", run_dir="new"))
