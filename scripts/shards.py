@@ -68,7 +68,8 @@ def write_shard(path: Path, samples: list[tuple[str, int]], numbers: range) -> N
 
     from sequencer.files import writing
 
-    with writing(path), TarWriter(str(path)) as writer:
+    # opened here, since TarWriter leaves a file open that it cannot finish
+    with writing(path), open(path, "wb") as file, TarWriter(file) as writer:
         for number in numbers:
             image, label = Path(samples[number][0]), samples[number][1]
             content = {image.suffix.lstrip(".").lower(): read(image), "cls": str(label)}

@@ -28,7 +28,7 @@ COMMANDS = {  # script and format: the file, and the arguments before --output
     "export paper": ("model.pth", ["RUN", "--format", "paper"]),
     "average": ("model.safetensors", ["RUN", "RUN"]),
     "evaluate": ("predictions.csv", ["RUN"]),
-    "predict": ("", ["RUN", "PHOTOS/val"]),
+    "predict": ("", ["RUN", "PHOTOS/val", "--format", "csv"]),
     "shards": ("train-000000.tar", ["write", "PHOTOS"]),
     "benchmark": (
         "benchmark.json",
@@ -74,16 +74,16 @@ def test_shards_are_replaced_together(load_script, photos, tmp_path, capsys):
 
 
 def test_a_device_or_fifo_is_not_replaced(load_script, tmp_path, photos, capsys):
-    os.mkfifo(tmp_path / "fifo")
+    os.mkfifo(tmp_path / "fifo.csv")
     with pytest.raises(WriteError, match="a device, FIFO or socket, no regular file"):
-        write_json(tmp_path / "fifo", 1)
-    assert (tmp_path / "fifo").is_fifo()
+        write_json(tmp_path / "fifo.csv", 1)
+    assert (tmp_path / "fifo.csv").is_fifo()
     run = save_run(tmp_path / "run", DIGITS, list("0123456789"))
-    assert load_script("predict").main([str(run), str(photos), "--output", str(tmp_path / "fifo")]) == 2
+    assert load_script("predict").main([str(run), str(photos), "--output", str(tmp_path / "fifo.csv")]) == 2
     assert capsys.readouterr().err == (
-        f"error: --output {tmp_path}/fifo is no regular file; name a file, or leave it out to print\n"
+        f"error: --output {tmp_path}/fifo.csv is no regular file; name a file, or leave it out to print\n"
     )
-    assert (tmp_path / "fifo").is_fifo()
+    assert (tmp_path / "fifo.csv").is_fifo()
 
 
 def test_the_target_of_a_link_is_written(tmp_path):
