@@ -1,6 +1,7 @@
 """What a run takes from the model that `init_from` names: architecture, channels, image size and normalisation."""
 
 import io
+import os
 import pickle
 import zipfile
 from pathlib import Path
@@ -59,7 +60,7 @@ def inherited_values(source: str | None) -> dict[str, Any]:
     Raises:
         RequestError: The configuration in the source cannot be read.
     """
-    path = Path(source or "").expanduser()
+    path = Path(os.path.expanduser(source or ""))  # unlike that of Path, it takes a user that there is not
     try:
         if source and (found := _read(path)) is not None:
             return check_type(_Config, found, str(path)).values()

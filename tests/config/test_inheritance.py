@@ -131,3 +131,7 @@ def test_a_damaged_configuration_is_an_error(tmp_path):
     OmegaConf.save({"model": 1}, tmp_path / "config.yaml")
     with pytest.raises(RequestError, match="model: input should be"):
         inherited_values(str(tmp_path))
+
+
+def test_the_folder_of_an_unknown_user_is_no_run():
+    assert inherited_values("~nobody-of-this-name/run") == {}
