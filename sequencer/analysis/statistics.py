@@ -96,9 +96,15 @@ def class_statistics(
 
 
 def _f1(hits: int, false_calls: int, missed: int, total: int, generator: np.random.Generator) -> Interval:
-    """Computes F1 with its bootstrap interval; resampling images is a multinomial draw of the four counts."""
-    if not hits + false_calls + missed:
+    """Computes F1 with its bootstrap interval; resampling images is a multinomial draw of the four counts.
+
+    It is not defined for a class that is never predicted, as precision is not. Without a hit every resample has an F1
+    of 0, so that the interval is not defined.
+    """
+    if not hits + false_calls:
         return UNDEFINED
+    if not hits:
+        return Interval(0.0, math.nan, math.nan)
     counts = np.array([hits, false_calls, missed, total - hits - false_calls - missed])
     draws = generator.multinomial(total, counts / total, BOOTSTRAP_SAMPLES)
     denominators = 2 * draws[:, 0] + draws[:, 1] + draws[:, 2]

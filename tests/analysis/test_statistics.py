@@ -54,6 +54,16 @@ def test_images_without_a_prediction_count_as_wrong():
     assert (second.recall.value, second.precision.value) == (1.0, 1.0)
 
 
+def test_f1_of_classes_without_a_hit():
+    """A class that is never predicted has no F1; one that is never right has an F1 of 0 without an interval."""
+    labels, predicted = np.array([0, 0, 1, 2]), np.array([0, 2, 0, 0])
+    first, never, wrong = (row.f1 for row in class_statistics(labels, predicted, np.eye(3)[predicted]))
+    assert first.low <= first.value <= first.high
+    assert np.isnan(never).all()
+    assert wrong.value == 0
+    assert np.isnan(wrong[1:]).all()
+
+
 def test_intervals_cover_the_truth_as_often_as_they_say():
     """Of 400 samples of 200 images, the 95% intervals cover the true AUC and F1 in 92% to 98%."""
     generator = np.random.default_rng(1)

@@ -74,7 +74,7 @@ def test_classes_and_confusions_are_those_of_the_predictions(page, hostile_run):
         called = sum(pairs[i, name] for i in names)
         assert html.unescape(row[0]) == name
         assert int(row[1]) == support
-        expected = [f"{100 * pairs[name, name] / n:.1f}%" if n else "" for n in (called, support)]
+        expected = [f"{100 * pairs[name, name] / n:.1f}%" if n else "–" for n in (called, support)]
         assert [re.sub(r"<small.*", "", cell) for cell in row[2:4]] == expected
     shown = [(html.unescape(a), html.unescape(b), int(n)) for a, b, n, *_ in rows_of(page, 'id="pairs"')]
     counts = sorted((n for (i, j), n in pairs.items() if i != j), reverse=True)
