@@ -207,7 +207,7 @@ def label_errors(labels: Integers, probabilities: Floats, mirrored: Mapping[int,
     """Finds images whose label is probably wrong: the model is confident in another class, mirrored as well.
 
     Confident is a probability of at least the mean that the images labelled as that class have (confident learning,
-    Northcutt et al. 2021, arXiv 1911.00068), in both orientations.
+    Northcutt et al. 2021, arXiv 1911.00068) and above 0.5, in both orientations.
 
     Args:
         labels: `N`.
@@ -227,7 +227,7 @@ def label_errors(labels: Integers, probabilities: Floats, mirrored: Mapping[int,
         predicted = int(probabilities[index].argmax())
         confidence = float(min(probabilities[index, predicted], other[predicted]))
         is_consistent = predicted != labels[index] and int(other.argmax()) == predicted
-        if is_consistent and support[predicted] and confidence >= means[predicted]:
+        if is_consistent and support[predicted] and confidence >= means[predicted] and confidence > 0.5:
             found[index] = confidence
     return sorted(found, key=lambda index: -found[index])
 

@@ -120,6 +120,8 @@ def test_label_errors_are_confident_and_consistent():
     assert label_errors(labels, probabilities, mirrored) == []
     probabilities[2] = mirrored[2] = np.array([0.3, 0.7])  # less than the mean of class 1, which is 0.75
     assert label_errors(labels, probabilities, mirrored) == []
+    unsure = np.array([[0.5, 0.3, 0.2], [0.4, 0.3, 0.3], [0.3, 0.4, 0.3]])  # of a model that is sure of nothing
+    assert label_errors(np.array([1, 0, 1]), unsure, dict(enumerate(unsure))) == []
 
 
 def test_calibration_of_many_images_in_parts(monkeypatch, answers):
