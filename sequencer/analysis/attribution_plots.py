@@ -121,7 +121,7 @@ def plot_directions(parts: Sequence[Part], values: Array, title: str, output: Pa
     for (row, column), value in np.ndenumerate(table):
         if np.isfinite(value):
             colour = "white" if abs(value) > 0.6 * limit else INK
-            left.text(column, row, _signed(value), ha="center", va="center", fontsize=7.5, color=colour)
+            left.text(column, row, signed(value), ha="center", va="center", fontsize=7.5, color=colour)
     left.set_xticks(range(len(columns)), columns, rotation=30, ha="right")
     left.set_yticks(range(len(blocks)), [_name(*block) for block in blocks])
     left.tick_params(length=0)
@@ -146,13 +146,15 @@ def _draw_totals(axes: Any, totals: dict[str, float]) -> None:
     for number, value in enumerate(sums):
         side = 1 if value >= 0 else -1
         place = {"xytext": (4 * side, 0), "ha": "left" if value >= 0 else "right", "va": "center"}
-        axes.annotate(_signed(value), (value, number), textcoords="offset points", fontsize=8, **place)
-    axes.set_title(f"sums over blocks: together {_signed(sum(sums))}", fontsize=9, fontweight="normal")
+        axes.annotate(signed(value), (value, number), textcoords="offset points", fontsize=8, **place)
+    axes.set_title(f"sums over blocks: together {signed(sum(sums))}", fontsize=9, fontweight="normal")
     axes.set_xlabel("logits")
 
 
-def _signed(value: float) -> str:
-    return f"{value:+.2f}" if abs(value) >= 0.005 else "0.00"
+def signed(value: float, decimals: int = 2) -> str:
+    """Formats a value with its sign; what rounds to zero has none."""
+    rounded = round(value, decimals)
+    return f"{rounded:+.{decimals}f}" if rounded else f"{0:.{decimals}f}"
 
 
 def _name(stage: int | None, block: int | None) -> str:

@@ -105,11 +105,16 @@ def plot_curves(metrics_csv: Path, output: Path, best_epoch: int) -> Figure:
     for axes, title in ((loss, "Loss"), (top1, "Top-1 accuracy"), (lr, "Learning rate")):
         axes.set_title(title, pad=pad)
         axes.set_xlabel("epoch")
-        margin = 0.5 if len(epochs) == 1 else 0.03 * (epochs[-1] - epochs[0])
-        axes.set_xlim(epochs[0] - margin, epochs[-1] + margin)
-        axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
+        scale_epochs(axes, epochs)
     save(figure, output)
     return figure
+
+
+def scale_epochs(axes: Axes, epochs: Array) -> None:
+    """Sets the limits and ticks of an axis of epochs, so that no tick lies outside of them."""
+    margin = 0.5 if len(epochs) == 1 else 0.03 * (epochs[-1] - epochs[0])
+    axes.set_xlim(epochs[0] - margin, epochs[-1] + margin)
+    axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
 
 
 def _read_columns(path: Path) -> dict[str, Array]:

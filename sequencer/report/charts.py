@@ -10,9 +10,9 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import MaxNLocator, PercentFormatter, ScalarFormatter
 
-from sequencer.analysis.plots import BLUE, GREEN, GREY, STYLE, VERMILION, Array
+from sequencer.analysis.plots import BLUE, GREEN, GREY, STYLE, VERMILION, Array, scale_epochs
 from sequencer.analysis.statistics import Calibration
 from sequencer.report.plots import draw_reliability
 
@@ -36,7 +36,7 @@ class Chart(NamedTuple):
     title: str
     svg: str
     legend: list[tuple[str, str]]  # names and colours of its lines
-    pointer: dict[str, Any]  # left, right: x in the SVG of the first and last position; rows of values as text
+    pointer: dict[str, Any]  # place of the axes, and for each position a row of values as text
 
 
 def line_chart(title: str, x: Array, series: Sequence[Series], unit: str = "", mark: float | None = None) -> Chart:
@@ -56,16 +56,15 @@ def line_chart(title: str, x: Array, series: Sequence[Series], unit: str = "", m
             axes.plot(x, line.values, color=line.colour, marker="o" if len(x) == 1 else "", markersize=4)
         if mark is not None:
             axes.axvline(mark, color=GREY, linewidth=0.8, linestyle=":")
-        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
-        axes.yaxis.set_major_locator(MaxNLocator(5))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _text(value, unit)))
+        axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
+        # all ticks have the same number of decimals
+        axes.yaxis.set_major_formatter(PercentFormatter(1) if unit == "%" else ScalarFormatter(useOffset=False))
         axes.set_xlabel("epoch")
-        if len(x) == 1:
-            axes.set_xlim(x[0] - 1, x[0] + 1)
-        svg, left, right = _render(figure, axes, float(x[0]), float(x[-1]), title)
+        scale_epochs(axes, x)
+        svg, place = _render(figure, axes, float(x[0]), float(x[-1]), title)
     rows = [[f"epoch {int(epoch)}", *(_text(line.values[i], unit, 4) for line in series)] for i, epoch in enumerate(x)]
     legend = [(line.name, line.colour) for line in series]
-    pointer = {"left": left, "right": right, "rows": rows, "names": [name for name, _ in legend]}
+    pointer = {**place, "rows": rows, "names": [name for name, _ in legend], "colours": [key for _, key in legend]}
     return Chart(title, svg, legend, pointer)
 
 
@@ -77,12 +76,12 @@ def reliability_chart(found: Calibration) -> Chart:
         axes = figure.subplots()
         draw_reliability(axes, found)
         middle = 0.5 / len(found.counts)
-        svg, left, right = _render(figure, axes, middle, 1 - middle, title)
+        svg, place = _render(figure, axes, middle, 1 - middle, title)
     rows: list[list[str]] = []
     for count, confidence, accuracy in zip(found.counts, found.confidence, found.accuracy, strict=True):
         values = [_text(confidence, "%", 4), _text(accuracy, "%", 4), f"{count:,}"]
         rows.append([f"bin {len(rows) + 1} of {len(found.counts)}", *values])
-    pointer = {"left": left, "right": right, "rows": rows, "names": ["confidence", "accuracy", "images"]}
+    pointer = {**place, "rows": rows, "names": ["confidence", "accuracy", "images"], "colours": []}
     return Chart(title, svg, [("images of a bin", BLUE)], pointer)
 
 
@@ -97,7 +96,7 @@ def run_charts(columns: dict[str, Array], best_epoch: int) -> list[Chart]:
     charts = (
         ("Loss", "", (("train/loss", "training", GREY), ("val/loss", "validation", BLUE))),
         ("Top-1 accuracy", "%", (("train/top1", "training", GREY), ("val/top1", "validation", BLUE))),
-        ("Learning rate", "", (("lr", "learning rate", GREEN),)),
+        ("Learning rate", "", (("lr", "at the end of the epoch", GREEN),)),
         ("Gradient norm", "", (("train/grad_norm", "mean over updates", GREEN),)),
         (
             "Seconds of an epoch",
@@ -129,7 +128,7 @@ def comparison_charts(runs: Sequence[tuple[str, str, dict[str, Array]]], slots: 
         ("Validation loss", "", "val/loss"),
         ("Training top-1", "%", "train/top1"),
         ("Training loss", "", "train/loss"),
-        ("Learning rate", "", "lr"),
+        ("Learning rate at the end of the epoch", "", "lr"),
         ("Gradient norm", "", "train/grad_norm"),
     ):
         series = []
@@ -150,15 +149,16 @@ def _text(value: float, unit: str, digits: int = 3) -> str:
     return f"{100 * value:.{digits}g}%" if unit == "%" else f"{value:.{digits}g}{' s' if unit else ''}"
 
 
-def _render(figure: Figure, axes: Axes, first: float, last: float, title: str) -> tuple[str, float, float]:
-    """Renders a figure; returns the SVG and the x coordinates in it of two positions of the axes."""
+def _render(figure: Figure, axes: Axes, first: float, last: float, title: str) -> tuple[str, dict[str, float]]:
+    """Renders a figure; returns the SVG and, as fractions of it, the x of two positions and the ends of the y axis."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})
-    width = figure.get_figwidth() * 72
-    ends = axes.transData.transform([(first, 0), (last, 0)])[:, 0] / figure.bbox.width * width
+    left, right = axes.transData.transform([(first, 0), (last, 0)])[:, 0] / figure.bbox.width
+    bounds = axes.get_position()
+    place = {"left": float(left), "right": float(right), "top": float(1 - bounds.y1), "bottom": float(bounds.y0)}
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'(<g|<path) id="(?!m|p)[^"]*"', r"\1", svg)  # ids of groups would be repeated in the page
     svg = re.sub(r'^<svg [^>]*viewBox="([^"]*)"[^>]*>', rf'<svg viewBox="\1" role="img" aria-label="{title}">', svg)
-    return svg, float(ends[0]), float(ends[1])
+    return svg, place

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from sequencer.analysis.attribution import check_decomposable, contributions, evidence_maps
+from sequencer.analysis.attribution_plots import signed
 from sequencer.analysis.statistics import confused_pairs, label_errors
 from sequencer.config.schema import DataConfig
 from sequencer.data import Split, channel_statistics
@@ -211,7 +212,7 @@ def matrix_of(
                 "count": int(count),
                 "share": round(math.sqrt(count / support[i, 0]), 3),
                 "key": key if (key := f"{i}-{j}") in keys else None,
-                "label": cell_label(names[i], names[j], int(count)),
+                "label": cell_label(names[i], names[j], int(count), len(keys.get(key, ()))),
             }
             for j, count in enumerate(row)
         ]
@@ -220,15 +221,18 @@ def matrix_of(
     return rows, keys
 
 
-def cell_label(true: str, predicted: str, count: int) -> str:
-    return f"{true} predicted as {predicted}: {count:,} images"
+def cell_label(true: str, predicted: str, count: int, shown: int) -> str:
+    """Says what a cell holds and how many of its images it opens."""
+    images = "1 image" if count == 1 else f"{count:,} images"
+    return f"{true} predicted as {predicted}: {images}" + (f", {shown} of them shown" if 0 < shown < count else "")
 
 
 def mistake_cards(
     selection: Selection, predictions: Predictions, pictures: Pictures, cards: Cards, names: Sequence[str]
 ) -> list[dict[str, Any]]:
-    """The mistakes for the template, those with the largest loss first."""
+    """The mistakes for the template, those with the largest loss first; their bars have one scale."""
     found = []
+    largest = max((abs(value) for e in pictures.evidence.values() for value in e.sources.values()), default=0) or 1
     for position in selection.mistakes:
         if cards.number(position) is None:
             continue
@@ -244,19 +248,17 @@ def mistake_cards(
                 "probability": percent(predictions.probabilities[position, predicted]),
                 "label_probability": percent(predictions.probabilities[position, label]),
                 "map": signed_map(evidence.map) if evidence else None,
-                "bars": _bars(evidence.sources) if evidence else [],
+                "together": signed(sum(evidence.sources.values())) if evidence else "",
+                "bars": _bars(evidence.sources, largest) if evidence else [],
             }
         )
     return found
 
 
-def _bars(sources: dict[str, float]) -> list[tuple[str, float, str, bool]]:
-    """Name, width in percent, text and sign of each source that contributes visibly."""
-    largest = max(abs(value) for value in sources.values()) or 1
+def _bars(sources: dict[str, float], largest: float) -> list[tuple[str, float, str, bool]]:
+    """Name, width in percent of the largest, text and sign of each source."""
     return [
-        (source, round(100 * abs(value) / largest, 1), f"{value:+.2f}", value < 0)
-        for source, value in sources.items()
-        if abs(value) > 0.01 * largest
+        (source, round(100 * abs(value) / largest, 1), signed(value), value < 0) for source, value in sources.items()
     ]
 
 

@@ -138,10 +138,11 @@ def write_report(subject: Subject, results: Results, run_dir: Path, fields: bool
 
 def _figures(subject: Subject, figures: KeyFigures) -> list[tuple[str, str, str]]:
     """Name, value and note of the key figures."""
+    epochs = subject.summary["epochs"]
     return [
         *describe_figures(figures),
         ("parameters", short_number(subject.summary["parameters"]), f"{subject.summary['parameters']:,}"),
-        ("training", duration(subject.summary["time/train_s"]), f"{subject.summary['epochs']} epochs"),
+        ("training", duration(subject.summary["time/train_s"]), "1 epoch" if epochs == 1 else f"{epochs} epochs"),
     ]
 
 
@@ -190,7 +191,7 @@ def _pairs(confusion: Any, names: Sequence[str], cells: dict[str, list[int]]) ->
             "count": count,
             "share": count / support[i],
             "key": key if (key := f"{i}-{j}") in cells else None,
-            "text": cell_label(names[i], names[j], count),
+            "text": cell_label(names[i], names[j], count, len(cells.get(key, ()))),
         }
         for i, j, count in confused_pairs(confusion)[:MOST_PAIRS]
     ]

@@ -148,7 +148,7 @@ def test_charts_show_the_values_of_every_run(open_page, compared):
     for place, folder in enumerate(folders):
         rows = read_csv(folder / "metrics.csv")
         value = f"{100 * float(rows[2]['val/top1']):.4g}%" if len(rows) > 2 else "-"
-        values.append(f" · {'AB'[place]} {value}")
+        values.append(f"\u2002{'AB'[place]} {value}")
     assert shown == "epoch 3" + "".join(values)
     colours = {tab.locator("#run-table .key").nth(i).evaluate("e => e.style.background") for i in range(2)}
     assert len(colours) == 2

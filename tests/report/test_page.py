@@ -14,6 +14,8 @@ from PIL import Image
 
 from sequencer.analysis.attribution_plots import overlay
 from sequencer.analysis.statistics import wilson
+from sequencer.report.charts import Series, line_chart
+from sequencer.report.content import cell_label
 from sequencer.report.plots import Mistake, plot_mistakes, write_pictures
 from sequencer.training import run
 from tests.helpers import read_csv, small_config
@@ -112,6 +114,28 @@ def test_mistakes_are_the_largest_losses(page, hostile_run):
         margin = np.log(float(row["probability"]) / float(row["class_probability"]))
         parts = [float(value) for name, value in sources[row["id"]].items() if name != "id" and value]
         assert sum(parts) == pytest.approx(margin, abs=2e-3)  # the probabilities have six digits
+
+
+def test_bars_of_every_mistake_have_the_same_rows_and_one_scale(page, hostile_run):
+    cards = re.findall(r'<div class="bars">(.*?)</div>', page, re.DOTALL)
+    assert len(cards) >= 2
+    rows = [
+        re.findall(r'<span>([^<]*)</span><i style="width: ([\d.]+)%"[^>]*></i><span>([^<]*)</span>', c) for c in cards
+    ]
+    with open(hostile_run / "report" / "mistakes.csv", newline="") as file:
+        header, *_ = csv.reader(file)
+    assert all([name for name, *_ in card] == header[1:] for card in rows)
+    assert max(float(width) for card in rows for _, width, _ in card) == 100
+    for card, text in zip(rows, cards, strict=True):
+        total = float(re.search(r"<b>together</b><b></b><b>([^<]*)</b>", text)[1])
+        assert sum(float(value) for *_, value in card) == pytest.approx(total, abs=0.005 * (len(card) + 1))
+    assert "-0.00" not in page
+
+
+def test_cells_say_how_many_of_their_images_are_shown():
+    assert cell_label("3", "9", 1, 1) == "3 predicted as 9: 1 image"
+    assert cell_label("3", "9", 12, 12) == "3 predicted as 9: 12 images"
+    assert cell_label("3", "9", 1022, 12) == "3 predicted as 9: 1,022 images, 12 of them shown"
 
 
 def test_configuration_warnings_and_unreadable_images(page, hostile_run):
@@ -239,7 +263,17 @@ def test_charts_show_the_values_under_the_pointer(opened, hostile_run):
     tab.keyboard.press("ArrowLeft")
     shown = chart.locator("xpath=..").locator(".values").inner_text()
     first = read_csv(hostile_run / "metrics.csv")[0]
-    assert shown == f"epoch 1 · training {float(first['train/loss']):.4g} · validation {float(first['val/loss']):.4g}"
+    values = f"training {float(first['train/loss']):.4g}\u2002validation {float(first['val/loss']):.4g}"
+    assert shown == f"epoch 1\u2002{values}"
+    keys = chart.locator("xpath=..").locator(".values .key")
+    assert [keys.nth(i).evaluate("e => e.style.background") for i in range(2)] == [
+        "rgb(127, 127, 127)",
+        "rgb(0, 114, 178)",
+    ]
+    rule = chart.locator(".rule").bounding_box()
+    picture = chart.locator("svg").bounding_box()
+    assert picture["y"] < rule["y"]
+    assert rule["y"] + rule["height"] < picture["y"] + 0.9 * picture["height"]
 
 
 def test_the_filter_shows_the_mistakes_of_a_class(opened):
@@ -258,3 +292,20 @@ def test_it_fits_without_scrolling_sideways(opened, width, colour_scheme):
     background = tab.evaluate("getComputedStyle(document.body).backgroundColor")
     dark = sum(int(value) for value in re.findall(r"\d+", background)[:3]) < 200
     assert dark == (colour_scheme == "dark")
+
+
+@pytest.mark.parametrize(
+    ("values", "unit"),
+    [([0.0, 9.75e-7, 1e-6], ""), ([2.2, 2.25, 2.3], ""), ([0.69, 0.7, 0.72], "%")],
+)
+def test_ticks_of_a_chart_have_the_same_number_of_decimals(values, unit):
+    chart = line_chart("title", np.arange(1.0, 4.0), [Series("a", np.array(values), "#000000")], unit)
+    ticks = [text.replace("−", "-") for text in re.findall(r"<text[^>]*>([^<]*)</text>", chart.svg)]
+    decimals = {len(text.rstrip("%").partition(".")[2]) for text in ticks[ticks.index("epoch") + 1 :] if text != "1e-6"}
+    assert len(decimals) == 1
+
+
+def test_a_chart_of_one_epoch_has_one_tick():
+    chart = line_chart("title", np.array([1.0]), [Series("a", np.array([0.5]), "#000000")])
+    texts = re.findall(r"<text[^>]*>([^<]*)</text>", chart.svg)
+    assert texts[: texts.index("epoch")] == ["1"]

@@ -10,27 +10,31 @@ function element(tag, properties = {}, ...children) {
 
 // Charts: a rule at the position under the pointer, and the values there as text below. Arrow keys move the rule too.
 for (const chart of document.querySelectorAll(".chart")) {
-  const { left, right, rows, names } = DATA.charts[chart.dataset.chart];
+  const { left, right, top, bottom, rows, names, colours } = DATA.charts[chart.dataset.chart];
   const values = chart.parentElement.querySelector(".values");
   const resting = values.innerHTML;
   const svg = chart.querySelector("svg");
   const rule = element("div", { className: "rule", hidden: true });
+  Object.assign(rule.style, { top: `${100 * top}%`, bottom: `${100 * bottom}%` });
   chart.append(rule);
   let position = rows.length - 1;
   const show = (index) => {
     position = Math.max(0, Math.min(rows.length - 1, index));
-    const width = svg.viewBox.baseVal.width;
     const x = rows.length > 1 ? left + (right - left) * position / (rows.length - 1) : left;
-    rule.style.left = 100 * x / width + "%";
+    rule.style.left = `${100 * x}%`;
     rule.hidden = false;
     const [where, ...numbers] = rows[position];
     values.replaceChildren(where);
-    numbers.forEach((number, i) => values.append(` · ${names[i]} `, element("b", { textContent: number })));
+    numbers.forEach((number, i) => {
+      const key = element("span", { className: "key", hidden: !colours[i] });
+      key.style.background = colours[i] ?? "";
+      values.append("\u2002", key, `${names[i]} `, element("b", { textContent: number }));
+    });
   };
   const rest = () => { rule.hidden = true; values.innerHTML = resting; };
   chart.addEventListener("pointermove", (event) => {
     const box = svg.getBoundingClientRect();
-    const x = (event.clientX - box.left) / box.width * svg.viewBox.baseVal.width;
+    const x = (event.clientX - box.left) / box.width;
     show(Math.round((x - left) / ((right - left) || 1) * (rows.length - 1)));
   });
   chart.addEventListener("pointerleave", rest);
