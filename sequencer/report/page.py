@@ -29,6 +29,7 @@ from sequencer.printing import printable
 from sequencer.report.charts import reliability_chart, run_charts
 from sequencer.report.content import (
     MOST_PAIRS,
+    SMALL,
     Cards,
     cell_label,
     draw,
@@ -48,7 +49,9 @@ from sequencer.report.subject import Subject
 
 log = logging.getLogger("sequencer")
 
+PAIRS_SHOWN, MISTAKES_SHOWN = 8, 12  # the others are folded
 BATCH_IMAGES = 16
+LEAST_SHARE = 0.1  # of a target, to be shown
 FIELD_IMAGES = 8
 FIELD_SIZE = 64  # pixels up to which receptive fields are computed unasked
 NO_EVIDENCE = "Evidence maps and directions are defined for Sequencer models with average pooling."
@@ -106,9 +109,11 @@ def write_report(subject: Subject, results: Results, run_dir: Path, fields: bool
         "calibration_text": _calibration_text(calibrated),
         "class_names": names,
         "matrix": matrix,
+        "pairs_shown": PAIRS_SHOWN,
         "pairs": _pairs(confusion, names, cells),
         "classes": [{"name": name, **row._asdict()} for name, row in zip(names, classes, strict=True)],
         "mistakes": mistakes,
+        "mistakes_shown": MISTAKES_SHOWN,
         "mistaken": sorted({(card["label_index"], card["label"]) for card in mistakes}),
         "evidence": is_decomposable(subject.model),
         "no_evidence": NO_EVIDENCE,
@@ -223,8 +228,9 @@ def _batch(subject: Subject, names: Sequence[str]) -> list[dict[str, Any]]:
     found = []
     for pixels, target in zip(to_pixels(images[:BATCH_IMAGES], data), targets[:BATCH_IMAGES], strict=True):
         shares = sorted(((float(share), name) for share, name in zip(target, names, strict=True)), reverse=True)
-        text = ", ".join(f"{name} {share:.0%}" for share, name in shares[:2] if share >= 0.01)
-        found.append({"uri": thumbnail(pixels), "id": text, "text": text, "small": data.img_size <= 64})
+        shown = [(name, f"{share:.0%}") for share, name in shares[:2] if share >= LEAST_SHARE]
+        text = ", ".join(" ".join(pair) for pair in shown)
+        found.append({"uri": thumbnail(pixels), "id": text, "shares": shown, "small": data.img_size <= SMALL})
     return found
 
 

@@ -69,7 +69,7 @@ def test_classes_and_confusions_are_those_of_the_predictions(page, hostile_run):
     rows = read_csv(hostile_run / "report" / "predictions.csv")
     pairs = Counter((row["class"], row["predicted"]) for row in rows)
     names = sorted(HOSTILE)
-    matrix = [[re.sub(r"<[^>]*>", "", cell) for cell in row[1:]] for row in rows_of(page, 'class="matrix')]
+    matrix = [[re.sub(r"<[^>]*>", "", cell) for cell in row[-len(names) :]] for row in rows_of(page, 'class="matrix')]
     assert [[int(cell or 0) for cell in row] for row in matrix] == [[pairs[i, j] for j in names] for i in names]
     for name, row in zip(names, rows_of(page, 'id="class-table"'), strict=True):
         support = sum(pairs[name, j] for j in names)
@@ -78,7 +78,9 @@ def test_classes_and_confusions_are_those_of_the_predictions(page, hostile_run):
         assert int(row[1]) == support
         expected = [f"{100 * pairs[name, name] / n:.1f}%" if n else "–" for n in (called, support)]
         assert [re.sub(r"<small.*", "", cell) for cell in row[2:4]] == expected
-    shown = [(html.unescape(a), html.unescape(b), int(n)) for a, b, n, *_ in rows_of(page, 'id="pairs"')]
+    tables = re.findall(r'<table class="pairs">.*?</table>', page, re.DOTALL)
+    parts = [rows_of(table, 'class="pairs"') for table in tables]
+    shown = [(html.unescape(a), html.unescape(b), int(n)) for rows in parts for a, b, n, *_ in rows]
     counts = sorted((n for (i, j), n in pairs.items() if i != j), reverse=True)
     assert [n for _, _, n in shown] == counts[:20]
     assert all(pairs[i, j] == n for i, j, n in shown)
@@ -103,7 +105,7 @@ def test_mistakes_are_the_largest_losses(page, hostile_run):
     wrong = sorted(
         (row for row in rows if row["class"] != row["predicted"]), key=lambda row: float(row["class_probability"])
     )
-    shown = re.findall(r'data-top="1">.*?<figcaption>.*?<br>(.*?)</figcaption>', page, re.DOTALL)
+    shown = re.findall(r'data-top="1">.*?<figcaption>.*?</b>.*?</b>.*?</span><span>(.*?)</span></figcaption>', page, re.DOTALL)
     assert [html.unescape(identity) for identity in shown] == [row["id"] for row in wrong[:24]]
     with open(hostile_run / "report" / "mistakes.csv", newline="") as file:
         sources = {row["id"]: row for row in csv.DictReader(file)}
@@ -283,6 +285,14 @@ def test_the_filter_shows_the_mistakes_of_a_class(opened):
     tab.locator("#filter").select_option(value)
     labels = {e.get_attribute("data-label") for e in tab.locator("#mistakes figure:visible").all()}
     assert labels == {value}
+    assert not tab.locator("#more-mistakes summary").is_visible()
+    shown = tab.locator("#mistakes figure:visible").count()
+    assert shown == tab.locator(f'#mistakes figure[data-label="{value}"]').count()
+    tab.locator("#filter").select_option("")
+    assert tab.locator("#mistakes .gallery figure[data-label]:visible").count() == 12
+    assert tab.locator("#more-mistakes summary").is_visible()
+    tab.locator("#more-mistakes summary").click()
+    assert tab.locator("#mistakes .gallery figure[data-label]:visible").count() == 24
 
 
 @pytest.mark.parametrize(("width", "colour_scheme"), [(1200, "dark"), (390, "light"), (390, "dark")])

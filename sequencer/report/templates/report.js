@@ -88,11 +88,14 @@ for (const cell of document.querySelectorAll("[data-cell]")) {
 dialog?.addEventListener("click", (event) => { if (event.target === dialog) dialog.close(); });
 
 // The mistakes: a filter by the true class.
+const more = document.getElementById("more-mistakes"); // holds all but the first ones
 const filter = document.getElementById("filter");
 filter?.addEventListener("change", () => {
   for (const figure of document.querySelectorAll("#mistakes .gallery figure")) {
     figure.hidden = filter.value === "" ? figure.dataset.top === "" : figure.dataset.label !== filter.value;
   }
+  if (more) more.open = filter.value !== "";
+  more?.querySelector("summary").toggleAttribute("hidden", filter.value !== "");
 });
 
 // Receptive fields: the map of the token under the pointer, or of the focused one.
