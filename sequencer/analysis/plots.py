@@ -304,7 +304,7 @@ def plot_confusion(confusion: ArrayLike, class_names: Sequence[str], output: Pat
 def _write_shares(axes: Axes, counts: NDArray[Any], shares: Array, norm: PowerNorm) -> None:
     for row, column in zip(*np.nonzero(counts), strict=True):
         share = 100 * shares[row, column]
-        text = "<1" if share < 0.5 else ">99" if 99.5 <= share < 100 else f"{share:.0f}"
+        text = "<1" if share < 1 else ">99" if 99.5 <= share < 100 else f"{share:.0f}"
         colour = "white" if norm(shares[row, column]) > 0.6 else INK
         axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=8)
 
@@ -331,9 +331,9 @@ def _round_numbers() -> Any:
         power *= 10
 
 
-def shorten(name: str) -> str:
+def shorten(name: str, longest: int = LONGEST_LABEL) -> str:
     name = drawable(name)
-    return name if len(name) <= LONGEST_LABEL else name[: LONGEST_LABEL - 1] + "…"
+    return name if len(name) <= longest else name[: longest - 1] + "…"
 
 
 def drawable(text: str) -> str:

@@ -133,6 +133,13 @@ def test_confusion_cells(output):
     assert np.ma.getmaskarray(axes.images[0].get_array())[1].all() or math.isnan(axes.images[0].get_array()[1, 0])
 
 
+def test_confusion_cells_below_one_per_cent(output):
+    counts = np.array([[989, 5, 6], [0, 1, 0], [9, 10, 981]])
+    axes = plot_confusion(counts, ["a", "b", "c"], output, "").axes[0]
+    cells = {text.get_position(): text.get_text() for text in axes.texts[:-1]}
+    assert [cells[1, 0], cells[2, 0], cells[0, 2], cells[1, 2]] == ["<1", "<1", "<1", "1"]
+
+
 def test_confusion_without_predictions(output):
     axes = plot_confusion(np.zeros((2, 2), dtype=np.int64), ["a", "b"], output, "").axes[0]
     assert [text.get_text() for text in axes.texts] == ["no image has a prediction"]
