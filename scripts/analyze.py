@@ -166,9 +166,9 @@ def evidence(args: Namespace) -> int:
                 own, margin = first[i].double().cpu().numpy(), (first - second)[i].double().cpu().numpy()
                 arrays.append((own, margin))
                 if len(drawn) < MOST_DRAWN:
-                    title = f"{os.path.basename(table[-1][0])}: {names[0]} {table[-1][3]:.1%}"
+                    title = (os.path.basename(table[-1][0]), f"{names[0]} {table[-1][3]:.1%}")
                     captions = (f"for {names[0]}", f"for {names[0]} against {names[1]}")
-                    drawn.append(EvidenceRow(batch.pixels[i], title, list(zip(captions, arrays[-1], strict=True))))
+                    drawn.append(EvidenceRow(batch.pixels[i], *title, list(zip(captions, arrays[-1], strict=True))))
         header = ("image", "predicted", "runner_up", "probability", "deletion", "insertion")
         write_csv(output / "evidence.csv", (*header, "random_deletion", "random_insertion"), table)
         predicted, margin = (np.stack(values) for values in zip(*arrays, strict=True))

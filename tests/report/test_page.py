@@ -105,7 +105,9 @@ def test_mistakes_are_the_largest_losses(page, hostile_run):
     wrong = sorted(
         (row for row in rows if row["class"] != row["predicted"]), key=lambda row: float(row["class_probability"])
     )
-    shown = re.findall(r'data-top="1">.*?<figcaption>.*?</b>.*?</b>.*?</span><span>(.*?)</span></figcaption>', page, re.DOTALL)
+    shown = re.findall(
+        r'data-top="1">.*?<figcaption>.*?</b>.*?</b>.*?</span><span>(.*?)</span></figcaption>', page, re.DOTALL
+    )
     assert [html.unescape(identity) for identity in shown] == [row["id"] for row in wrong[:24]]
     with open(hostile_run / "report" / "mistakes.csv", newline="") as file:
         sources = {row["id"]: row for row in csv.DictReader(file)}
