@@ -21,7 +21,7 @@ from sequencer.analysis.plots import BLUE, INK, STYLE, VERMILION, Array, drawabl
 SIGNED = "RdBu_r"
 USED = (0.05, 0.95)  # of the colours, without the darkest ones
 DARKEST = 0.4  # brightness of black pixels below a map, so that its colours are seen there too
-LINE = 30  # characters of a caption of `plot_evidence`
+LINE = 26  # characters of a caption of `plot_evidence`
 
 
 class EvidenceRow(NamedTuple):
