@@ -76,7 +76,7 @@ def test_classes_and_confusions_are_those_of_the_predictions(page, hostile_run):
         called = sum(pairs[i, name] for i in names)
         assert html.unescape(row[0]) == name
         assert int(row[1]) == support
-        expected = [f"{100 * pairs[name, name] / n:.1f}%" if n else "–" for n in (called, support)]
+        expected = [f"{100 * pairs[name, name] / n:.1f}%" if n else "\u2013" for n in (called, support)]
         assert [re.sub(r"<small.*", "", cell) for cell in row[2:4]] == expected
     tables = re.findall(r'<table class="pairs">.*?</table>', page, re.DOTALL)
     parts = [rows_of(table, 'class="pairs"') for table in tables]
@@ -312,7 +312,7 @@ def test_it_fits_without_scrolling_sideways(opened, width, colour_scheme):
 )
 def test_ticks_of_a_chart_have_the_same_number_of_decimals(values, unit):
     chart = line_chart("title", np.arange(1.0, 4.0), [Series("a", np.array(values), "#000000")], unit)
-    ticks = [text.replace("−", "-") for text in re.findall(r"<text[^>]*>([^<]*)</text>", chart.svg)]
+    ticks = [text.replace("\u2212", "-") for text in re.findall(r"<text[^>]*>([^<]*)</text>", chart.svg)]
     decimals = {len(text.rstrip("%").partition(".")[2]) for text in ticks[ticks.index("epoch") + 1 :] if text != "1e-6"}
     assert len(decimals) == 1
 
