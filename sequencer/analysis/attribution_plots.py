@@ -87,7 +87,7 @@ def plot_evidence(rows: Sequence[EvidenceRow], output: Path) -> Figure:
         for panel in axes:
             panel.set_axis_off()
     figure.supxlabel(
-        "Share of each token in a logit; red speaks for the class, blue against it, on one scale per row.\n"
+        "Share of each token in a logit; red speaks for the class, blue against it, on one scale per image.\n"
         "The shares and the bias sum to the logit. Tokens are mixed by then: a map shows where the evidence lies,\n"
         "not what was looked at.",
         fontsize=8,
