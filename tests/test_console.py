@@ -3,12 +3,15 @@
 import io
 import logging
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
+import pytorch_lightning as pl
 from rich.console import Console
 
 from sequencer.console import say, table_lines
 from sequencer.tracking.loggers import close_log, log, start_log
+from sequencer.training.module import Classifier
 from sequencer.training.progress import EpochBar
 from sequencer.training.result import describe_result
 
@@ -51,6 +54,17 @@ def test_the_progress_bar_has_one_line(width):
     assert line.startswith("epoch 299/300 ━━")
     assert " 99999/100000 " in line
     assert line.rstrip().endswith(" loss 123.4567")
+
+
+def test_the_progress_bar_of_an_epoch_that_is_resumed_in_its_middle():
+    """Lightning calls `on_train_start`, and no `on_train_epoch_start`."""
+    bar = EpochBar()
+    bar.disable()
+    trainer = Mock(pl.Trainer, current_epoch=1, max_epochs=4, max_steps=-1, num_training_batches=39)
+    bar._trainer = trainer
+    bar.on_train_start(trainer, Mock(Classifier))
+    (task,) = bar._progress.tasks
+    assert (task.description, task.total) == ("epoch 2/4", 39)
 
 
 def test_the_closing_lines_fit_80_columns_and_can_be_copied():
