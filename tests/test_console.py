@@ -68,20 +68,21 @@ def test_the_progress_bar_of_an_epoch_that_is_resumed_in_its_middle():
 
 
 def test_the_closing_lines_fit_80_columns_and_can_be_copied():
-    summary = {"slot": "ema", "best_epoch": 29, "epochs": 30, "time/train_s": 61.4}
+    summary = {"slot": "ema", "best_epoch": 29, "epochs": 30, "time/train_s": 61.4, "remark": "never predicted: a"}
     for split in ("val", "val_ema", "test"):
         summary |= {f"{split}/loss": 0.123456, f"{split}/top1": 0.98333, f"{split}/balanced": 0.5}
-    assert describe_result(summary, Path("outputs/my run/2026-01-31_12-00-00"), "never predicted: snowdrop") == [
+    assert describe_result(summary, Path("outputs/my run/2026-01-31_12-00-00")) == [
         "                           top-1   balanced     loss",
         "validation, raw weights   98.33%     50.00%   0.1235",
         "validation, EMA weights   98.33%     50.00%   0.1235",
         "test, ema weights         98.33%     50.00%   0.1235",
-        "never predicted: snowdrop",
+        "never predicted: a",
         "best epoch: 29 of 30; trained in 61 s",
-        "run folder: outputs/my run/2026-01-31_12-00-00",
         "next steps:",
+        "open 'outputs/my run/2026-01-31_12-00-00'/report.html in a browser",
         "python scripts/evaluate.py 'outputs/my run/2026-01-31_12-00-00'",
         "python scripts/predict.py 'outputs/my run/2026-01-31_12-00-00' IMAGES",
         "python scripts/export.py 'outputs/my run/2026-01-31_12-00-00' \\",
         "    --format onnx --output 'outputs/my run/2026-01-31_12-00-00'/onnx",
     ]
+    assert describe_result(summary, Path("run"), next_steps=False)[-1] == "best epoch: 29 of 30; trained in 61 s"
