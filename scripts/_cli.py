@@ -47,7 +47,8 @@ class Parser(argparse.ArgumentParser):
         return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {printable(message)}{printable(self._hint(message))}\n{self.prog} --help lists the arguments\n")
+        message += self._hint(message)
+        self.exit(2, f"error: {printable(message)}\n{self.prog} --help lists the arguments\n")
 
     def _hint(self, message: str) -> str:
         """Says what is likely meant by a wrong choice, by an override of `train.py`, or by images in place of MODEL."""

@@ -7,8 +7,8 @@
 
 RUN is a run folder, or a folder that holds several, such as a sweep's or outputs. Runs that differ only in their seed
 share a row of the table, with the mean and the standard deviation. Runs on one data set are ranked by the metric that
-they optimise (trainer.best_metric), which is one of the validation split; results on the test split, which should decide nothing, are
-shown with --test alone. Runs that have not finished stand last, with the best epoch so far.
+they optimise (trainer.best_metric), which is one of the validation split; results on the test split, which should
+decide nothing, are shown with --test alone. Runs that have not finished stand last, with the best epoch so far.
 
 With --paired, or where a MODEL is no run, all models are evaluated on the same images of the validation split, or with
 --test of the test split. MODEL is also a model folder, a checkpoint, an export (.onnx, .pt2) or a timm name. Each has

@@ -7,7 +7,6 @@ RUN is the folder of a finished run. Its model is evaluated once more, on the sp
 """
 
 from argparse import Namespace, RawDescriptionHelpFormatter
-from pathlib import Path
 
 from _cli import Parser, load, pick_device, run
 

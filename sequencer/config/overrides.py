@@ -142,7 +142,7 @@ KEYS = _keys(Config)
 
 
 def _nearest(key: str) -> list[str]:
-    """Returns the key with the same last part in the most similar section, or at most two in others, or a similar one."""
+    """Returns the key with the same last part in a similar section, or at most two in others, or a similar key."""
     section, _, leaf = key.rpartition(".")
     same = {known.rpartition(".")[0]: known for known in KEYS if known.rpartition(".")[2] == leaf}
     if match := difflib.get_close_matches(section, same, n=1):

@@ -109,7 +109,10 @@ def describe_phases(config: Config) -> list[str]:
     warmup, cooldown = fit_phases(optim, epochs)
     shortened = [
         f"{name} shortened from {asked:g} epoch{'s' * (asked != 1)} to {given:.3g}"
-        for name, asked, given in (("warm-up", optim.warmup_epochs, warmup), ("cool-down", optim.cooldown_epochs, cooldown))
+        for name, asked, given in (
+            ("warm-up", optim.warmup_epochs, warmup),
+            ("cool-down", optim.cooldown_epochs, cooldown),
+        )
         if given != asked
     ]
     return [f"{', '.join(shortened)}: the run has {epochs}"] if shortened else []

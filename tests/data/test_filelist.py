@@ -152,7 +152,10 @@ def test_a_list_is_utf_8_with_or_without_a_mark(folder):
             "file,label\nimages/00.png,ant\n",
             "list.csv has no column 'path'; it has file, label\nset data.path_column=NAME to one that it has",
         ),
-        ("path,class\nimages/00.png,ant\n", "list.csv has no column 'label'; it has path, class\nset data.label_column="),
+        (
+            "path,class\nimages/00.png,ant\n",
+            "list.csv has no column 'label'; it has path, class\nset data.label_column=",
+        ),
         ("", "list.csv has no column 'path'; it is empty"),
         ("path,label\n", "list.csv lists no image to train on"),
         ("path,label,split\nimages/00.png,ant,val\n", "list.csv lists no image to train on"),
