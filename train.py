@@ -12,6 +12,7 @@ from sequencer.config.command import CommandLine, check_restarts, parse_command
 from sequencer.config.composition import to_config
 from sequencer.config.errors import RequestError, SharedError, summarise_error
 from sequencer.config.hydra_internals import ask_hydra, run_hydra
+from sequencer.config.inheritance import warn_of_data
 from sequencer.config.preflight import check_request, name_runs
 from sequencer.config.request import Request, refuse_sweep, request, resume_request
 from sequencer.config.schema import Config
@@ -42,6 +43,7 @@ def main(command: CommandLine) -> None:
     refuse_sweep(command)
     config = to_config(composed.config)
     name_runs(config)
+    warn_of_data(config, command.overrides)
     if command.plan:
         return show_plan(command, config)
     wanted = request(config)

@@ -5,8 +5,11 @@ use it, so that `--help` and a wrong argument are answered at once.
 """
 
 import argparse
+import difflib
 import errno
+import mimetypes
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -18,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from sequencer.config.command import check_environment
 from sequencer.config.errors import RequestError, SharedError, show, summarise_error
-from sequencer.config.named_runs import named_run
+from sequencer.config.named_runs import OF_A_MODEL, find_run, named_run
 from sequencer.config.preflight import check_model_name, check_source
 from sequencer.config.schema import LARGEST_INTEGER
 from sequencer.files import WriteError, apply_umask, nearest_existing, writing
@@ -34,14 +37,38 @@ if TYPE_CHECKING:
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are two lines, without the usage, and that refuses what can name no file."""
 
+    _given: tuple[str, ...] = ()
+
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        for argument in sys.argv[1:] if args is None else args:
+        self._given = tuple(sys.argv[1:] if args is None else args)
+        for argument in self._given:
             if problem := _problem(argument):
                 self.error(f"argument '{show(argument)}': {problem}")
         return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
+        message += self._hint(message)
         self.exit(2, f"error: {printable(message)}\n{self.prog} --help lists the arguments\n")
+
+    def _hint(self, message: str) -> str:
+        """Says what is likely meant by a wrong choice, by an override of `train.py`, or by images in place of MODEL."""
+        if found := re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message):
+            choices = re.findall(r"[\w.-]+", found[2])
+            return "".join(f"; did you mean {choice}?" for choice in difflib.get_close_matches(found[1], choices, n=1))
+        if found := re.match(r"unrecognized arguments: ([\w.]+)=", message):
+            option = f"--{found[1].replace('.', '-').replace('_', '-')}"
+            return f"; did you mean {option}?" if option in self._option_string_actions else ""
+        if re.search(r"are required: (PATHS|IMAGES)$", message):
+            return "".join(f"; MODEL is missing before {path}" for path in filter(_is_images, self._given[:1]))
+        return ""
+
+
+def _is_images(path: str) -> bool:
+    """Whether a path is an image, or a folder with one that is of no run or model, by the suffixes of names."""
+    if find_run(path) != Path(path) or any(os.path.exists(os.path.join(path, name)) for name in OF_A_MODEL):
+        return False
+    names = os.listdir(path) if os.path.isdir(path) and os.access(path, os.R_OK) else [path]
+    return any((mimetypes.guess_type(name)[0] or "").startswith("image/") for name in names)
 
 
 def _problem(argument: str) -> str | None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from _cli import Parser, add_model_options, created, integer, load_original, pick_device, run
+from _cli import Parser, add_model_options, created, integer, load_original, named_model, pick_device, run
 
 from sequencer.config.errors import RequestError
 from sequencer.console import say, table_lines
@@ -34,19 +34,18 @@ RANDOM_MAPS = 4  # per image, for the deletion and insertion curves
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse(argv)
-    return run(args.work, args)
+    return run(work, parse(argv))
 
 
 def parse(argv: list[str] | None) -> Namespace:
     parser = Parser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="what", metavar="WHAT", required=True)
-    for work, text in (
+    for analyze, text in (
         (evidence, "where in the image the evidence for a class lies"),
         (directions, "what each scan direction contributes to a logit"),
     ):
-        command = commands.add_parser(work.__name__, help=text, description=f"Shows {text}.")
-        command.set_defaults(work=work)
+        command = commands.add_parser(analyze.__name__, help=text, description=f"Shows {text}.")
+        command.set_defaults(analyze=analyze)
         add = command.add_argument
         add("model", metavar="MODEL", help="run folder, model folder, checkpoint or timm name")
         add("images", metavar="IMAGES", nargs="+", help="files, folders (searched recursively) or glob patterns")
@@ -56,6 +55,11 @@ def parse(argv: list[str] | None) -> Namespace:
         add("--output", metavar="DIR", type=Path, help="default: RUN/analysis for a run, otherwise outputs/analysis")
         add("--debug", action="store_true", help="show the traceback of an error")
     return parser.parse_args(argv)
+
+
+def work(args: Namespace) -> int:
+    args.model = named_model(args.model, args)
+    return args.analyze(args)
 
 
 class Batch(NamedTuple):

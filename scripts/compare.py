@@ -5,10 +5,10 @@
     python scripts/compare.py RUN RUN --html comparison.html           # a page with curves and images
     python scripts/compare.py RUN model.onnx sequencer2d_s --data imagenet --data-root DIR
 
-RUN is a run folder, or a folder that holds several, such as a sweep's. Runs that differ only in their seed share a row
-of the table, with the mean and the standard deviation. They are ranked by the metric that they optimise
-(trainer.best_metric), which is one of the validation split; results on the test split, which should decide nothing, are
-shown with --test alone. Runs that have not finished stand last, with the best epoch so far.
+RUN is a run folder, or a folder that holds several, such as a sweep's or outputs. Runs that differ only in their seed
+share a row of the table, with the mean and the standard deviation. Runs on one data set are ranked by the metric that
+they optimise (trainer.best_metric), which is one of the validation split; results on the test split, which should
+decide nothing, are shown with --test alone. Runs that have not finished stand last, with the best epoch so far.
 
 With --paired, or where a MODEL is no run, all models are evaluated on the same images of the validation split, or with
 --test of the test split. MODEL is also a model folder, a checkpoint, an export (.onnx, .pt2) or a timm name. Each has
@@ -91,10 +91,7 @@ def show_table(args: Namespace) -> "Comparison":
     table = compare(find_runs(map(Path, args.models)))
     if args.output and not (args.paired or args.html):
         write_csv(table, args.output, args.test)
-    print_comparison(table, args.test)
-    for rank, row in zip(table.ranks, table.rows, strict=True):
-        for each in row.runs:
-            print(f"{rank:>4}  {printable(each.folder)}")
+    print_comparison(table, args.test, folders=True)
     return table
 
 

@@ -7,12 +7,12 @@ RUN is the folder of a finished run. Its model is evaluated once more, on the sp
 """
 
 from argparse import Namespace, RawDescriptionHelpFormatter
-from pathlib import Path
 
 from _cli import Parser, load, pick_device, run
 
 from sequencer.config.composition import to_config
 from sequencer.config.errors import RequestError
+from sequencer.config.named_runs import named_run
 from sequencer.config.request import load_run, load_summary
 from sequencer.console import say
 from sequencer.printing import printable
@@ -34,7 +34,7 @@ def parse(argv: list[str] | None) -> Namespace:
 
 
 def work(args: Namespace) -> None:
-    run_dir = Path(args.run)
+    run_dir = named_run(args.run)
     config = to_config(load_run(run_dir))
     summary = load_summary(run_dir)
     if summary is None:
@@ -45,7 +45,7 @@ def work(args: Namespace) -> None:
 
     args.arch = args.slot = None
     args.trust = False
-    loaded = load(args.run, args)
+    loaded = load(str(run_dir), args)
     data = evaluation_data(loaded, root=args.data_root)
     config.data.root = data.root
     subject, results = open_subject(config, summary, loaded, pick_device(args.device), run_dir)

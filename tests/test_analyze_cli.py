@@ -79,6 +79,12 @@ def test_directions_sum_to_the_logits(script, run_folder, images, capsys):
     assert "logit above the runner-up" in capsys.readouterr().out
 
 
+def test_a_folder_of_runs_stands_for_its_newest_run(script, run_folder, images, tmp_path, capsys):
+    assert exit_code(script, ["directions", str(tmp_path), str(images[0])]) == 0
+    assert (run_folder / "analysis" / "directions.csv").exists()
+    assert capsys.readouterr().err == f"newest run in {tmp_path}: {run_folder}\n"
+
+
 def test_an_unreadable_image_is_left_out(script, run_folder, images, tmp_path, capsys):
     images[0].write_text("no image")
     assert exit_code(script, ["evidence", str(run_folder), *map(str, images), "--output", str(tmp_path / "o")]) == 1

@@ -3,12 +3,15 @@
 import io
 import logging
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
+import pytorch_lightning as pl
 from rich.console import Console
 
 from sequencer.console import say, table_lines
 from sequencer.tracking.loggers import close_log, log, start_log
+from sequencer.training.module import Classifier
 from sequencer.training.progress import EpochBar
 from sequencer.training.result import describe_result
 
@@ -53,21 +56,33 @@ def test_the_progress_bar_has_one_line(width):
     assert line.rstrip().endswith(" loss 123.4567")
 
 
+def test_the_progress_bar_of_an_epoch_that_is_resumed_in_its_middle():
+    """Lightning calls `on_train_start`, and no `on_train_epoch_start`."""
+    bar = EpochBar()
+    bar.disable()
+    trainer = Mock(pl.Trainer, current_epoch=1, max_epochs=4, max_steps=-1, num_training_batches=39)
+    bar._trainer = trainer
+    bar.on_train_start(trainer, Mock(Classifier))
+    (task,) = bar._progress.tasks
+    assert (task.description, task.total) == ("epoch 2/4", 39)
+
+
 def test_the_closing_lines_fit_80_columns_and_can_be_copied():
-    summary = {"slot": "ema", "best_epoch": 29, "epochs": 30, "time/train_s": 61.4}
+    summary = {"slot": "ema", "best_epoch": 29, "epochs": 30, "time/train_s": 61.4, "remark": "never predicted: a"}
     for split in ("val", "val_ema", "test"):
         summary |= {f"{split}/loss": 0.123456, f"{split}/top1": 0.98333, f"{split}/balanced": 0.5}
-    assert describe_result(summary, Path("outputs/my run/2026-01-31_12-00-00"), "never predicted: snowdrop") == [
+    assert describe_result(summary, Path("outputs/my run/2026-01-31_12-00-00")) == [
         "                           top-1   balanced     loss",
         "validation, raw weights   98.33%     50.00%   0.1235",
         "validation, EMA weights   98.33%     50.00%   0.1235",
         "test, ema weights         98.33%     50.00%   0.1235",
-        "never predicted: snowdrop",
+        "never predicted: a",
         "best epoch: 29 of 30; trained in 61 s",
-        "run folder: outputs/my run/2026-01-31_12-00-00",
         "next steps:",
+        "open 'outputs/my run/2026-01-31_12-00-00'/report.html in a browser",
         "python scripts/evaluate.py 'outputs/my run/2026-01-31_12-00-00'",
         "python scripts/predict.py 'outputs/my run/2026-01-31_12-00-00' IMAGES",
         "python scripts/export.py 'outputs/my run/2026-01-31_12-00-00' \\",
         "    --format onnx --output 'outputs/my run/2026-01-31_12-00-00'/onnx",
     ]
+    assert describe_result(summary, Path("run"), next_steps=False)[-1] == "best epoch: 29 of 30; trained in 61 s"

@@ -256,7 +256,8 @@ def check_error(capsys) -> str:
     [
         (["nowhere"], "nowhere is no file or folder"),
         (["nowhere", "--data", "digits"], "nowhere is neither a file or folder nor a timm model name"),
-        (["RUN", "--data", "digit"], "invalid choice: 'digit'"),
+        (["RUN", "--data", "digit"], "; did you mean digits?\n"),
+        (["RUN", "data.root=x"], "unrecognized arguments: data.root=x; did you mean --data-root?\n"),
         (["RUN", "--batch-size", "0"], "--batch-size: 0 is less than 1"),
         (["RUN", "--num-workers", "two"], "--num-workers: two is not an integer"),
         (["RUN", "--img-size", "1"], "takes no images of 1 px"),

@@ -293,7 +293,9 @@ def test_a_nan_output_is_an_error(script, run_folder, images, monkeypatch, capsy
     [
         (["nowhere", "set"], "nowhere is neither a file or folder nor a timm model name"),
         (["set", "set"], "set is neither a run nor a model folder"),
-        (["RUN"], "the following arguments are required: PATHS"),
+        (["RUN"], "the following arguments are required: PATHS\n"),
+        (["set/a"], "the following arguments are required: PATHS; MODEL is missing before set/a\n"),
+        (["set/a/1.png"], "the following arguments are required: PATHS; MODEL is missing before set/a/1.png\n"),
         (["RUN", "set", "--top", "0"], "--top: 0 is less than 1"),
         (["RUN", "set", "--output", "set.csv"], "--output set.csv is no regular file; name a file, or leave it out"),
         (["RUN", "set", "--output", "out.xlsx"], "--output out.xlsx: its suffix is none of .csv, .json, .jsonl, "),
@@ -306,6 +308,7 @@ def test_a_nan_output_is_an_error(script, run_folder, images, monkeypatch, capsy
 )
 def test_wrong_requests(script, run_folder, images, capsys, arguments, message):
     Path("set.csv").mkdir()
+    (run_folder / "confusion.png").touch()
     arguments = [argument.replace("RUN", str(run_folder)) for argument in arguments]
     assert exit_code(script, arguments) == 2
     printed = capsys.readouterr()

@@ -4,7 +4,6 @@ import csv
 import math
 import re
 import sys
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,6 @@ from omegaconf import OmegaConf
 
 from sequencer.analysis.plots import plot_sweep
 from sequencer.config.errors import RequestError
-from sequencer.config.overrides import KEYS
 from sequencer.config.request import load_run, load_summary
 from sequencer.config.schema import leaves, lower_is_better, objective
 from sequencer.console import CONSOLE, say, table_lines
@@ -34,7 +32,8 @@ NO_SETTINGS = (
     "model.img_size",
 )
 CHOOSE_IMAGES = ("data.name", "data.root", "data.val_fraction", "trainer.limit_val_batches")  # that results are of
-LEAF_NAMES = Counter(key.rsplit(".", 1)[-1] for key in KEYS)
+CHOSEN_BY_ROOT = ("imagefolder", "filelist", "webdataset")  # data sets that another data.root makes another set
+LONGEST_LABEL = 60  # characters in the table; longer settings stand below it
 
 
 @dataclass(frozen=True)
@@ -79,25 +78,30 @@ class Comparison:
     """Compared runs.
 
     Attributes:
-        rows: The best first; runs that have not finished last.
+        rows: The best first, or in the given order if they are not ranked; runs that have not finished last.
         metric: What they are ranked by, a metric of the validation split.
         keys: The keys of the configuration in which they differ, the seed included.
         notes: Why their results may not be comparable, a line each.
+        is_ranked: Whether the rows have places: the runs are of one data set.
     """
 
     rows: list[Row]
     metric: str
     keys: list[str]
     notes: list[str]
+    is_ranked: bool
 
     @property
     def ranks(self) -> list[str]:
-        """The place of each row from 1; empty for runs that have not finished."""
-        return [str(place) if row.is_finished else "" for place, row in enumerate(self.rows, start=1)]
+        """The place of each row from 1; empty for runs that have not finished, or are not ranked."""
+        ranked = self.is_ranked
+        return [str(place) if ranked and row.is_finished else "" for place, row in enumerate(self.rows, start=1)]
 
     @property
     def best(self) -> Run | None:
-        """The best run of the first row, or None if no run has finished with a result."""
+        """The best run of the first row, or None if the runs are not ranked or none has finished with a result."""
+        if not self.is_ranked:
+            return None
         finished = [run for row in self.rows[:1] for run in row.runs if row.is_finished]
         measured = [run for run in finished if not math.isnan(run.value(self.metric))]
         return min(measured, key=lambda run: _order(run.value(self.metric), self.metric), default=None)
@@ -107,23 +111,26 @@ def find_runs(paths: Iterable[Path]) -> list[Path]:
     """Finds run folders, each once, in the order of their names within a folder.
 
     Args:
-        paths: Run folders, and folders of run folders such as a sweep's.
+        paths: Run folders, and folders that hold some one or two levels deeper, as a sweep's and `outputs` do.
 
     Raises:
         RequestError: A path is neither.
     """
     found: dict[Path, Path] = {}
     for path in paths:
-        inside = sorted((config.parent for config in path.glob("*/config.yaml")), key=_natural)
-        runs = [path] if (path / "config.yaml").is_file() else inside
+        runs = [path] if (path / "config.yaml").is_file() else sorted(_inside(path), key=_natural)
         if not runs:
-            what = (
-                "holds no run: there is no config.yaml in it or in a folder inside" if path.is_dir() else "is no folder"
-            )
-            raise RequestError(f"{path} {what}")
+            what = "holds no run: there is no config.yaml in it or up to two levels below"
+            raise RequestError(f"{path} {what if path.is_dir() else 'is no folder'}")
         for run in runs:
             found.setdefault(run.resolve(), run)
     return list(found.values())
+
+
+def _inside(path: Path) -> set[Path]:
+    """Returns the run folders in a folder and in those of its folders that are no runs."""
+    runs = {config.parent for config in path.glob("*/config.yaml")}
+    return runs | {config.parent for config in path.glob("*/*/config.yaml") if config.parent.parent not in runs}
 
 
 def compare(folders: Sequence[Path]) -> Comparison:
@@ -141,19 +148,26 @@ def compare(folders: Sequence[Path]) -> Comparison:
     )
     metrics = sorted({run.objective for run in runs})
     metric = metrics[0] if len(metrics) == 1 else "val/top1"
+    names = {str(run.settings.get("data.name")) for run in runs}
+    is_ranked = len(names) == 1 and not ("data.root" in keys and names & {*CHOSEN_BY_ROOT})
     notes = []
     if len(metrics) > 1:
-        notes.append(f"the runs optimise different metrics ({', '.join(metrics)}): they are ranked by {metric}")
-    if others := [key for key in CHOOSE_IMAGES if key in keys]:
+        ranked = f": they are ranked by {metric}" if is_ranked else ""
+        notes.append(f"the runs optimise different metrics ({', '.join(metrics)}){ranked}")
+    if not is_ranked:
+        notes.append("the runs are of different data sets: they are not ranked")
+    elif others := [key for key in CHOOSE_IMAGES if key in keys]:
         notes.append(f"the runs differ in {', '.join(others)}: their results may be of different images")
     groups: dict[tuple[Any, ...], list[Run]] = {}
     for run in runs:
-        settings = tuple(_setting(run, key) for key in keys if key != "seed" and key in run.settings)
+        settings = tuple(f"{key}={_text(run, key)}" for key in keys if key != "seed" and key in run.settings)
         unfinished = () if run.state == FINISHED else (run.folder,)
         groups.setdefault((settings, *unfinished), []).append(run)
     rows = [Row(settings, tuple(group)) for (settings, *_), group in groups.items()]
-    rows.sort(key=lambda row: (not row.is_finished, _order(mean(row.values(metric)), metric)))
-    return Comparison(rows, metric, keys, notes)
+    if is_ranked:
+        rows.sort(key=lambda row: _order(mean(row.values(metric)), metric))
+    rows.sort(key=lambda row: not row.is_finished)
+    return Comparison(rows, metric, keys, notes, is_ranked)
 
 
 def _read(folder: Path) -> Run:
@@ -199,14 +213,8 @@ def _order(value: float, metric: str) -> tuple[bool, float]:
 
 def _natural(path: Path) -> list[list[tuple[str, int]]]:
     """Returns a sort key that compares numbers in a trial's name by value: 8 before 16, lstm before lstm1997."""
-    values = path.name.split(",")
+    values = f"{path.parent.name},{path.name}".split(",")
     return [[(text, int(digits or 0)) for text, digits in re.findall(r"(\D*)(\d*)", value)] for value in values]
-
-
-def _setting(run: Run, key: str) -> str:
-    """Returns a setting as text, with the last part of its key where no other key of the schema ends in it."""
-    last = key.rsplit(".", 1)[-1]
-    return f"{key if LEAF_NAMES[last] > 1 else last}={_text(run, key)}"
 
 
 def _text(run: Run, key: str) -> str:
@@ -215,32 +223,62 @@ def _text(run: Run, key: str) -> str:
     return "null" if value is None else f"{value:.4g}" if isinstance(value, float) else printable(value)
 
 
-def print_comparison(comparison: Comparison, test: bool = False) -> None:
+def print_comparison(comparison: Comparison, test: bool = False, folders: bool = False) -> None:
     """Prints the table of compared runs, the notes, and the best run.
 
-    Columns for which a terminal has no room are left out, the least important first.
+    Columns for which a terminal has no room are left out, the least important first. Settings for which the table has
+    no room stand below it, one to a line.
 
     Args:
         test: Also show the results on the test split.
+        folders: Also name the folder of each run.
     """
     columns = _columns(comparison, test)
     ranks, labels = columns.pop("rank"), columns.pop("run")
-    columns = {"rank  run": [f"{rank:>4}  {label}" for rank, label in zip(ranks, labels, strict=True)], **columns}
-    for name in (None, "training, s", "parameters", "runs"):
-        columns.pop(name or "", None)
-        lines = table_lines(list(columns), zip(*columns.values(), strict=True))
-        if not sys.stdout.isatty() or max(map(len, lines)) <= CONSOLE.width:
-            break
+    lines = _fit(ranks, labels, columns)
+    below = max(map(len, labels)) > LONGEST_LABEL or not _has_room(lines)
+    if below:
+        lines = _fit(ranks, [_folder_label(row) for row in comparison.rows], columns)
     for line in lines:
         say(line)
     for note in comparison.notes:
         say(f"note: {note}")
     if comparison.best:
         say(f"best by {comparison.metric}: {printable(comparison.best.folder)}")
+    for rank, row in zip(ranks, comparison.rows, strict=True):
+        for run in row.runs if folders or below else ():
+            say(f"{rank:>4}  {printable(run.folder)}")
+        for setting in row.settings if below else ():
+            say(f"        {setting}")
+
+
+def _folder_label(row: Row) -> str:
+    """Names the folder of a row's first run, how many others it has, and how far an unfinished run has come."""
+    others = f" and {len(row.runs) - 1} more" if len(row.runs) > 1 else ""
+    return f"{printable(row.runs[0].folder)}{others}" + ("" if row.is_finished else f" ({row.runs[0].state})")
+
+
+def _fit(ranks: list[str], labels: list[str], columns: dict[str, list[str]]) -> list[str]:
+    """Lays the table out, without the columns for which a terminal has no room."""
+    first = [f"{rank:>4}  {label}" for rank, label in zip(ranks, labels, strict=True)] if any(ranks) else labels
+    left = {"rank  run" if any(ranks) else "run": first, **columns}
+    for name in (None, "training, s", "parameters", "runs"):
+        left.pop(name or "", None)
+        lines = table_lines(list(left), zip(*left.values(), strict=True))
+        if _has_room(lines):
+            break
+    return lines
+
+
+def _has_room(lines: list[str]) -> bool:
+    return not sys.stdout.isatty() or max(map(len, lines)) <= CONSOLE.width
 
 
 def _columns(comparison: Comparison, test: bool) -> dict[str, list[str]]:
-    """Returns the cells of each column of the table as text; numbers that are equal in all rows have no column."""
+    """Returns the cells of each column of the table as text.
+
+    Numbers that are equal in all rows have no column; that of runs is there where a row has several.
+    """
     rows, metric = comparison.rows, comparison.metric
     metrics = dict.fromkeys([metric, f"{metric.split('/')[0]}/top1", *(["test/top1"] if test else [])])
     columns = {
@@ -249,10 +287,11 @@ def _columns(comparison: Comparison, test: bool) -> dict[str, list[str]]:
         **{name if lower_is_better(name) else f"{name}, %": [_mean(row, name) for row in rows] for name in metrics},
     }
     optional = {
-        "runs": [str(len(row.runs)) for row in rows],
         "parameters": [_number(row, "parameters") for row in rows],
         "training, s": [_number(row, "time/train_s") for row in rows],
     }
+    if any(len(row.runs) > 1 for row in rows):
+        columns["runs"] = [str(len(row.runs)) for row in rows]
     return columns | {name: cells for name, cells in optional.items() if len({*cells} - {""}) > 1}
 
 
@@ -319,7 +358,8 @@ def write_sweep(folder: Path, title: str) -> list[Row]:
     found = compare(find_runs([folder]))
     metric = found.metric
     write_csv(found, folder / "sweep.csv")
-    heading = f"{title}: ranked by {metric}, the {'lowest' if lower_is_better(metric) else 'highest'} first"
+    order = f"ranked by {metric}, the {'lowest' if lower_is_better(metric) else 'highest'} first"
+    heading = f"{title}: {order if found.is_ranked else metric}"
     write_atomically(folder / "sweep.md", lambda path: path.write_text(_markdown(heading, _columns(found, test=False))))
     rows = [
         (row.label, row.settings[0] if row.settings else "", int(row.runs[0].results["parameters"]), row.values(metric))

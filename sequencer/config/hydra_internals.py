@@ -3,7 +3,9 @@
 `pyproject.toml` bounds hydra-core to 1.3 because of them.
 """
 
+import difflib
 import os
+import re
 from argparse import Namespace
 from collections.abc import Callable
 from typing import NoReturn
@@ -27,8 +29,12 @@ def parse_flags(arguments: list[str]) -> Namespace:
         RequestError: An unknown flag, or a flag with an illegal value.
     """
     parser = get_args_parser()
+    parser.allow_abbrev = False  # --experiment would be --experimental-rerun
 
     def refuse(message: str) -> NoReturn:
+        flag = re.match(r"unrecognized arguments: (--([\w.]+))", message)
+        if flag and not difflib.get_close_matches(flag[1], parser._option_string_actions, cutoff=0.8):
+            raise RequestError(f"{message}; overrides are written without dashes: {flag[2]}=VALUE")
         raise RequestError(f"{message}; --hydra-help lists the flags")
 
     parser.error = refuse  # type: ignore[method-assign]  # argparse's own prints its usage and exits

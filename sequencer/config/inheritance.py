@@ -3,16 +3,20 @@
 import io
 import os
 import pickle
+import sys
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
+from hydra.core.override_parser.types import Override
 from omegaconf import OmegaConf
 from pydantic import AfterValidator, BaseModel, Field
 
 from sequencer.config.errors import RequestError
+from sequencer.config.schema import Config
 from sequencer.declared import UndeclaredContent, check_type, decode_json
-from sequencer.printing import first_line
+from sequencer.printing import first_line, printable
 
 KEYS = ("model.name", "model.kwargs", "data.in_chans", "data.img_size", "data.mean", "data.std")
 LARGEST_PICKLE = 2**26  # bytes of a checkpoint without its tensors
@@ -34,6 +38,7 @@ class _Model(BaseModel):
 
 
 class _Data(BaseModel):
+    name: str = Field("", max_length=200)
     in_chans: int
     img_size: int
     mean: list[float]
@@ -60,15 +65,43 @@ def inherited_values(source: str | None) -> dict[str, Any]:
     Raises:
         RequestError: The configuration in the source cannot be read.
     """
+    found = _checked(source)
+    return found.values() if found else {}
+
+
+def warn_of_data(config: Config, overrides: Sequence[Override]) -> None:
+    """Warns on standard error that a run trains on its default data set, and the run in `init_from` on another one.
+
+    Args:
+        config: The run.
+        overrides: The overrides of the command, of which none names data or a recipe if there is a warning.
+
+    Raises:
+        RequestError: The configuration in the source cannot be read.
+    """
+    if os.environ.get("RANK", "0") != "0" or any(o.key_or_group.startswith(("data", "experiment")) for o in overrides):
+        return
+    found = _checked(config.init_from)
+    if found and found.data.name not in ("", config.data.name):
+        there = printable(found.data.name)
+        print(
+            f"warning: this run trains on data={config.data.name}, and {printable(config.init_from)} on data={there}:\n"
+            f"data={there} data.root=... chooses its data",
+            file=sys.stderr,
+        )
+
+
+def _checked(source: str | None) -> _Config | None:
+    """Returns the part of a configuration that describes a model and its data, or None if the source has none."""
     path = Path(os.path.expanduser(source or ""))  # unlike that of Path, it takes a user that there is not
     try:
         if source and (found := _read(path)) is not None:
-            return check_type(_Config, found, str(path)).values()
+            return check_type(_Config, found, str(path))
     except UndeclaredContent as error:
         raise RequestError(f"init_from={error}") from error
     except Exception as error:  # of YAML or JSON, which have no common base class
         raise RequestError(f"init_from={source}: its configuration cannot be read: {first_line(error)}") from error
-    return {}
+    return None
 
 
 def _read(path: Path) -> Any:

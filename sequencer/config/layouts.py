@@ -7,6 +7,7 @@ from pathlib import Path
 from urllib.parse import urlparse
 
 from sequencer.config.errors import RequestError
+from sequencer.config.file_lists import check_list
 from sequencer.config.schema import DataConfig
 from sequencer.printing import printable
 
@@ -60,13 +61,15 @@ def split_folder(root: str | Path, split: str) -> Path:
 def check_data(config: DataConfig, splits: Iterable[str] = ("train", "val"), root: str = ROOT) -> None:
     """Checks that there is something where the files of a data set must lie, unless they are remote or downloaded.
 
+    Of a list of files the header is checked too.
+
     Args:
         config: The data set; one that is not in `LAYOUTS` is not checked.
         splits: The splits that are needed.
         root: The argument that names `data.root`, for the message.
 
     Raises:
-        RequestError: There is nothing.
+        RequestError: There is nothing, or a list of files lacks a column.
     """
     layout = LAYOUTS.get(config.name)
     if layout is None or urlparse(config.root).scheme or (config.download and layout.downloads):
@@ -76,7 +79,15 @@ def check_data(config: DataConfig, splits: Iterable[str] = ("train", "val"), roo
         if layout.path == "{split}":
             place = split_folder(config.root, split)
         if not os.path.exists(place):
-            raise missing_data(config, layout, split, "there is no such file or folder", root)
+            error = missing_data(config, layout, split, "there is no such file or folder", root)
+            parent = Path(config.root).expanduser().parent
+            if layout.path == "{split}" and all(split_folder(parent, name).is_dir() for name in ("train", "val")):
+                named = root.replace("...", printable(parent)).replace("DIR", printable(parent))
+                hint = f"its parent has train/ and val/: did you mean {named}?"
+                raise RequestError(f"{str(error).splitlines()[0]}\n{hint}")
+            raise error
+    if config.name == "filelist":
+        check_list(config, root)
 
 
 def missing_data(config: DataConfig, layout: Layout, split: str, reason: str, root: str = ROOT) -> RequestError:

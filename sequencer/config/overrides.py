@@ -142,11 +142,13 @@ KEYS = _keys(Config)
 
 
 def _nearest(key: str) -> list[str]:
-    """Returns at most two keys with the same last part, or else the most similar key."""
-    leaf = key.rsplit(".", 1)[-1]
-    same = [known for known in KEYS if known.rsplit(".", 1)[-1] == leaf]
+    """Returns the key with the same last part in a similar section, or at most two in others, or a similar key."""
+    section, _, leaf = key.rpartition(".")
+    same = {known.rpartition(".")[0]: known for known in KEYS if known.rpartition(".")[2] == leaf}
+    if match := difflib.get_close_matches(section, same, n=1):
+        return [same[match[0]]]
     if same:
-        return same[:2]
+        return list(same.values())[:2]
     similar = difflib.get_close_matches(key, KEYS, n=1, cutoff=0.7)
     if similar:
         return similar

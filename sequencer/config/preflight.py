@@ -147,7 +147,7 @@ def check_request(config: Config, resume: bool = False, plan: bool = False) -> N
             try:
                 check_source(source, online=not plan)
             except RequestError as error:
-                raise RequestError(f"{key}={source}: {error}") from error
+                raise RequestError(f"{key}={error}") from error  # which begins with the source
 
 
 def name_runs(config: Config) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from sequencer.config.errors import RequestError
+from sequencer.config.file_lists import check_suffix, columns, find_columns
 from sequencer.config.overrides import did_you_mean
 from sequencer.config.schema import DataConfig
 from sequencer.data.files import FileSplit
@@ -20,7 +21,6 @@ from sequencer.files import check_regular
 from sequencer.printing import printable
 
 SPLITS: dict[str, SplitName] = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
-DEFAULT_SPLIT_COLUMN = "split"  # the only column that may be named and missing
 TRIED = 100  # images, of which one must exist
 
 
@@ -97,15 +97,13 @@ def _read(config: DataConfig) -> FileList:
     path = _path(config)
     check_regular(path)
     state = os.stat(path)
-    columns = (config.path_column, config.label_column, config.split_column)
-    return _read_list(path, columns, (state.st_mtime_ns, state.st_size))
+    return _read_list(path, columns(config), (state.st_mtime_ns, state.st_size))
 
 
 @lru_cache(maxsize=1)  # every split is opened from the same rows
 def _read_list(path: Path, columns: tuple[str, str, str | None], state: tuple[int, int]) -> FileList:
     readers = {".csv": _csv_rows, ".parquet": _parquet_rows}
-    if path.suffix.lower() not in readers:
-        raise RequestError(f"data=filelist: {printable(path)} ends neither with .csv nor with .parquet")
+    check_suffix(path)
     listed: dict[SplitName, list[tuple[str, str]]] = {"train": [], "val": [], "test": []}
     places: dict[str, str] = {}  # of every image; e.g. `line 7`
     labels: dict[str, str] = {}  # of validation and test, with the place where each comes first
@@ -147,7 +145,7 @@ def _csv_rows(path: Path, columns: tuple[str, str, str | None]) -> Iterator[tupl
         reader = csv.reader(file, strict=True)
         try:
             header = next(reader, [])
-            wanted = _find_columns(path, header, columns)
+            wanted = find_columns(path, header, columns)
             for row in reader:
                 place = f"line {reader.line_num}"
                 if len(row) != len(header) and row:
@@ -170,7 +168,7 @@ def _parquet_rows(path: Path, columns: tuple[str, str, str | None]) -> Iterator[
     try:
         with ParquetFile(path) as file:
             header = file.schema_arrow.names
-            wanted = [header[index] for index in _find_columns(path, header, columns)]
+            wanted = [header[index] for index in find_columns(path, header, columns)]
             for batch in file.iter_batches(columns=wanted):
                 for values in zip(*(batch.column(name).to_pylist() for name in wanted), strict=True):
                     number += 1
@@ -183,21 +181,6 @@ def _parquet_rows(path: Path, columns: tuple[str, str, str | None]) -> Iterator[
                     yield f"row {number}", (image, label, *part) if part else (image, label, "train")  # type: ignore[misc]
     except ArrowException as error:
         raise RequestError(f"data=filelist: {printable(path)} is damaged or no Parquet file") from error
-
-
-def _find_columns(path: Path, header: list[str], columns: tuple[str, str, str | None]) -> list[int]:
-    """Returns the places of the columns of path, label and, if there is one, split."""
-    keys = ("data.path_column", "data.label_column", "data.split_column")
-    found = []
-    for key, name in zip(keys, columns, strict=True):
-        if name in header:
-            found.append(header.index(name))
-        elif name is not None and (key != keys[2] or name != DEFAULT_SPLIT_COLUMN):
-            names = [printable(column) for column in header]
-            raise RequestError(
-                f"data=filelist: {printable(path)} has no column {name!r}\nset {key}; {did_you_mean(name, names)}"
-            )
-    return found
 
 
 def _error(path: Path, place: str, problem: Any) -> RequestError:

@@ -68,7 +68,7 @@ def _run(config: Config, resume: bool, origin: Mapping[str, Any]) -> dict[str, A
     distributed.on_first(lambda: _check_folder(config, resume))
     if resume and (summary := distributed.on_first(lambda: _finished(config, folder.path))):
         if distributed.is_first():
-            for line in _describe_finished(summary, folder.path):
+            for line in _describe_finished(summary, config, folder.path):
                 say(line)
         return summary
     rollbacks: Counter[int] = Counter()  # by the number of updates of the checkpoint
@@ -145,12 +145,12 @@ def _train(config: Config, folder: RunFolder, resume: bool, reshuffles: int) -> 
             logger.close()
 
 
-def _describe_finished(summary: dict[str, Any], run_dir: Path) -> list[str]:
+def _describe_finished(summary: dict[str, Any], config: Config, run_dir: Path) -> list[str]:
     epochs = summary["epochs"]
     return [
         f"nothing is left to do: this run has finished its {epochs} epoch{'s' * (epochs != 1)}; for more:",
         f"{_resume_command(run_dir)} trainer.max_epochs={2 * epochs}",
-        *describe_result(summary, run_dir),
+        *describe_result(summary, run_dir, next_steps=config.logger.group is None),
     ]
 
 

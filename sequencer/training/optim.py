@@ -107,12 +107,15 @@ def describe_phases(config: Config) -> list[str]:
     """Says by how much warm-up and cool-down are shortened, if they are."""
     optim, epochs = config.optim, config.trainer.max_epochs
     warmup, cooldown = fit_phases(optim, epochs)
-    if (warmup, cooldown) == (optim.warmup_epochs, optim.cooldown_epochs):
-        return []
-    return [
-        f"warm-up of {warmup:.3g} and cool-down of {cooldown:.3g} epochs: {optim.warmup_epochs:g} and "
-        f"{optim.cooldown_epochs:g} would fill the {epochs} of this run"
+    shortened = [
+        f"{name} shortened from {asked:g} epoch{'s' * (asked != 1)} to {given:.3g}"
+        for name, asked, given in (
+            ("warm-up", optim.warmup_epochs, warmup),
+            ("cool-down", optim.cooldown_epochs, cooldown),
+        )
+        if given != asked
     ]
+    return [f"{', '.join(shortened)}: the run has {epochs}"] if shortened else []
 
 
 def describe_groups(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[dict[str, object]]:

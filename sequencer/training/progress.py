@@ -38,11 +38,15 @@ class EpochBar(ProgressBar):
         self._enabled = False
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Classifier) -> None:
+        self._start_epoch(trainer)  # of an epoch that is resumed Lightning announces no start
         if self._enabled:
             self._progress.start()
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: Classifier) -> None:
         super().on_train_epoch_start(trainer, pl_module)
+        self._start_epoch(trainer)
+
+    def _start_epoch(self, trainer: pl.Trainer) -> None:
         description = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
         self._progress.reset(self._task, total=self.total_train_batches, description=description, loss="")
 

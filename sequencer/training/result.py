@@ -88,6 +88,8 @@ def finish(
         **({f"test/{name}": float(values[name]) for name in names} if split == "test" else {}),
         "time/train_s": round(sum(row["time/epoch_s"] for row in report.rows), 1),
     }
+    if remark := describe_unpredicted(metrics.per_class(data.class_names)):
+        summary["remark"] = remark
     if not is_first():
         return summary, {}
     preprocessing = timm_preprocessing(asdict(config.data))
@@ -124,7 +126,7 @@ def finish(
             written |= {"report": write_report(subject, results, run_dir)}
             written |= {path.stem: path for path in sorted((run_dir / "report").glob("*.png"))}
         model.cpu()
-    for line in describe_result(summary, run_dir, describe_unpredicted(metrics.per_class(data.class_names))):
+    for line in describe_result(summary, run_dir, next_steps=config.logger.group is None):
         log.info(line)
     return summary, written
 
@@ -148,8 +150,14 @@ def limited(available: int, limit: int | float | None) -> int:
     return min(limit, available) if isinstance(limit, int) else int(limit * available)
 
 
-def describe_result(summary: dict[str, Any], run_dir: Path, remark: str = "") -> list[str]:
-    """Describes the result of a finished run, with a remark, and names the commands that come next, line by line."""
+def describe_result(summary: dict[str, Any], run_dir: Path, next_steps: bool = True) -> list[str]:
+    """Describes the result of a finished run, line by line.
+
+    Args:
+        summary: The content of its `summary.json`.
+        run_dir: Its folder.
+        next_steps: Also name the commands that come next; too much for each run of a group, such as a sweep's.
+    """
     columns = {"top1": "top-1", "balanced": "balanced", "top5": "top-5", "loss": "loss"}
     shown = [name for name in columns if f"val/{name}" in summary]
     labels = {"val": "validation, raw weights", "val_ema": "validation, EMA weights"}
@@ -160,11 +168,9 @@ def describe_result(summary: dict[str, Any], run_dir: Path, remark: str = "") ->
     ]
     return [
         *table_lines(["", *(columns[name] for name in shown)], rows),
-        *([remark] if remark else []),
+        *([summary["remark"]] if "remark" in summary else []),
         f"best epoch: {summary['best_epoch']} of {summary['epochs']}; trained in {summary['time/train_s']:.0f} s",
-        f"run folder: {run_dir}",
-        "next steps:",
-        *(step.format(run=shlex.quote(str(run_dir))) for step in NEXT_STEPS),
+        *(["next steps:", *(step.format(run=shlex.quote(str(run_dir))) for step in NEXT_STEPS)] if next_steps else []),
     ]
 
 

@@ -41,15 +41,15 @@ def test_rows_are_ranked_means_over_seeds(tmp_path):
             trial(tmp_path / f"{cell}{seed}", top1, seed, cell, 100 if cell == "gru" else 130)
     rows = write_sweep(tmp_path, "cells")
     assert [(row.label, row.values("val/top1")) for row in rows] == [
-        ("cell=lstm", [0.70, 0.72]), ("cell=gru", [0.60, 0.66])
+        ("model.kwargs.cell=lstm", [0.70, 0.72]), ("model.kwargs.cell=gru", [0.60, 0.66])
     ]  # fmt: skip
     assert (tmp_path / "sweep.md").read_text().splitlines() == [
         "cells: ranked by val/top1, the highest first; mean ± standard deviation over seeds",
         "",
-        "| rank | run | val/top1, % | parameters |",  # runs and times are equal in all rows
-        "| ---: | --- | ---: | ---: |",
-        "| 1 | cell=lstm | 71.00 ± 1.41 | 130 |",
-        "| 2 | cell=gru | 63.00 ± 4.24 | 100 |",
+        "| rank | run | val/top1, % | runs | parameters |",  # times are equal in all rows
+        "| ---: | --- | ---: | ---: | ---: |",
+        "| 1 | model.kwargs.cell=lstm | 71.00 ± 1.41 | 2 | 130 |",
+        "| 2 | model.kwargs.cell=gru | 63.00 ± 4.24 | 2 | 100 |",
     ]
     assert compare(find_runs([tmp_path])).best.folder == tmp_path / "lstm1"
 
@@ -58,7 +58,7 @@ def test_equal_results_keep_the_order_of_numbers(tmp_path):
     for name in ("lstm1997,D=16", "lstm,D=16", "lstm1997,D=8", "lstm,D=8"):
         trial(tmp_path / name, cell=name)
     assert [row.label for row in write_sweep(tmp_path, "sizes")] == [
-        "cell=lstm,D=8", "cell=lstm,D=16", "cell=lstm1997,D=8", "cell=lstm1997,D=16"
+        f"model.kwargs.cell={name}" for name in ("lstm,D=8", "lstm,D=16", "lstm1997,D=8", "lstm1997,D=16")
     ]  # fmt: skip
 
 
@@ -84,21 +84,40 @@ def test_settings_are_keys_that_differ_with_rates_of_four_digits(tmp_path):
     found = compare(folders)
     assert found.keys == ["data.img_size", "optim.ema_decay", "optim.lr"]
     assert [row.label for row in found.rows] == [
-        "data.img_size=8, ema_decay=null, lr=0.001235", "data.img_size=16, ema_decay=0.99, lr=0.001"
+        "data.img_size=8, optim.ema_decay=null, optim.lr=0.001235",
+        "data.img_size=16, optim.ema_decay=0.99, optim.lr=0.001",
     ]  # fmt: skip
 
 
 def test_runs_of_other_metrics_and_images_are_noted(tmp_path):
     folders = [
-        trial(tmp_path / "a", 0.9, data={"name": "digits"}),
-        trial(tmp_path / "b", 0.8, data={"name": "mnist"}, trainer={"best_metric": "val/loss"}),
+        trial(tmp_path / "a", 0.9),
+        trial(tmp_path / "b", 0.8, data={"val_fraction": 0.3}, trainer={"best_metric": "val/loss"}),
     ]
     found = compare(folders)
     assert found.metric == "val/top1"
     assert found.notes == [
         "the runs optimise different metrics (val/loss, val/top1): they are ranked by val/top1",
-        "the runs differ in data.name: their results may be of different images",
+        "the runs differ in data.val_fraction: their results may be of different images",
     ]
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [({"name": "digits"}, {"name": "mnist"}), ({"name": "filelist", "root": "a"}, {"name": "filelist", "root": "b"})],
+)
+def test_runs_of_different_data_sets_are_not_ranked(first, second, tmp_path, capsys):
+    found = compare([trial(tmp_path / "a", 0.8, data=first), trial(tmp_path / "b", 0.9, data=second)])
+    assert found.best is None
+    assert found.ranks == ["", ""]
+    assert [row.runs[0].folder.name for row in found.rows] == ["a", "b"]
+    assert found.notes == ["the runs are of different data sets: they are not ranked"]
+    comparison.print_comparison(found)
+    shown = capsys.readouterr().out
+    assert shown.startswith("run ")
+    assert "best by" not in shown
+    copies = [trial(tmp_path / root, 0.8, data={"name": "cifar10", "root": root}) for root in ("c", "d")]
+    assert compare(copies).ranks == ["1", "2"]
 
 
 def test_runs_that_have_not_finished_stand_last(tmp_path):
@@ -140,6 +159,36 @@ def test_each_run_is_found_once(tmp_path):
     assert find_runs([folders[2], tmp_path / "sweep"])[0] == folders[2]
 
 
+def test_runs_two_levels_deep_are_found_besides_others(tmp_path):
+    dated = trial(tmp_path / "outputs" / "digits" / "2026-01-31")
+    direct = trial(tmp_path / "outputs" / "start")
+    start_run(direct / "nested")
+    assert sorted(find_runs([tmp_path / "outputs"])) == [dated, direct]
+
+
+def test_many_settings_stand_below_the_table(load_script, tmp_path, capsys):
+    script = load_script("compare")
+    for name, value in (("a", 0.2), ("b", 0.3)):
+        trial(tmp_path / name, value, optim={"lr": value, "weight_decay": value, "warmup_epochs": value})
+    trial(tmp_path / "c", 0.4, 1, optim={"lr": 0.3, "weight_decay": 0.3, "warmup_epochs": 0.3})
+    assert exit_code(script, ["a", "b", "c"]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "rank  run             val/top1, %   runs",
+        "   1  b and 1 more   35.00 ± 7.07      2",
+        "   2  a                     20.00      1",
+        "best by val/top1: c",
+        "   1  b",
+        "   1  c",
+        "        optim.lr=0.3",
+        "        optim.warmup_epochs=0.3",
+        "        optim.weight_decay=0.3",
+        "   2  a",
+        "        optim.lr=0.2",
+        "        optim.warmup_epochs=0.2",
+        "        optim.weight_decay=0.2",
+    ]
+
+
 def test_the_command(load_script, tmp_path, capsys):
     script = load_script("compare")
     trial(tmp_path / "runs" / "a", 0.75, optim={"lr": 1e-3})
@@ -147,17 +196,17 @@ def test_the_command(load_script, tmp_path, capsys):
     start_run(tmp_path / "c", optim={"lr": 3e-3}, model={"kwargs": {"cell": "lstm"}})
     assert exit_code(script, ["runs", "c"]) == 0
     assert [line.rstrip() for line in capsys.readouterr().out.splitlines()] == [
-        "rank  run                         val/top1, %",
-        "   1  lr=0.001                          75.00",
-        "   2  lr=0.002                          50.00",
-        "      lr=0.003 (0 of 10 epochs)",
+        "rank  run                               val/top1, %",
+        "   1  optim.lr=0.001                          75.00",
+        "   2  optim.lr=0.002                          50.00",
+        "      optim.lr=0.003 (0 of 10 epochs)",
         "best by val/top1: runs/a",
         "   1  runs/a",
         "   2  runs/b",
         "      c",
     ]
     assert exit_code(script, ["runs", "c", "--test", "--output", "new/table.csv"]) == 0
-    assert "   1  lr=0.001                          75.00          37.50\n" in capsys.readouterr().out
+    assert "   1  optim.lr=0.001                          75.00          37.50\n" in capsys.readouterr().out
     rows = read_csv(Path("new/table.csv"))
     assert [(row["rank"], row["run"], row["state"], row["optim.lr"], row["test/top1"]) for row in rows] == [
         ("1", "runs/a", "finished", "0.001", "0.375"),
@@ -170,7 +219,7 @@ def test_the_command(load_script, tmp_path, capsys):
     ("arguments", "message"),
     [
         (["nowhere"], "error: nowhere is no file or folder; a timm model needs a data set, with --data NAME\n"),
-        (["empty"], "error: empty holds no run: there is no config.yaml in it or in a folder inside\n"),
+        (["empty"], "error: empty holds no run: there is no config.yaml in it or up to two levels below\n"),
         (["run", "--output", "empty"], "error: --output empty is a folder; name a file\n"),
         (["damaged"], "error: damaged/config.yaml is damaged or of another version: "),
         ([], "error: the following arguments are required: MODEL\n"),
@@ -191,12 +240,12 @@ def test_a_narrow_terminal_loses_columns_and_no_words(load_script, tmp_path, cap
     for number in range(4):
         trial(tmp_path / "runs" / str(number), 0.1, number // 2, "gru" * (1 + number % 2), 100 + number,
               trainer={"best_metric": "val/loss"}, optim={"lr": 0.001 + number % 2})  # fmt: skip
-    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("COLUMNS", "100")
     monkeypatch.setattr(comparison, "CONSOLE", Console())
     for isatty, last in ((True, "test/top1, %"), (False, "parameters")):
         monkeypatch.setattr("sys.stdout.isatty", lambda isatty=isatty: isatty)
         assert exit_code(script, ["runs", "--test"]) == 0
         lines = capsys.readouterr().out.splitlines()
         assert lines[0].endswith(f"  {last}")
-        assert lines[2].startswith("   2  cell=grugru, lr=1.001   ")
-        assert (max(map(len, lines)) <= 80) is isatty
+        assert lines[2].startswith("   2  model.kwargs.cell=grugru, optim.lr=1.001   ")
+        assert (max(map(len, lines)) <= 100) is isatty

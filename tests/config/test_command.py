@@ -20,7 +20,7 @@ from sequencer.config.sweep import prepare_sweep
 def started(monkeypatch, tmp_path) -> list[Request]:
     """Collects what `train.main` would train; the working directory is an empty folder."""
     requests: list[Request] = []
-    monkeypatch.setattr(train, "train", requests.append)
+    monkeypatch.setattr(train, "train", lambda request, command: requests.append(request))
     monkeypatch.setattr(logging.root, "handlers", [])  # Hydra adds some for `--info`
     monkeypatch.setattr(logging.root, "level", logging.WARNING)
     monkeypatch.chdir(tmp_path)
@@ -63,7 +63,9 @@ def test_plan_and_resume_are_no_overrides():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--frobnicate"], "unrecognized arguments: --frobnicate"),
+        (["--frobnicate"], "unrecognized arguments: --frobnicate; overrides are written without dashes: "),
+        (["--experiment", "cifar10_cpu"], "overrides are written without dashes: experiment=VALUE"),
+        (["--multi-run"], "unrecognized arguments: --multi-run; --hydra-help lists the flags"),
         (["-cn", "nosuch"], "--config-name nosuch: there is no nosuch.yaml in"),
         (["-cd", "/nonexistent"], "--config-dir /nonexistent: there is no such folder"),
         (["-cp", "/nonexistent"], "--config-path /nonexistent: there is no such folder"),

@@ -92,6 +92,7 @@ def test_model_arguments_may_be_added():
     ("overrides", "message"),
     [
         (["optim.lrr=1"], "unknown key 'optim.lrr': did you mean optim.lr?"),
+        (["modell.name=a"], "unknown key 'modell.name': did you mean model.name?"),
         (["lr=1"], "did you mean optim.lr?"),
         (["trainer.epochs=3"], "did you mean trainer.max_epochs?"),
         (["data.augment.mixupp=1"], "did you mean data.augment.mixup?"),

@@ -12,7 +12,8 @@ from omegaconf import OmegaConf
 
 from sequencer.config import RequestError, compose
 from sequencer.config.command import parse_command
-from sequencer.config.inheritance import inherited_values
+from sequencer.config.inheritance import inherited_values, warn_of_data
+from sequencer.config.overrides import parse_overrides
 from sequencer.config.sources import Sources
 from sequencer.training import run
 from tests.helpers import SMALL, small_config
@@ -53,6 +54,19 @@ def test_a_run_that_starts_from_another_needs_no_repetition(first, tmp_path):
     run(config)
     log = (tmp_path / "run" / "train.log").read_text()
     assert f"weights of {first}; from there model.name, model.kwargs, data.in_chans, data.img_size, data.mean, " in log
+
+
+def test_another_data_set_that_nothing_chose_is_warned_of(first, capsys):
+    config = compose([f"init_from={first}"])
+    config.data.name = "mnist"
+    warn_of_data(config, [])
+    assert capsys.readouterr().err == (
+        f"warning: this run trains on data=mnist, and {first} on data=digits:\n"
+        "data=digits data.root=... chooses its data\n"
+    )
+    warn_of_data(config, parse_overrides(["data=mnist"]))
+    warn_of_data(compose([f"init_from={first}"]), [])
+    assert capsys.readouterr().err == ""
 
 
 def test_the_command_line_comes_first(first):

@@ -50,8 +50,8 @@ def test_every_model_of_timm_may_be_one():
     [
         (["model.name=resnet1x8"], r"unknown model resnet1x8; did you mean resnet18, "),
         (["data=imagefolder", "data.root=nowhere"], r"no complete set in .*nowhere/train \(there is no such file"),
-        (["init_from=outputs/nowhere"], "init_from=outputs/nowhere: outputs/nowhere is neither a file or folder nor a"),
-        (["optim.distill_from=v_sequencer_s"], "optim.distill_from=v_sequencer_s: v_sequencer_s has no published"),
+        (["init_from=outputs/nowhere"], "^init_from=outputs/nowhere is neither a file or folder nor a"),
+        (["optim.distill_from=v_sequencer_s"], "^optim.distill_from=v_sequencer_s has no published"),
     ],
 )
 def test_what_a_run_needs_is_missing(overrides, message):
@@ -73,7 +73,7 @@ def test_torch_is_not_imported_for_what_is_missing(tmp_path):
     assert lines[0].startswith("data=cifar10: no complete set in "), done.stderr
     assert lines[1].startswith("unknown model resnet1x8; did you mean ")
     assert lines[2] == (
-        "init_from=sequencer2d_s: sequencer2d_s: its weights are not here, and http://127.0.0.1:9 does not answer "
+        "init_from=sequencer2d_s: its weights are not here, and http://127.0.0.1:9 does not answer "
         "([Errno 111] Connection refused)"
     )
     assert lines[3:] == ["False"]
@@ -154,6 +154,36 @@ def test_names_of_the_validation_folder(tmp_path, folder):
         check_data(config)
     (tmp_path / folder).mkdir()
     check_data(config)
+
+
+def test_a_root_that_is_one_level_too_deep(tmp_path):
+    for split in ("train", "valid"):
+        (tmp_path / "photos" / split / "ants").mkdir(parents=True)
+    config = compose(["data=imagefolder", f"data.root={tmp_path}/photos/train"]).data
+    for root, name in (("data.root=...", "data.root="), ("--data-root DIR", "--data-root ")):
+        with pytest.raises(RequestError) as error:
+            check_data(config, root=root)
+        assert str(error.value).splitlines()[1] == (
+            f"its parent has train/ and val/: did you mean {name}{tmp_path}/photos?"
+        )
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("folder", None, "folder is a folder\ndata.root=... must name a CSV or Parquet file with a column of paths"),
+        ("list.txt", "", "list.txt ends neither with .csv nor with .parquet"),
+        ("list.csv", "file,species\n", "list.csv has no column 'path'; it has file, species\nset data.path_column="),
+        ("list.csv", "", "list.csv has no column 'path'; it is empty\nset data.path_column="),
+    ],
+)
+def test_a_list_of_files_is_checked_by_its_header(name, content, message, tmp_path):
+    path = tmp_path / name
+    path.mkdir() if content is None else path.write_text(content)
+    config = compose(["data=filelist", f"data.root={path}"]).data
+    with pytest.raises(RequestError) as error:
+        check_data(config)
+    assert message in str(error.value)
 
 
 def test_data_is_asked_for_in_the_words_of_the_command(tmp_path):

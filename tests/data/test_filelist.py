@@ -150,10 +150,13 @@ def test_a_list_is_utf_8_with_or_without_a_mark(folder):
         ('path,label\nimages/00.png,"ant\n', "list.csv, line 2: unexpected end of data"),
         (
             "file,label\nimages/00.png,ant\n",
-            "list.csv has no column 'path'\nset data.path_column; There are file, label",
+            "list.csv has no column 'path'; it has file, label\nset data.path_column=NAME to one that it has",
         ),
-        ("path,class\nimages/00.png,ant\n", "list.csv has no column 'label'\nset data.label_column; "),
-        ("", "list.csv has no column 'path'"),
+        (
+            "path,class\nimages/00.png,ant\n",
+            "list.csv has no column 'label'; it has path, class\nset data.label_column=",
+        ),
+        ("", "list.csv has no column 'path'; it is empty"),
         ("path,label\n", "list.csv lists no image to train on"),
         ("path,label,split\nimages/00.png,ant,val\n", "list.csv lists no image to train on"),
         (
@@ -172,7 +175,7 @@ def test_errors_name_the_file_and_the_line(folder, content, message):
 
 def test_a_column_that_is_asked_for_must_exist(folder):
     path = write_csv(folder / "list.csv", "path,label,part", rows("ttt"))
-    with pytest.raises(RequestError, match=r"no column 'partt'\nset data.split_column; did you mean part\?"):
+    with pytest.raises(RequestError, match=r"no column 'partt'; it has path, label, part\nset data.split_column="):
         opened(path, "data.split_column=partt")
 
 

@@ -8,8 +8,9 @@ import timm
 import torch
 
 import sequencer  # noqa: F401
+from sequencer.config import compose
 from sequencer.config.schema import OptimConfig
-from sequencer.training.optim import build_optimizer, build_schedule, describe_groups, fit_phases
+from sequencer.training.optim import build_optimizer, build_schedule, describe_groups, describe_phases, fit_phases
 
 
 @pytest.fixture
@@ -92,6 +93,8 @@ def test_phases_that_would_fill_a_run_take_half_of_it():
     config = OptimConfig(lr=1.0, warmup_epochs=20, warmup_lr=0.0, min_lr=0.0, cooldown_epochs=10)
     assert fit_phases(config, 310) == (20, 10)
     assert fit_phases(config, 1) == pytest.approx((1 / 3, 1 / 6))
+    short = compose(["optim.warmup_epochs=3", "optim.cooldown_epochs=0", "trainer.max_epochs=2"])
+    assert describe_phases(short) == ["warm-up shortened from 3 epochs to 1: the run has 2"]
     values = rates(config, updates=60, updates_per_epoch=60)
     assert values[:20] == pytest.approx([step / 20 for step in range(20)])
     assert values[50:] == pytest.approx([0.0] * 10)
