@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from huggingface_hub import ModelCard
 from PIL import Image
+from sklearn.metrics import f1_score, roc_auc_score
 
 from sequencer.analysis.attribution_plots import overlay
 from sequencer.analysis.statistics import wilson
@@ -84,6 +85,25 @@ def test_classes_and_confusions_are_those_of_the_predictions(page, hostile_run):
     counts = sorted((n for (i, j), n in pairs.items() if i != j), reverse=True)
     assert [n for _, _, n in shown] == counts[:20]
     assert all(pairs[i, j] == n for i, j, n in shown)
+
+
+def test_f1_auc_and_calibration_are_those_of_the_predictions(page, hostile_run):
+    rows = read_csv(hostile_run / "report" / "predictions.csv")
+    names = sorted(HOSTILE)
+    labels, predicted = ([names.index(row[key]) for row in rows] for key in ("class", "predicted"))
+    arrays = np.load(hostile_run / "report" / "probabilities.npz")
+    assert arrays["label"].tolist() == labels
+    f1 = f1_score(labels, predicted, labels=range(5), average=None, zero_division=0)
+    for k, row in enumerate(rows_of(page, 'id="class-table"')):
+        shown = [re.sub(r"<small.*", "", cell) for cell in row[4:6]]
+        area = roc_auc_score(np.array(labels) == k, arrays["probability"][:, k])
+        assert shown == [f"{100 * f1[k]:.1f}%" if k in predicted else "\N{EN DASH}", f"{100 * area:.1f}%"]
+    confidence = np.array([float(row["probability"]) for row in rows])
+    right = np.array(labels) == np.array(predicted)
+    bins = np.ceil(confidence * 15)
+    error = sum(abs(confidence[bins == k].sum() - right[bins == k].sum()) for k in range(1, 16)) / len(rows)
+    said = float(re.search(r"expected calibration error is ([\d.]+)%", Texts(page).text)[1])
+    assert said == pytest.approx(100 * error, abs=0.006)
 
 
 def test_cells_open_images_of_their_kind(page):
