@@ -21,6 +21,8 @@ from sequencer.config.sweep import Sweep, Trials, check_trials, prepare_sweep, s
 from sequencer.console import say
 from sequencer.output import drop_unread_output
 
+ALONE = os.environ.get("WORLD_SIZE", "1") == "1"  # read at once, since Lightning deletes the variable
+
 
 def main(command: CommandLine) -> None:
     """Runs a parsed command, checked before torch is imported: a question, a plan, a smoke test, a sweep or a run."""
@@ -97,7 +99,7 @@ def trial(composed: DictConfig, trials: Trials | None = None) -> float | None:
 
 def exit_code(error: Exception) -> int:
     """Prints an error and returns the exit code: 2 if the request was wrong, 1 if the work failed."""
-    rank = os.environ.get("RANK", "0") if os.environ.get("WORLD_SIZE", "1") != "1" else "0"
+    rank = "0" if ALONE else os.environ.get("RANK", "0")
     if os.environ.get("HYDRA_FULL_ERROR") == "1":
         traceback.print_exception(error)
     elif rank == "0" or not isinstance(error, SharedError):

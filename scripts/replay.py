@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from _cli import Parser, run
+from omegaconf import OmegaConf
 
 from sequencer.config.command import parse_command
 from sequencer.config.errors import RequestError
@@ -87,6 +88,7 @@ def prepare(run_dir: Path, config: Config, reshuffles: list[int]) -> None:
     copy = Path(config.run_dir)
     shutil.rmtree(copy, ignore_errors=True)
     (copy / "checkpoints").mkdir(parents=True)
+    OmegaConf.save(OmegaConf.structured(config), copy / "config.yaml")
     before = run_dir / "checkpoints" / "before_divergence.ckpt"
     if before.exists():
         checkpoint = read_checkpoint(before) | {"config": dataclasses.asdict(config)}

@@ -24,10 +24,11 @@ class RunFolder:
 
     Args:
         path: The folder.
-        origin: The command of a new run and the source of each value, for `origin.json`; empty if it is not known.
+        origin: The command of a new run and the source of each value, for `origin.json`; None or
+            empty if it is not known.
     """
 
-    def __init__(self, path: Path, origin: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path, origin: Mapping[str, Any] | None = None) -> None:
         self.path = path
         self._origin = origin
         self._lock: IO[str] | None = None

@@ -71,7 +71,7 @@ def test_a_run_whose_checkpoints_cannot_be_read_is_not_started_over(config, fold
     cut(folder / "previous.ckpt")
     best = (folder / "best.ckpt").read_bytes()
     with pytest.raises(RequestError, match="damaged"):
-        run(config(*STATEFUL), resume=True)
+        run(config(*STATEFUL, SAVE_ALWAYS), resume=True)
     assert (folder / "best.ckpt").read_bytes() == best
 
 
@@ -85,7 +85,7 @@ def test_a_checkpoint_that_carries_code_is_refused(config, tmp_path, monkeypatch
     (folder / "previous.ckpt").unlink()
     torch.save({"state_dict": {}, "payload": Payload()}, folder / "last.ckpt")
     with pytest.raises(RequestError, match="holds code"):
-        run(config(*STATEFUL), resume=True)
+        run(config(*STATEFUL, SAVE_ALWAYS), resume=True)
     assert not (tmp_path / "payload").exists()
 
 

@@ -58,7 +58,7 @@ def test_one_altered_bit_is_detected(script, pair, part):
     script.check(whole, broken)
     if part == "metrics.csv":
         text = (broken / part).read_text()
-        (broken / part).write_text(text.replace("0,2,", "0,3,", 1))
+        (broken / part).write_text(text.replace("\n1,2,", "\n1,3,", 1))
     else:
         path = broken / "checkpoints" / "last.ckpt"
         checkpoint = torch.load(path, weights_only=True)
