@@ -101,6 +101,8 @@ class Subject:
         """
         import torch
 
+        from sequencer.report.content import to_pixels
+
         readable = self._readable()
         pairs = list(islice(readable, self.args.batch_size))
         if not pairs:
@@ -110,7 +112,7 @@ class Subject:
             with torch.inference_mode():
                 logits = self.model(images)
             order = logits.sort(dim=1, descending=True, stable=True).indices[:, :2]
-            yield Batch([path for path, _ in pairs], images, self._pixels(images), logits, order)
+            yield Batch([path for path, _ in pairs], images, to_pixels(images, self.config), logits, order)
             pairs = list(islice(readable, self.args.batch_size))
 
     def _readable(self) -> "Iterator[tuple[str, torch.Tensor]]":
@@ -126,11 +128,6 @@ class Subject:
             except UnreadableImage as error:
                 self.unreadable += 1
                 print(f"{printable(error.path)} is left out: {printable(error.reason)}", file=sys.stderr)
-
-    def _pixels(self, images: "torch.Tensor") -> np.ndarray[Any, Any]:
-        mean, std = (images.new_tensor(values).view(-1, 1, 1) for values in (self.config.mean, self.config.std))
-        pixels = (images * std + mean).clamp(0, 1).mul(255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-        return pixels.repeat(3, axis=-1) if pixels.shape[-1] == 1 else pixels
 
     def named(self, order: "torch.Tensor") -> list[str]:
         """Names of the predicted class and of the runner-up."""
