@@ -180,6 +180,7 @@ def plan_as_a_rank(photos, port, rank):
         on_photos(photos, *model, "data.img_size=16", "data.batch_size=4", "trainer.devices=2")
 
 
+@pytest.mark.slow
 def test_the_deadline_of_two_ranks(photos):
     """Rank 0 prints what is known; the other ends as if it had succeeded."""
     started = time.monotonic()

@@ -245,6 +245,7 @@ def run(program: str, *arguments: str) -> None:
     subprocess.run([sys.executable, "-c", program, *arguments], check=True)
 
 
+@pytest.mark.slow
 def test_export_with_a_dynamic_batch_and_compilation():
     run(EXPORT + COMPILE, "aot_eager")
 

@@ -416,6 +416,7 @@ for case in cases:
 """
 
 
+@pytest.mark.slow
 def test_whole_models_compile_to_one_graph():
     missing = {"fused": cpu.unavailable(), "triton": triton_kernels.unavailable()}
     backends = [backend for backend, reason in missing.items() if reason is None]
