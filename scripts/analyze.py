@@ -202,7 +202,7 @@ def directions(args: Namespace) -> int:
     """Writes directions.png, the mean over the images, and directions.csv, a row for each image and part."""
     import torch
 
-    from sequencer.analysis.attribution import contributions
+    from sequencer.analysis.attribution import contributions, sum_by_source
     from sequencer.analysis.attribution_plots import plot_directions
 
     output = output_folder(args)
@@ -225,9 +225,7 @@ def directions(args: Namespace) -> int:
         mean = np.mean(margins, axis=0)
         title = f"Logit of the predicted class above the runner-up, mean over images (number: {len(margins):,})"
         plot_directions(found.parts, mean, title, output / "directions.png")
-    sums: dict[str, float] = {}
-    for part, value in zip(found.parts, mean, strict=True):
-        sums[part.source] = sums.get(part.source, 0.0) + value
+    sums = sum_by_source(found.parts, mean)
     lines = [[source, f"{value:+.3f}"] for source, value in (sums | {"together": sum(sums.values())}).items()]
     shown = table_lines(("sum over blocks, mean over images", "logit above the runner-up"), lines)
     return _finish(subject, shown, [output / f"directions.{suffix}" for suffix in ("png", "csv")])

@@ -13,6 +13,7 @@ the sum of what these parts contribute.
 Shape letters: `B` batch, `H W` token rows and columns, `C` channels, `K` classes, `P` parts, `D` hidden size.
 """
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -168,13 +169,17 @@ def _carry(stream: dict[Part, Tensor], convolution: nn.Conv2d) -> dict[Part, Ten
     }
 
 
-def sum_by_source(found: Contributions) -> dict[str, Float[Tensor, "B K"]]:
-    """Sums contributions over the blocks; one entry for each source, such as `down` or `mlp`."""
-    sources = dict.fromkeys(part.source for part in found.parts)
-    return {
-        source: found.values[:, [i for i, part in enumerate(found.parts) if part.source == source]].sum(dim=1)
-        for source in sources
-    }
+def sum_by_source(parts: Iterable[Part], values: Iterable[Any]) -> dict[str, Any]:
+    """Sums contributions over the blocks; one entry for each source, such as `down` or `mlp`, in order of appearance.
+
+    Args:
+        parts: As in `Contributions`.
+        values: For each part a number or a tensor.
+    """
+    sums: dict[str, Any] = {}
+    for part, value in zip(parts, values, strict=True):
+        sums[part.source] = sums[part.source] + value if part.source in sums else value
+    return sums
 
 
 @torch.inference_mode()

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from numpy.typing import NDArray
 
-from sequencer.analysis.attribution import Part
+from sequencer.analysis.attribution import Part, sum_by_source
 from sequencer.analysis.plots import BLUE, INK, STYLE, VERMILION, Array, drawable, save, shorten
 
 # blue speaks against a class and red for it; distinguishable with all common types of colour vision
@@ -50,7 +50,12 @@ def overlay(image: NDArray[np.uint8], values: Array, limit: float) -> NDArray[np
     scaled = np.clip(values[np.ix_(rows, columns)] / (limit or 1), -1, 1)
     grey = image / 255 @ np.array([0.299, 0.587, 0.114])  # luma of ITU-R 601
     brightness = DARKEST + (1 - DARKEST) * grey[..., None]
-    return np.round(255 * brightness * colormaps[SIGNED](np.interp(scaled, (-1, 1), USED))[..., :3]).astype(np.uint8)
+    return np.round(255 * brightness * signed_colours(scaled)).astype(np.uint8)
+
+
+def signed_colours(values: Array) -> Array:
+    """Returns the colours, in [0, 1], of values in [-1, 1]; the result has an axis of three channels more."""
+    return np.asarray(colormaps[SIGNED](np.interp(values, (-1, 1), USED))[..., :3])
 
 
 @rc_context(STYLE | {"axes.grid": False})
@@ -118,9 +123,8 @@ def plot_directions(parts: Sequence[Part], values: Array, title: str, output: Pa
     blocks = list(dict.fromkeys((part.stage, part.block) for part in parts if part.stage is not None))
     columns = list(dict.fromkeys(part.source for part in parts if part.stage is not None))
     table = np.full((len(blocks), len(columns)), np.nan)
-    totals: dict[str, float] = {}
+    totals = sum_by_source(parts, values)
     for part, value in zip(parts, values, strict=True):
-        totals[part.source] = totals.get(part.source, 0.0) + float(value)
         if part.stage is not None:
             table[blocks.index((part.stage, part.block)), columns.index(part.source)] = value
     size = (3.4 + 0.75 * len(columns) + 3.2, 2.1 + 0.3 * max(len(blocks), len(totals)))

@@ -90,7 +90,9 @@ def plot_curves(metrics_csv: Path, output: Path, best_epoch: int) -> Figure:
     Raises:
         ValueError: The file has no row.
     """
-    columns = _read_columns(metrics_csv)
+    columns = read_columns(metrics_csv)
+    if not columns:
+        raise ValueError(f"{metrics_csv} has no epoch")
     epochs = columns["epoch"]
     figure = Figure(figsize=(12, 3.8), layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1))
     loss, top1, lr = figure.subplots(1, 3, width_ratios=[1.2, 1.2, 0.8])
@@ -117,12 +119,12 @@ def scale_epochs(axes: Axes, epochs: Array) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
 
 
-def _read_columns(path: Path) -> dict[str, Array]:
-    with open(path, newline="") as file:
+def read_columns(metrics_csv: Path) -> dict[str, Array]:
+    """Reads `metrics.csv` as arrays by column, with NaN for what is empty or not finite; empty without an epoch."""
+    with open(metrics_csv, newline="") as file:
         rows = list(csv.DictReader(file))
-    if not rows:
-        raise ValueError(f"{path} has no epoch")
-    columns = {name: np.array([float(row[name] or "nan") for row in rows]) for name in rows[0]}
+    names = rows[0] if rows else ()
+    columns = {name: np.array([float(row[name] or "nan") for row in rows]) for name in names}
     return {name: np.where(np.isfinite(values), values, np.nan) for name, values in columns.items()}
 
 

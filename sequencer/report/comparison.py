@@ -11,7 +11,7 @@ from matplotlib.colors import to_hex
 
 from sequencer.analysis.comparison import Comparison
 from sequencer.analysis.paired import PairedEvaluation, letter, points
-from sequencer.analysis.plots import FAMILIES
+from sequencer.analysis.plots import FAMILIES, read_columns
 from sequencer.config.schema import lower_is_better
 from sequencer.evaluation import Outcome
 from sequencer.files import write_atomically
@@ -19,7 +19,7 @@ from sequencer.printing import printable
 from sequencer.report.charts import comparison_charts
 from sequencer.report.content import SMALL, percent, to_pixels
 from sequencer.report.pictures import read_again, thumbnail
-from sequencer.report.rendering import duration, read_columns, render
+from sequencer.report.rendering import duration, render
 
 SECTIONS = (
     ("runs", "Runs"),

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from sequencer.analysis.attribution import check_decomposable, contributions, evidence_maps
+from sequencer.analysis.attribution import check_decomposable, contributions, evidence_maps, sum_by_source
 from sequencer.analysis.attribution_plots import signed
 from sequencer.analysis.statistics import confused_pairs, label_errors
 from sequencer.config.schema import DataConfig
@@ -149,9 +149,7 @@ def _explain(
         margin, values = (
             a[number, ..., pair[0]] - a[number, ..., pair[1]] for a in (maps.movedim(1, -1), parts.values)
         )
-        sources: dict[str, float] = {}
-        for part, value in zip(parts.parts, values.tolist(), strict=True):
-            sources[part.source] = sources.get(part.source, 0.0) + value
+        sources = sum_by_source(parts.parts, values.tolist())
         found[position] = Evidence(margin.double().cpu().numpy(), sources)
     return found
 

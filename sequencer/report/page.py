@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from sequencer.analysis.paired import SPLITS
+from sequencer.analysis.plots import read_columns
 from sequencer.analysis.receptive_field import token_fields
 from sequencer.analysis.statistics import (
     Calibration,
@@ -43,7 +44,7 @@ from sequencer.report.content import (
 from sequencer.report.numbers import write_numbers
 from sequencer.report.pictures import field_sheet, thumbnail
 from sequencer.report.plots import first_mistakes, write_pictures
-from sequencer.report.rendering import duration, read_columns, render
+from sequencer.report.rendering import duration, render
 from sequencer.report.results import Results
 from sequencer.report.subject import Subject
 

@@ -5,12 +5,11 @@ import io
 from collections.abc import Iterable, Iterator
 
 import numpy as np
-from matplotlib import colormaps
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from sequencer.analysis.attribution_plots import SIGNED
+from sequencer.analysis.attribution_plots import signed_colours
 from sequencer.analysis.plots import Array
 from sequencer.config.schema import DataConfig
 from sequencer.data import Split
@@ -53,7 +52,7 @@ def thumbnail(pixels: NDArray[np.uint8]) -> str:
 def signed_map(values: Array) -> str:
     """Encodes a map `H W`, a pixel for each value, by the colours of `sequencer.analysis.attribution_plots`."""
     scaled = values / (np.abs(values).max() or 1)
-    return _png(Image.fromarray((255 * colormaps[SIGNED](0.5 + 0.45 * scaled)[..., :3]).round().astype(np.uint8)))
+    return _png(Image.fromarray((255 * signed_colours(scaled)).round().astype(np.uint8)))
 
 
 def field_sheet(fields: Array) -> str:

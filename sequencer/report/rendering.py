@@ -1,12 +1,9 @@
-"""What the pages share: their templates, the columns of `metrics.csv` and how times are written."""
+"""What the pages share: their templates and how times are written."""
 
-import csv
 import importlib.resources
-from pathlib import Path
 from typing import Any
 
 import jinja2
-import numpy as np
 
 from sequencer.files import to_json
 
@@ -19,13 +16,6 @@ def render(template: str, context: dict[str, Any], script: dict[str, Any]) -> st
     css, code = ((templates / name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
     data = to_json(script).replace("<", "\\u003c")
     return environment.get_template(template).render(**context, css=css, script=code, data=data)
-
-
-def read_columns(metrics_csv: Path) -> dict[str, Any]:
-    """Reads `metrics.csv` as arrays by column, with NaN for an empty field."""
-    with open(metrics_csv, newline="") as file:
-        rows = list(csv.DictReader(file))
-    return {name: np.array([float(row[name] or "nan") for row in rows]) for name in (rows[0] if rows else ())}
 
 
 def duration(seconds: float) -> str:

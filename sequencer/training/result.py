@@ -117,7 +117,7 @@ def finish(
     )
     save_model_folder(result, run_dir / "model", confusion)
     report.write()  # the file may have been deleted or edited since the last epoch
-    plot_curves(run_dir / "metrics.csv", run_dir / "curves.png", int(best_row["epoch"]) + 1)
+    plot_curves(run_dir / "metrics.csv", run_dir / "curves.png", summary["best_epoch"])
     write_json(run_dir / "summary.json", summary)
     written = {"curves": run_dir / "curves.png", "confusion": confusion}
     if results is not None:

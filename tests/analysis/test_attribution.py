@@ -51,7 +51,9 @@ def test_both_decompositions_sum_to_the_logits(name):
     torch.testing.assert_close(maps.sum(dim=(2, 3)) + model.head.fc.bias, logits, rtol=0, atol=1e-10)
     found = contributions(model, images)
     torch.testing.assert_close(found.values.sum(dim=1), logits, rtol=0, atol=1e-10)
-    torch.testing.assert_close(sum(sum_by_source(found).values()), logits, rtol=0, atol=1e-10)
+    torch.testing.assert_close(
+        sum(sum_by_source(found.parts, found.values.unbind(dim=1)).values()), logits, rtol=0, atol=1e-10
+    )
 
 
 @pytest.mark.parametrize("cell", CELLS)
