@@ -41,7 +41,7 @@ def evaluate(
         The metrics over the images of all ranks, on `device`.
     """
     model.eval()
-    metrics = ClassificationMetrics(num_classes, sync_on_compute=False).to(device)
+    metrics = ClassificationMetrics(num_classes, device)
     own: list[Outcome] = []
     console = Console(stderr=True)
     quiet = not (sys.stderr.isatty() and distributed.is_first())

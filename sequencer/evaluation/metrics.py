@@ -1,14 +1,13 @@
 """Accuracies, cross-entropy and the confusion matrix, computed from sums; `K` is the number of classes."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
-from torchmetrics import Metric
 
 from sequencer import distributed
 from sequencer.printing import printable
@@ -41,32 +40,31 @@ class Outcome(NamedTuple):
     rank: int | None  # of the label among the classes, ordered by their logits: 1 if the label is the predicted class
 
 
-class ClassificationMetrics(Metric):
+class ClassificationMetrics:
     """Metrics of a classifier over batches of any size and over any number of ranks.
 
-    Every state is a sum, and ranks are merged by adding their states, so that every image has the same weight.
+    It holds sums, and ranks are merged by adding them, so that every image has the same weight.
 
     The predicted class is the one with the largest logit; among equal logits the lowest index comes first. The top 5
     follow the same order. An image with a NaN logit has no predicted class: it counts as wrong in top-1 and top-5, is
     in no column of the confusion matrix, and makes the loss NaN.
     """
 
-    full_state_update = False
-    is_differentiable = False
-
     counts: Int[Tensor, "K K+1"]
     top5_hits: Int[Tensor, ""]
     loss_sum: Float[Tensor, ""]
 
-    def __init__(self, num_classes: int, **kwargs: Any) -> None:
-        """Starts with no images; `kwargs` are those of torchmetrics' `Metric`."""
-        super().__init__(**kwargs)
+    def __init__(self, num_classes: int, device: torch.device | str = "cpu") -> None:
+        """Starts with no images; logits and labels must be on `device`."""
         self.num_classes = num_classes
+        self.reset(device)
+
+    def reset(self, device: torch.device | str = "cpu") -> None:
+        """Starts again with no images, on `device`."""
         # rows are true classes, columns predicted ones; the last column counts images without a prediction
-        counts = torch.zeros(num_classes, num_classes + 1, dtype=torch.int64)
-        self.add_state("counts", counts, dist_reduce_fx="sum")
-        self.add_state("top5_hits", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
-        self.add_state("loss_sum", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.counts = torch.zeros(self.num_classes, self.num_classes + 1, dtype=torch.int64, device=device)
+        self.top5_hits = torch.zeros((), dtype=torch.int64, device=device)
+        self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)
 
     def update(self, logits: Float[Tensor, "B K"], labels: Int[Tensor, " B"]) -> None:
         """Adds a batch.
@@ -99,13 +97,10 @@ class ClassificationMetrics(Metric):
         return {name: values[name] for name in metric_names(self.num_classes)} | {"total": total}
 
     def merge_processes(self) -> None:
-        """Adds up the states of all ranks, on every rank, until the next `reset`.
-
-        torchmetrics' own `sync` is undone after the next `compute`.
-        """
+        """Adds up the sums of all ranks, on every rank; call it once, after the last `update`."""
         if distributed.world_size() > 1:
-            for state in (self.counts, self.top5_hits, self.loss_sum):
-                dist.all_reduce(state)
+            for total in (self.counts, self.top5_hits, self.loss_sum):
+                dist.all_reduce(total)
 
     @property
     def confusion(self) -> Int[Tensor, "K K"]:

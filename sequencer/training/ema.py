@@ -38,7 +38,6 @@ class WeightEma(Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: Classifier) -> None:
         self.average = ModelEmaV3(pl_module.model, decay=self.decay, use_warmup=self.warmup)
         self.average.module.requires_grad_(False)
-        self.metrics.to(pl_module.device)
         if self._restored is not None:
             self.average.module.load_state_dict(self._restored)
             self._restored = None
@@ -52,7 +51,7 @@ class WeightEma(Callback):
             self.average.update(pl_module.model, step=self._updates)
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: Classifier) -> None:
-        self.metrics.reset()
+        self.metrics.reset(pl_module.device)
 
     def on_validation_batch_end(
         self, trainer: pl.Trainer, pl_module: Classifier, outputs: Any, batch: Sequence[Tensor], *args: Any

@@ -150,7 +150,7 @@ class Classifier(pl.LightningModule):
             self.log_dict(found, logger=self._to_loggers)
 
     def on_validation_epoch_start(self) -> None:
-        self.eval_metrics.reset()
+        self.eval_metrics.reset(self.device)
 
     def validation_step(self, batch: Sequence[Tensor], batch_idx: int) -> None:
         images, labels = batch[:2]
@@ -161,7 +161,7 @@ class Classifier(pl.LightningModule):
         self.log_metrics("val", self.eval_metrics)
 
     def on_test_epoch_start(self) -> None:
-        self.eval_metrics.reset()
+        self.eval_metrics.reset(self.device)
 
     def test_step(self, batch: Sequence[Tensor], batch_idx: int) -> None:
         self.validation_step(batch, batch_idx)
@@ -170,7 +170,8 @@ class Classifier(pl.LightningModule):
         self.log_metrics("test", self.eval_metrics)
 
     def log_metrics(self, prefix: str, metrics: ClassificationMetrics) -> None:
-        """Logs the metrics of `metric_names`, over all ranks, as `prefix/loss`, `prefix/top1` and the like."""
+        """Merges the metrics of all ranks, and logs those of `metric_names` as `prefix/loss`, `prefix/top1` and the like."""
+        metrics.merge_processes()
         values = metrics.compute()
         named = {f"{prefix}/{name}": values[name] for name in metric_names(metrics.num_classes)}
         self.log_dict(named, logger=self._to_loggers, batch_size=1)
