@@ -170,7 +170,7 @@ class Classifier(pl.LightningModule):
         self.log_metrics("test", self.eval_metrics)
 
     def log_metrics(self, prefix: str, metrics: ClassificationMetrics) -> None:
-        """Merges the metrics of all ranks, and logs those of `metric_names` as `prefix/loss`, `prefix/top1` and the like."""
+        """Merges the metrics of all ranks and logs those of `metric_names`, as `prefix/loss` and so on."""
         metrics.merge_processes()
         values = metrics.compute()
         named = {f"{prefix}/{name}": values[name] for name in metric_names(metrics.num_classes)}
