@@ -221,6 +221,7 @@ def _batch(subject: Subject, names: Sequence[str]) -> list[dict[str, Any]]:
     images, labels = next(iter(subject.train.training_loader(data, subject.config.seed)))
     if (mix := build_mixup(data.augment, len(names))) is not None:
         state = np.random.get_state()
+        np.random.seed(subject.config.seed)  # timm's source of the mixing; the page repeats
         images, targets = mix(images, labels)
         np.random.set_state(state)
     else:
