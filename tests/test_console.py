@@ -67,11 +67,18 @@ def test_the_progress_bar_of_an_epoch_that_is_resumed_in_its_middle():
     assert (task.description, task.total) == ("epoch 2/4", 39)
 
 
-def test_the_closing_lines_fit_80_columns_and_can_be_copied():
+def test_the_closing_lines_fit_80_columns_and_can_be_copied(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run_dir = Path("outputs/my run/2026-01-31_12-00-00")
+    run_dir.mkdir(parents=True)
+    page = "open 'outputs/my run/2026-01-31_12-00-00'/report.html in a browser"
     summary = {"slot": "ema", "best_epoch": 29, "epochs": 30, "time/train_s": 61.4, "remark": "never predicted: a"}
     for split in ("val", "val_ema", "test"):
         summary |= {f"{split}/loss": 0.123456, f"{split}/top1": 0.98333, f"{split}/balanced": 0.5}
-    assert describe_result(summary, Path("outputs/my run/2026-01-31_12-00-00")) == [
+    without_page = describe_result(summary, run_dir)
+    assert page not in without_page
+    (run_dir / "report.html").touch()
+    assert describe_result(summary, run_dir) == [
         "                           top-1   balanced     loss",
         "validation, raw weights   98.33%     50.00%   0.1235",
         "validation, EMA weights   98.33%     50.00%   0.1235",
@@ -79,7 +86,7 @@ def test_the_closing_lines_fit_80_columns_and_can_be_copied():
         "never predicted: a",
         "best epoch: 29 of 30; trained in 61 s",
         "next steps:",
-        "open 'outputs/my run/2026-01-31_12-00-00'/report.html in a browser",
+        page,
         "python scripts/evaluate.py 'outputs/my run/2026-01-31_12-00-00'",
         "python scripts/predict.py 'outputs/my run/2026-01-31_12-00-00' IMAGES",
         "python scripts/export.py 'outputs/my run/2026-01-31_12-00-00' \\",

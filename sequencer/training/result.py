@@ -30,7 +30,6 @@ from sequencer.training.report import EpochReport
 log = logging.getLogger("sequencer")
 
 NEXT_STEPS = (  # lines of what is done with a finished run; {run} is its folder
-    "open {run}/report.html in a browser",
     "python scripts/evaluate.py {run}",
     "python scripts/predict.py {run} IMAGES",
     "python scripts/export.py {run} \\",
@@ -166,11 +165,13 @@ def describe_result(summary: dict[str, Any], run_dir: Path, next_steps: bool = T
         for prefix, label in (labels | {"test": f"test, {summary['slot']} weights"}).items()
         if f"{prefix}/top1" in summary
     ]
+    steps = ["open {run}/report.html in a browser"] if (run_dir / "report.html").is_file() else []
+    following = ["next steps:", *(step.format(run=shlex.quote(str(run_dir))) for step in [*steps, *NEXT_STEPS])]
     return [
         *table_lines(["", *(columns[name] for name in shown)], rows),
         *([summary["remark"]] if "remark" in summary else []),
         f"best epoch: {summary['best_epoch']} of {summary['epochs']}; trained in {summary['time/train_s']:.0f} s",
-        *(["next steps:", *(step.format(run=shlex.quote(str(run_dir))) for step in NEXT_STEPS)] if next_steps else []),
+        *(following if next_steps else []),
     ]
 
 
