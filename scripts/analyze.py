@@ -1,22 +1,28 @@
-"""Looks inside a model: where the evidence for a class lies, and which scan directions it comes from.
+"""Looks inside models: a sub-command for each question.
 
     python scripts/analyze.py evidence outputs/digits/2026-01-31_12-00-00 photograph.jpg folder/
     python scripts/analyze.py directions MODEL 'scans/**/*.png' --output figures
+    python scripts/analyze.py receptive-field MODEL convnext_tiny --images folder/
 
 `analyze.py WHAT --help` lists the options of each. MODEL is a run folder, a model folder, a checkpoint or a timm name.
-Each command prints a table and writes a picture and the numbers behind it. Both analyses are exact: the shares of all
-tokens, or the contributions of all parts of the model, sum to the logit.
+Each command prints a table and writes a picture and the numbers behind it. `evidence` and `directions` are exact: the
+shares of all tokens, or the contributions of all parts of the model, sum to the logit.
 """
 
 from argparse import Namespace, RawDescriptionHelpFormatter
 
-from _analyses import attribution
+from _analyses import attribution, receptive_field
 from _analyses.common import add_options
 from _cli import Parser, named_model, run
 
 COMMANDS = {
     "evidence": (attribution.evidence, attribution, "where in the image the evidence for a class lies"),
     "directions": (attribution.directions, attribution, "what each scan direction contributes to a logit"),
+    "receptive-field": (
+        receptive_field.receptive_field,
+        receptive_field,
+        "which pixels a token of each stage depends on",
+    ),
 }
 
 
@@ -36,7 +42,8 @@ def parse(argv: list[str] | None) -> Namespace:
 
 
 def work(args: Namespace) -> int:
-    args.model = named_model(args.model, args)
+    several = isinstance(args.model, list)
+    args.model = [named_model(source, args) for source in args.model] if several else named_model(args.model, args)
     return args.analyze(args)
 
 

@@ -1,0 +1,86 @@
+"""The effective receptive fields of the stages of one model or several."""
+
+import os
+from argparse import ArgumentParser, Namespace
+from typing import Any
+
+import numpy as np
+from _cli import created
+
+from _analyses.common import Images, Subject, add_unlabelled, finish, output_folder
+from sequencer.config.errors import RequestError
+from sequencer.console import table_lines
+from sequencer.files import write_arrays, write_csv
+from sequencer.printing import printable
+
+
+def add_arguments(command: ArgumentParser) -> None:
+    """Adds MODEL, the preset and the images."""
+    add = command.add_argument
+    add("model", metavar="MODEL", nargs="+", help="run folders, model folders, checkpoints or timm names")
+    add(
+        "--preset",
+        choices=("sequencer", "replknet"),
+        default="sequencer",
+        help="procedure of the Sequencer paper's code, or that of RepLKNet's; default: sequencer",
+    )
+    add_unlabelled(command)
+
+
+def receptive_field(args: Namespace) -> int:
+    """Writes receptive-field.png, .csv with the extents and areas, and .npz with the contributions of the pixels."""
+    from sequencer.analysis.receptive_field import SHARES, check_stages, measure, receptive_fields
+    from sequencer.analysis.receptive_field_plots import plot_receptive_fields
+
+    output = output_folder(args)
+    with created(output):
+        images = Images(args)
+        models: dict[str, Any] = {}
+        subjects = [Subject(args, source, check_stages) for source in args.model]
+        for name, subject in zip(labels(args.model), subjects, strict=True):
+            batches = (batch for _, batch in images.batches(subject, f"gradients of {name}"))
+            try:
+                models[name] = receptive_fields(subject.model, batches, args.preset)
+            except RequestError:  # a ValueError as well
+                raise
+            except ValueError as error:
+                raise RequestError(f"{subject.source}: {error}") from error
+        percent = [f"{share * 100:.0f}" for share in SHARES]
+        measured = [(name, field, measure(field)) for name, fields in models.items() for field in fields]
+        header = ["model", "stage", "token_rows", "token_columns", "token_row", "token_column", "height", "width"]
+        header += [f"{kind}_{share}" for kind in ("width", "height", "area") for share in percent]
+        rows = []
+        for name, field, found in measured:
+            sizes = [len(span) for span in (*found.columns, *found.rows)]
+            place = (*field.tokens, *field.token, *field.contribution.shape)
+            rows.append((name, field.stage, *place, *sizes, *found.area))
+        write_csv(output / "receptive-field.csv", header, rows)
+        arrays = {f"{name}/{field.stage}": field.contribution for name, field, _ in measured}
+        write_arrays(output / "receptive-field.npz", arrays)
+        plot_receptive_fields(models, args.preset, images.described(), output / "receptive-field.png")
+    lines = []
+    for name, field, found in measured:
+        extents = [f"{len(x)} x {len(y)}" for x, y in zip(found.columns, found.rows, strict=True)]
+        areas = ["" if np.isnan(ratio) else f"{ratio:.1%}" for ratio in found.area]
+        lines.append([name, field.stage, *extents[2:], *areas])
+    columns = ("model", "stage", "px of 50%", "px of 99%", *(f"area {share}%" for share in percent))
+    shown = [f"preset {args.preset}, {images.described()}", *table_lines(columns, lines)]
+    shown += [
+        "px: width x height, the shortest intervals along rows and along columns that",
+        "hold this share of the contribution.",
+        "area: smallest square around the centre of the image that holds this share",
+        "of log10(1 + contribution), over the area of the image, as RepLKNet's.",
+    ]
+    return finish(images, shown, [output / f"receptive-field.{suffix}" for suffix in ("png", "csv", "npz")])
+
+
+def labels(sources: list[str]) -> list[str]:
+    """Names models by the last part of their paths; those that share it, by the whole path.
+
+    Raises:
+        RequestError: A model is given twice.
+    """
+    if len(set(sources)) < len(sources):
+        raise RequestError("the same MODEL is given twice")
+    names = [os.path.basename(os.path.normpath(source)) for source in sources]
+    return [printable(name if names.count(name) == 1 else source) for name, source in zip(names, sources, strict=True)]
