@@ -42,8 +42,10 @@ def parse(argv: list[str] | None) -> Namespace:
 
 
 def work(args: Namespace) -> int:
-    several = isinstance(args.model, list)
-    args.model = [named_model(source, args) for source in args.model] if several else named_model(args.model, args)
+    if isinstance(args.model, str):
+        args.model = named_model(args.model, args)
+    else:
+        args.model = [named_model(model, args) for model in args.model]
     return args.analyze(args)
 
 

@@ -49,7 +49,7 @@ def test_images_of_files(script, runs, tmp_path, capsys):
     output = capsys.readouterr()
     assert output.out.startswith("preset replknet, 1 image\n")
     assert output.err.count("b.png is left out: no image in one of the formats") == 1
-    rows = read_csv(tmp_path / "one" / "analysis" / "receptive-field.csv")
+    rows = read_csv(tmp_path / "outputs" / "analysis" / "receptive-field.csv")
     assert [row["token_row"] for row in rows] == ["2", "2"]
 
 

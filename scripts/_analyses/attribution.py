@@ -2,14 +2,12 @@
 
 import os
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from _cli import created
 
-from _analyses.common import Images, Subject, finish, output_folder
-from sequencer.config.errors import RequestError
+from _analyses.common import Batch, Subject, finish, output_folder
 from sequencer.console import table_lines
 from sequencer.files import write_arrays, write_csv
 from sequencer.printing import printable
@@ -27,51 +25,6 @@ def add_arguments(command: ArgumentParser) -> None:
     add = command.add_argument
     add("model", metavar="MODEL", help="run folder, model folder, checkpoint or timm name")
     add("images", metavar="IMAGES", nargs="+", help="files, folders (searched recursively) or glob patterns")
-    command.set_defaults(noise=None)
-
-
-class Batch(NamedTuple):
-    """Images that have been classified."""
-
-    paths: list[str]
-    images: "torch.Tensor"  # normalised, `B C H W`, on the device
-    pixels: np.ndarray[Any, Any]  # the same as a person sees them, uint8 `B H W 3`
-    logits: "torch.Tensor"  # `B K`
-    order: "torch.Tensor"  # `B 2`, the predicted class and the runner-up
-
-
-class Classifier(Subject):
-    """A model whose logits can be decomposed."""
-
-    def __init__(self, args: Namespace) -> None:
-        from sequencer.analysis.attribution import check_decomposable
-        from sequencer.evaluation import readable_names
-
-        super().__init__(args, args.model, check_decomposable)
-        num_classes: int = self.loaded.model.num_classes  # type: ignore[assignment]  # torch types attributes as modules
-        if num_classes < 2:
-            raise RequestError(f"{args.model} has one class: there is no runner-up")
-        self.names = readable_names(self.loaded.class_names, num_classes)
-
-    def batches(self, images: Images) -> Iterator[Batch]:
-        """Classifies images.
-
-        Raises:
-            RequestError: No image can be read.
-        """
-        import torch
-
-        from sequencer.report.content import to_pixels
-
-        for paths, batch in images.batches(self, "images"):
-            with torch.inference_mode():
-                logits = self.model(batch)
-            order = logits.sort(dim=1, descending=True, stable=True).indices[:, :2]
-            yield Batch(paths, batch, to_pixels(batch, self.config), logits, order)
-
-    def named(self, order: "torch.Tensor") -> list[str]:
-        """Names of the predicted class and of the runner-up."""
-        return [printable(self.names[k]) for k in order.tolist()]
 
 
 def evidence(args: Namespace) -> int:
@@ -83,12 +36,12 @@ def evidence(args: Namespace) -> int:
 
     output = output_folder(args)
     with created(output):
-        subject, images = Classifier(args), Images(args)
+        subject = Subject(args)
         generator = torch.Generator().manual_seed(0)
         table: list[tuple[Any, ...]] = []
         arrays: list[tuple[Any, Any]] = []  # evidence for the predicted class, and against the runner-up
         drawn: list[EvidenceRow] = []
-        for batch in subject.batches(images):
+        for batch in subject.batches():
             maps = evidence_maps(subject.model, batch.images)
             first, second = (maps[torch.arange(len(maps)), batch.order[:, i]] for i in (0, 1))
             probabilities = batch.logits.double().softmax(dim=1)
@@ -108,10 +61,8 @@ def evidence(args: Namespace) -> int:
         header = ("image", "predicted", "runner_up", "probability", "deletion", "insertion")
         write_csv(output / "evidence.csv", (*header, "random_deletion", "random_insertion"), table)
         predicted, margin = (np.stack(values) for values in zip(*arrays, strict=True))
-        write_arrays(
-            output / "evidence.npz",
-            {"image": np.array([row[0] for row in table]), "predicted": predicted, "margin": margin},
-        )
+        images = np.array([row[0] for row in table])
+        write_arrays(output / "evidence.npz", {"image": images, "predicted": predicted, "margin": margin})
         plot_evidence(drawn, output / "evidence.png")
     lines = []
     for path, predicted, runner_up, p, deletion, insertion, random_deletion, random_insertion in table[:MOST_DRAWN]:
@@ -126,10 +77,10 @@ def evidence(args: Namespace) -> int:
         "tokens with the largest evidence are deleted or inserted first; in brackets,",
         "in random order. Means: {0:.1%} ({2:.1%}), {1:.1%} ({3:.1%})".format(*means),
     ]
-    return finish(images, shown, [output / f"evidence.{suffix}" for suffix in ("png", "csv", "npz")])
+    return finish(subject, shown, [output / f"evidence.{suffix}" for suffix in ("png", "csv", "npz")])
 
 
-def _areas(subject: Classifier, batch: Batch, maps: "torch.Tensor", curves: Any) -> np.ndarray[Any, Any]:
+def _areas(subject: Subject, batch: Batch, maps: "torch.Tensor", curves: Any) -> np.ndarray[Any, Any]:
     """Means of the deletion and insertion curves of the predicted classes, `2 B`."""
     found = curves(subject.model, batch.images, maps, batch.order[:, 0], CURVE_STEPS)
     return np.stack([curve.mean(dim=1).double().cpu().numpy() for curve in found])
@@ -144,10 +95,10 @@ def directions(args: Namespace) -> int:
 
     output = output_folder(args)
     with created(output):
-        subject, images = Classifier(args), Images(args)
+        subject = Subject(args)
         rows: list[tuple[Any, ...]] = []
         margins = []
-        for batch in subject.batches(images):
+        for batch in subject.batches():
             found = contributions(subject.model, batch.images)
             each = torch.arange(len(batch.paths))
             own, other = (found.values[each, :, batch.order[:, i]].double().cpu().numpy() for i in (0, 1))
@@ -165,4 +116,4 @@ def directions(args: Namespace) -> int:
     sums = sum_by_source(found.parts, mean)
     lines = [[source, f"{value:+.3f}"] for source, value in (sums | {"together": sum(sums.values())}).items()]
     shown = table_lines(("sum over blocks, mean over images", "logit above the runner-up"), lines)
-    return finish(images, shown, [output / f"directions.{suffix}" for suffix in ("png", "csv")])
+    return finish(subject, shown, [output / f"directions.{suffix}" for suffix in ("png", "csv")])

@@ -2,11 +2,12 @@
 
 import sys
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 from _cli import add_model_options, integer, load_original, pick_device
 
 from sequencer.config.errors import RequestError
@@ -16,6 +17,8 @@ from sequencer.printing import printable
 if TYPE_CHECKING:
     import torch
     from torch import nn
+
+    from sequencer.config.schema import DataConfig
 
 
 def add_options(command: ArgumentParser) -> None:
@@ -28,118 +31,135 @@ def add_options(command: ArgumentParser) -> None:
     add("--debug", action="store_true", help="show the traceback of an error")
 
 
-def add_unlabelled(command: ArgumentParser) -> None:
-    """Adds --images and --noise, of which exactly one must be given."""
+def add_image_options(command: ArgumentParser) -> None:
+    """Adds --images and --noise, of which one must be given, for an analysis that needs no labels."""
     group = command.add_mutually_exclusive_group(required=True)
     group.add_argument(
-        "--images",
-        metavar="PATH",
-        nargs="+",
-        help="image files, folders (searched recursively) or glob patterns",
+        "--images", metavar="PATH", nargs="+", help="files, folders (searched recursively) or glob patterns"
     )
-    text = "N images of standard-normal noise, the same ones each time"
-    group.add_argument("--noise", metavar="N", type=integer(1), help=text)
-
-
-class Subject:
-    """A model that is looked at, in eval mode on the device."""
-
-    def __init__(self, args: Namespace, source: str, check: "Callable[[nn.Module], nn.Module]") -> None:
-        """Loads a model.
-
-        Args:
-            args: With the options of `add_options`.
-            source: MODEL.
-            check: Raises ValueError for a model that the analysis is not defined for.
-
-        Raises:
-            RequestError: The model cannot be loaded, or `check` refuses it.
-        """
-        from sequencer.evaluation import input_config
-
-        self.source = source
-        self.device = pick_device(args.device)
-        self.loaded = load_original(source, args)
-        try:
-            self.model: nn.Module = check(self.loaded.model).to(self.device)
-        except ValueError as error:
-            raise RequestError(f"{source}: {error}") from error
-        self.config = input_config(self.loaded)
+    group.add_argument("--noise", metavar="N", type=integer(1), help="N images of standard-normal noise, of seed 0")
 
 
 class Images:
-    """The unlabelled images of a command, in batches as a model takes them: those of files, or noise."""
+    """Images without labels: those of --images, or noise of the same size."""
 
-    def __init__(self, args: Namespace) -> None:
-        """Takes the options of `add_unlabelled`, where `args.noise` is None for images of files."""
-        self.args = args
-        self.count = 0  # images of the last pass
-        self.unreadable: set[str] = set()
-
-    def batches(self, subject: Subject, progress: str) -> "Iterator[tuple[list[str], torch.Tensor]]":
-        """Yields names and normalised images `B C H W` on the device; reports unreadable files on standard error.
+    def __init__(self, args: Namespace, config: "DataConfig", unreadable: set[str] | None = None) -> None:
+        """Keeps the request.
 
         Args:
-            subject: The model that takes the images.
-            progress: Says what the progress bar shows, which is drawn if standard error is a terminal.
+            args: With `images` and, for noise, `noise`.
+            config: The preprocessing.
+            unreadable: Paths that have been reported as unreadable; new ones are added.
+        """
+        self.args, self.config = args, config
+        self.unreadable = set() if unreadable is None else unreadable
+
+    def batches(self) -> "Iterator[tuple[list[str], torch.Tensor]]":
+        """Yields paths and normalised images `B C H W`; reports unreadable files on standard error.
 
         Raises:
             RequestError: No image can be read.
         """
         import torch
-        from rich.console import Console
-        from rich.progress import track
 
-        self.count = 0
-        size = self.args.batch_size
-        source = self._noise(subject) if self.args.noise else self._readable(subject)
-        groups = iter(lambda: list(islice(source, size)), [])
-        total = -(-self.args.noise // size) if self.args.noise else None
-        quiet = not sys.stderr.isatty()
-        for pairs in track(groups, progress, total, console=Console(stderr=True), transient=True, disable=quiet):
-            self.count += len(pairs)
-            yield [name for name, _ in pairs], torch.stack([image for _, image in pairs]).to(subject.device)
-        if not self.count:
+        found = self._noise() if self.args.images is None else self._readable()
+        pairs = list(islice(found, self.args.batch_size))
+        if not pairs:
             raise RequestError("no image can be read")
+        while pairs:
+            yield [path for path, _ in pairs], torch.stack([image for _, image in pairs])
+            pairs = list(islice(found, self.args.batch_size))
 
-    def _noise(self, subject: Subject) -> "Iterator[tuple[str, torch.Tensor]]":
+    def _noise(self) -> "Iterator[tuple[str, torch.Tensor]]":
         import torch
 
         generator = torch.Generator().manual_seed(0)
-        shape = (subject.config.in_chans, subject.config.img_size, subject.config.img_size)
+        size = (self.config.in_chans, self.config.img_size, self.config.img_size)
         for number in range(self.args.noise):
-            yield f"noise {number}", torch.randn(shape, generator=generator)
+            yield f"noise {number}", torch.randn(size, generator=generator)
 
-    def _readable(self, subject: Subject) -> "Iterator[tuple[str, torch.Tensor]]":
+    def _readable(self) -> "Iterator[tuple[str, torch.Tensor]]":
         from sequencer.data import UnreadableImage, eval_transform, read_image, resized_side
         from sequencer.evaluation import find_images
 
-        transform, side = eval_transform(subject.config), resized_side(subject.config)
+        transform, side = eval_transform(self.config), resized_side(self.config)
         for source in find_images(self.args.images):
             try:
                 if isinstance(source, UnreadableImage):
                     raise source
                 yield source, transform(read_image(source, shorter_side=side))
             except UnreadableImage as error:
-                if error.path not in self.unreadable:  # several models read the same files
-                    self.unreadable.add(error.path)
+                if error.path not in self.unreadable:
                     print(f"{printable(error.path)} is left out: {printable(error.reason)}", file=sys.stderr)
+                self.unreadable.add(error.path)
 
-    def described(self) -> str:
-        """Says how many images were seen, and of which kind."""
-        kind = "image of noise" if self.args.noise else "image"
-        return f"{self.count:,} {kind if self.count == 1 else kind.replace('image', 'images')}"
+
+class Batch(NamedTuple):
+    """Images that have been classified."""
+
+    paths: list[str]
+    images: "torch.Tensor"  # normalised, `B C H W`, on the device
+    pixels: np.ndarray[Any, Any]  # the same as a person sees them, uint8 `B H W 3`
+    logits: "torch.Tensor"  # `B K`
+    order: "torch.Tensor"  # `B 2`, the predicted class and the runner-up
+
+
+class Subject:
+    """The model that is looked at, and its images in batches."""
+
+    def __init__(self, args: Namespace) -> None:
+        from sequencer.analysis.attribution import check_decomposable
+        from sequencer.evaluation import input_config, readable_names
+
+        self.args = args
+        self.device = pick_device(args.device)
+        loaded = load_original(args.model, args)
+        try:
+            self.model: nn.Module = check_decomposable(loaded.model).to(self.device)
+        except ValueError as error:
+            raise RequestError(f"{args.model}: {error}") from error
+        num_classes: int = loaded.model.num_classes  # type: ignore[assignment]  # torch types attributes as modules
+        if num_classes < 2:
+            raise RequestError(f"{args.model} has one class: there is no runner-up")
+        self.config = input_config(loaded)
+        self.names = readable_names(loaded.class_names, num_classes)
+        self.images = Images(args, self.config)
+
+    @property
+    def unreadable(self) -> set[str]:
+        return self.images.unreadable
+
+    def batches(self) -> Iterator[Batch]:
+        """Yields the readable images; reports the others on standard error.
+
+        Raises:
+            RequestError: No image can be read.
+        """
+        import torch
+
+        from sequencer.report.content import to_pixels
+
+        for paths, images in self.images.batches():
+            images = images.to(self.device)
+            with torch.inference_mode():
+                logits = self.model(images)
+            order = logits.sort(dim=1, descending=True, stable=True).indices[:, :2]
+            yield Batch(paths, images, to_pixels(images, self.config), logits, order)
+
+    def named(self, order: "torch.Tensor") -> list[str]:
+        """Names of the predicted class and of the runner-up."""
+        return [printable(self.names[k]) for k in order.tolist()]
 
 
 def output_folder(args: Namespace) -> Path:
-    """The folder of the results: that of --output, or below the run, the first one of several."""
-    model = Path(args.model if isinstance(args.model, str) else args.model[0])
-    is_run = (model / "config.yaml").is_file()
-    return args.output or (model if is_run else Path("outputs")) / "analysis"
+    """The folder of the results: that of --output, or below the run if MODEL is one."""
+    models = [args.model] if isinstance(args.model, str) else args.model
+    is_run = len(models) == 1 and (Path(models[0]) / "config.yaml").is_file()
+    return args.output or (Path(models[0]) if is_run else Path("outputs")) / "analysis"
 
 
-def finish(images: Images, lines: list[str], files: list[Path]) -> int:
+def finish(subject: Subject | Images, lines: list[str], files: list[Path]) -> int:
     """Prints the result and what was written; returns the exit code, 1 if an image could not be read."""
     for line in [*lines, "written:", *(printable(file) for file in files)]:
         say(line)
-    return 1 if images.unreadable else 0
+    return 1 if subject.unreadable else 0

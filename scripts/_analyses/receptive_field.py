@@ -1,17 +1,24 @@
 """The effective receptive fields of the stages of one model or several."""
 
 import os
+import sys
 from argparse import ArgumentParser, Namespace
-from typing import Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from _cli import created
+from _cli import created, load_original, pick_device
 
-from _analyses.common import Images, Subject, add_unlabelled, finish, output_folder
+from _analyses.common import Images, add_image_options, finish, output_folder
 from sequencer.config.errors import RequestError
 from sequencer.console import table_lines
 from sequencer.files import write_arrays, write_csv
 from sequencer.printing import printable
+
+if TYPE_CHECKING:
+    import torch
+
+    from sequencer.models import LoadedModel
 
 
 def add_arguments(command: ArgumentParser) -> None:
@@ -24,27 +31,33 @@ def add_arguments(command: ArgumentParser) -> None:
         default="sequencer",
         help="procedure of the Sequencer paper's code, or that of RepLKNet's; default: sequencer",
     )
-    add_unlabelled(command)
+    add_image_options(command)
 
 
 def receptive_field(args: Namespace) -> int:
     """Writes receptive-field.png, .csv with the extents and areas, and .npz with the contributions of the pixels."""
-    from sequencer.analysis.receptive_field import SHARES, check_stages, measure, receptive_fields
+    from sequencer.analysis.receptive_field import SHARES, measure, receptive_fields
     from sequencer.analysis.receptive_field_plots import plot_receptive_fields
+    from sequencer.evaluation import input_config
 
     output = output_folder(args)
     with created(output):
-        images = Images(args)
+        names, device = labels(args.model), pick_device(args.device)
+        loaded = [load_checked(source, args) for source in args.model]
+        unreadable: set[str] = set()
         models: dict[str, Any] = {}
-        subjects = [Subject(args, source, check_stages) for source in args.model]
-        for name, subject in zip(labels(args.model), subjects, strict=True):
-            batches = (batch for _, batch in images.batches(subject, f"gradients of {name}"))
+        seen = 0  # images
+        for name, each in zip(names, loaded, strict=True):
+            images = Images(args, input_config(each), unreadable)
+            sizes: list[int] = []
             try:
-                models[name] = receptive_fields(subject.model, batches, args.preset)
+                models[name] = receptive_fields(each.model.to(device), _shown(images, name, device, sizes), args.preset)
             except RequestError:  # a ValueError as well
                 raise
             except ValueError as error:
-                raise RequestError(f"{subject.source}: {error}") from error
+                raise RequestError(f"{printable(name)}: {error}") from error
+            seen = sum(sizes)
+        described = f"{seen:,} image{'s' * (seen > 1)}{' of noise' * bool(args.noise)}"
         percent = [f"{share * 100:.0f}" for share in SHARES]
         measured = [(name, field, measure(field)) for name, fields in models.items() for field in fields]
         header = ["model", "stage", "token_rows", "token_columns", "token_row", "token_column", "height", "width"]
@@ -57,14 +70,14 @@ def receptive_field(args: Namespace) -> int:
         write_csv(output / "receptive-field.csv", header, rows)
         arrays = {f"{name}/{field.stage}": field.contribution for name, field, _ in measured}
         write_arrays(output / "receptive-field.npz", arrays)
-        plot_receptive_fields(models, args.preset, images.described(), output / "receptive-field.png")
+        plot_receptive_fields(models, args.preset, described, output / "receptive-field.png")
     lines = []
     for name, field, found in measured:
         extents = [f"{len(x)} x {len(y)}" for x, y in zip(found.columns, found.rows, strict=True)]
         areas = ["" if np.isnan(ratio) else f"{ratio:.1%}" for ratio in found.area]
         lines.append([name, field.stage, *extents[2:], *areas])
     columns = ("model", "stage", "px of 50%", "px of 99%", *(f"area {share}%" for share in percent))
-    shown = [f"preset {args.preset}, {images.described()}", *table_lines(columns, lines)]
+    shown = [f"preset {args.preset}, {described}", *table_lines(columns, lines)]
     shown += [
         "px: width x height, the shortest intervals along rows and along columns that",
         "hold this share of the contribution.",
@@ -72,6 +85,35 @@ def receptive_field(args: Namespace) -> int:
         "of log10(1 + contribution), over the area of the image, as RepLKNet's.",
     ]
     return finish(images, shown, [output / f"receptive-field.{suffix}" for suffix in ("png", "csv", "npz")])
+
+
+def _shown(images: Images, name: str, device: "torch.device", sizes: list[int]) -> "Iterator[torch.Tensor]":
+    """Yields the batches of images on the device under a progress bar; adds their sizes to `sizes`."""
+    from rich.console import Console
+    from rich.progress import track
+
+    args = images.args
+    total = -(-args.noise // args.batch_size) if args.noise else None
+    bar: dict[str, Any] = {"console": Console(stderr=True), "transient": True, "disable": not sys.stderr.isatty()}
+    for paths, batch in track(images.batches(), f"gradients of {name}", total, **bar):
+        sizes.append(len(paths))
+        yield batch.to(device)
+
+
+def load_checked(source: str, args: Namespace) -> "LoadedModel":
+    """Loads a model whose stages can be looked at.
+
+    Raises:
+        RequestError: It cannot be loaded, or has no stages.
+    """
+    from sequencer.analysis.receptive_field import check_stages
+
+    loaded = load_original(source, args)
+    try:
+        check_stages(loaded.model)
+    except ValueError as error:
+        raise RequestError(f"{source}: {error}") from error
+    return loaded
 
 
 def labels(sources: list[str]) -> list[str]:

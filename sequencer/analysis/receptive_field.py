@@ -72,9 +72,7 @@ def check_stages(model: nn.Module) -> nn.Module:
     return model
 
 
-def receptive_fields(
-    model: nn.Module, batches: Iterable[Float[Tensor, "B C H W"]], preset: str = "sequencer"
-) -> list[StageField]:
+def receptive_fields(model: nn.Module, batches: Iterable[Tensor], preset: str = "sequencer") -> list[StageField]:
     """Computes the effective receptive field of the central token of every stage.
 
     The stages are those of timm's `forward_intermediates`: any layout of tokens is a map there, and class tokens are
@@ -82,7 +80,7 @@ def receptive_fields(
 
     Args:
         model: A model of this package or of timm, in eval mode.
-        batches: Normalised images, all of one size, on the device of the model; at least one batch.
+        batches: Normalised images `B C H W`, all of one size, on the device of the model; at least one batch.
         preset: A key of `PRESETS`.
 
     Raises:

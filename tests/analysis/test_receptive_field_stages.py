@@ -157,7 +157,7 @@ def test_a_model_without_stages():
 
 @pytest.mark.parametrize("preset", ["sequencer", "replknet"])
 def test_picture(preset, tmp_path):
-    fields = receptive_fields(Convolutions().eval(), [torch.randn(1, 1, 17, 17)], preset)
+    fields = receptive_fields(Convolutions().eval(), [torch.ones(1, 1, 17, 17)], preset)
     figure = plot_receptive_fields({"one": fields, "two": fields[:1]}, preset, "1 image", tmp_path / "field.png")
     drawn = [axes for axes in figure.axes if axes.images]
     assert [axes.get_title("left") for axes in drawn[:2]] == [
