@@ -1,22 +1,23 @@
-"""Looks inside a model: where the evidence for a class lies, and which scan directions it comes from.
+"""Looks inside models: a sub-command for each question.
 
     python scripts/analyze.py evidence outputs/digits/2026-01-31_12-00-00 photograph.jpg folder/
     python scripts/analyze.py directions MODEL 'scans/**/*.png' --output figures
+    python scripts/analyze.py memory sequencer2d_s --cells rnn,lstm1997,lstm --noise 16
 
 `analyze.py WHAT --help` lists the options of each. MODEL is a run folder, a model folder, a checkpoint or a timm name.
-Each command prints a table and writes a picture and the numbers behind it. Both analyses are exact: the shares of all
-tokens, or the contributions of all parts of the model, sum to the logit.
+Each command prints a table and writes a picture and the numbers behind it.
 """
 
 from argparse import Namespace, RawDescriptionHelpFormatter
 
-from _analyses import attribution
+from _analyses import attribution, memory
 from _analyses.common import add_options
 from _cli import Parser, named_model, run
 
 COMMANDS = {
     "evidence": (attribution.evidence, attribution, "where in the image the evidence for a class lies"),
     "directions": (attribution.directions, attribution, "what each scan direction contributes to a logit"),
+    "memory": (memory.memory, memory, "how far back the recurrences of models remember"),
 }
 
 
@@ -36,7 +37,10 @@ def parse(argv: list[str] | None) -> Namespace:
 
 
 def work(args: Namespace) -> int:
-    args.model = named_model(args.model, args)
+    if isinstance(args.model, str):
+        args.model = named_model(args.model, args)
+    elif not getattr(args, "cells", None):  # MODEL names architectures, of which no weights are read
+        args.model = [named_model(model, args) for model in args.model]
     return args.analyze(args)
 
 

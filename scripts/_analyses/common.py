@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from sequencer.config.schema import DataConfig
+
 
 def add_options(command: ArgumentParser) -> None:
     """Adds the options that every analysis has."""
@@ -27,6 +29,69 @@ def add_options(command: ArgumentParser) -> None:
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto, a GPU if there is one")
     add("--output", metavar="DIR", type=Path, help="default: RUN/analysis for a run, otherwise outputs/analysis")
     add("--debug", action="store_true", help="show the traceback of an error")
+
+
+def add_image_options(command: ArgumentParser) -> None:
+    """Adds --images and --noise, of which one must be given, for an analysis that needs no labels."""
+    group = command.add_mutually_exclusive_group(required=True)
+    group.add_argument(
+        "--images", metavar="PATH", nargs="+", help="files, folders (searched recursively) or glob patterns"
+    )
+    group.add_argument("--noise", metavar="N", type=integer(1), help="N images of standard-normal noise, of seed 0")
+
+
+class Images:
+    """Images without labels: those of --images, or noise of the same size."""
+
+    def __init__(self, args: Namespace, config: "DataConfig", unreadable: set[str] | None = None) -> None:
+        """Keeps the request.
+
+        Args:
+            args: With `images` and, for noise, `noise`.
+            config: The preprocessing.
+            unreadable: Paths that have been reported as unreadable; new ones are added.
+        """
+        self.args, self.config = args, config
+        self.unreadable = set() if unreadable is None else unreadable
+
+    def batches(self) -> "Iterator[tuple[list[str], torch.Tensor]]":
+        """Yields paths and normalised images `B C H W`; reports unreadable files on standard error.
+
+        Raises:
+            RequestError: No image can be read.
+        """
+        import torch
+
+        found = self._noise() if self.args.images is None else self._readable()
+        pairs = list(islice(found, self.args.batch_size))
+        if not pairs:
+            raise RequestError("no image can be read")
+        while pairs:
+            yield [path for path, _ in pairs], torch.stack([image for _, image in pairs])
+            pairs = list(islice(found, self.args.batch_size))
+
+    def _noise(self) -> "Iterator[tuple[str, torch.Tensor]]":
+        import torch
+
+        generator = torch.Generator().manual_seed(0)
+        size = (self.config.in_chans, self.config.img_size, self.config.img_size)
+        for number in range(self.args.noise):
+            yield f"noise {number}", torch.randn(size, generator=generator)
+
+    def _readable(self) -> "Iterator[tuple[str, torch.Tensor]]":
+        from sequencer.data import UnreadableImage, eval_transform, read_image, resized_side
+        from sequencer.evaluation import find_images
+
+        transform, side = eval_transform(self.config), resized_side(self.config)
+        for source in find_images(self.args.images):
+            try:
+                if isinstance(source, UnreadableImage):
+                    raise source
+                yield source, transform(read_image(source, shorter_side=side))
+            except UnreadableImage as error:
+                if error.path not in self.unreadable:
+                    print(f"{printable(error.path)} is left out: {printable(error.reason)}", file=sys.stderr)
+                self.unreadable.add(error.path)
 
 
 class Batch(NamedTuple):
@@ -58,7 +123,11 @@ class Subject:
             raise RequestError(f"{args.model} has one class: there is no runner-up")
         self.config = input_config(loaded)
         self.names = readable_names(loaded.class_names, num_classes)
-        self.unreadable = 0
+        self.images = Images(args, self.config)
+
+    @property
+    def unreadable(self) -> set[str]:
+        return self.images.unreadable
 
     def batches(self) -> Iterator[Batch]:
         """Yields the readable images; reports the others on standard error.
@@ -70,31 +139,12 @@ class Subject:
 
         from sequencer.report.content import to_pixels
 
-        readable = self._readable()
-        pairs = list(islice(readable, self.args.batch_size))
-        if not pairs:
-            raise RequestError("no image can be read")
-        while pairs:
-            images = torch.stack([image for _, image in pairs]).to(self.device)
+        for paths, images in self.images.batches():
+            images = images.to(self.device)
             with torch.inference_mode():
                 logits = self.model(images)
             order = logits.sort(dim=1, descending=True, stable=True).indices[:, :2]
-            yield Batch([path for path, _ in pairs], images, to_pixels(images, self.config), logits, order)
-            pairs = list(islice(readable, self.args.batch_size))
-
-    def _readable(self) -> "Iterator[tuple[str, torch.Tensor]]":
-        from sequencer.data import UnreadableImage, eval_transform, read_image, resized_side
-        from sequencer.evaluation import find_images
-
-        transform, side = eval_transform(self.config), resized_side(self.config)
-        for source in find_images(self.args.images):
-            try:
-                if isinstance(source, UnreadableImage):
-                    raise source
-                yield source, transform(read_image(source, shorter_side=side))
-            except UnreadableImage as error:
-                self.unreadable += 1
-                print(f"{printable(error.path)} is left out: {printable(error.reason)}", file=sys.stderr)
+            yield Batch(paths, images, to_pixels(images, self.config), logits, order)
 
     def named(self, order: "torch.Tensor") -> list[str]:
         """Names of the predicted class and of the runner-up."""
@@ -102,12 +152,13 @@ class Subject:
 
 
 def output_folder(args: Namespace) -> Path:
-    """The folder of the results: that of --output, or below the run."""
-    is_run = (Path(args.model) / "config.yaml").is_file()
-    return args.output or (Path(args.model) if is_run else Path("outputs")) / "analysis"
+    """The folder of the results: that of --output, or below the run if MODEL is one."""
+    models = [args.model] if isinstance(args.model, str) else args.model
+    is_run = len(models) == 1 and (Path(models[0]) / "config.yaml").is_file()
+    return args.output or (Path(models[0]) if is_run else Path("outputs")) / "analysis"
 
 
-def finish(subject: Subject, lines: list[str], files: list[Path]) -> int:
+def finish(subject: Subject | Images, lines: list[str], files: list[Path]) -> int:
     """Prints the result and what was written; returns the exit code, 1 if an image could not be read."""
     for line in [*lines, "written:", *(printable(file) for file in files)]:
         say(line)
