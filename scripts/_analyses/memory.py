@@ -60,6 +60,7 @@ def memory(args: Namespace) -> int:
     sources = _sources_of_cells(args) if args.cells else _sources(args)
     from sequencer.analysis.memory import SATURATED, measure_memory
     from sequencer.analysis.memory_plots import Measured, plot_curves, plot_maps
+    from sequencer.report.content import to_pixels
 
     device = pick_device(args.device)
     output = output_folder(args)
@@ -70,12 +71,14 @@ def memory(args: Namespace) -> int:
             model, config = source.build()
             config = replace(config, img_size=args.img_size or config.img_size)
             images = Images(args, config, unreadable)
-            batches = _tracked(images, source.label, device)
+            first: list[torch.Tensor] = []
+            batches = _tracked(images, source.label, device, first)
             try:
                 scans = measure_memory(model.to(device), batches)
             except ValueError as error:
                 raise RequestError(f"{source.label}: {error}") from error
-            measured.append(Measured(source.label, source.is_trained, source.group, scans))
+            pixels = None if args.noise else to_pixels(first[0], config)[0]
+            measured.append(Measured(source.label, source.is_trained, source.group, scans, pixels))
         _write_numbers(measured, output)
         about = f"{args.noise:,} images of noise" if args.noise else "the images given"
         plot_curves(measured, about, output / "memory.png")
@@ -168,8 +171,13 @@ def _untrained(loaded: "LoadedModel") -> Network:
     return _build(loaded.arch, **sizes | loaded.model_args)[0], input_config(loaded)
 
 
-def _tracked(images: Images, label: str, device: "torch.device") -> "Iterator[torch.Tensor]":
-    """Yields batches on the device, with a progress bar on standard error if that is a terminal."""
+def _tracked(
+    images: Images, label: str, device: "torch.device", first: "list[torch.Tensor]"
+) -> "Iterator[torch.Tensor]":
+    """Yields batches on the device, with a progress bar on standard error if that is a terminal.
+
+    The first image is appended to `first`.
+    """
     from rich.console import Console
     from rich.progress import track
 
@@ -177,6 +185,8 @@ def _tracked(images: Images, label: str, device: "torch.device") -> "Iterator[to
     console, quiet = Console(stderr=True), not sys.stderr.isatty()
     tracked = track(images.batches(), label, total=total, console=console, transient=True, disable=quiet)
     for _, batch in tracked:
+        if not first:
+            first.append(batch[:1])
         yield batch.to(device)
 
 
@@ -185,7 +195,7 @@ def _rows(measured: "list[Any]") -> list[list[str]]:
     from sequencer.analysis.memory import half_distance, mean_curves, mean_saturation, tokens
 
     rows = []
-    for label, _, _, scans in measured:
+    for label, _, _, scans, _ in measured:
         for steps, (curve, carried) in mean_curves(scans).items():
             gates = mean_saturation([scan for scan in scans if len(scan.jacobian) == steps])
             total = sum(low + high for low, high in gates.values()) / len(gates) if gates else None
@@ -204,7 +214,7 @@ def _write_numbers(measured: "list[Any]", output: Path) -> None:
     curves: list[tuple[Any, ...]] = []
     figures: list[tuple[Any, ...]] = []
     maps = {}
-    for label, _, _, scans in measured:
+    for label, _, _, scans, _ in measured:
         for scan in scans:
             of = (label, scan.module, scan.layer, scan.direction)
             for k, norm in enumerate(scan.jacobian):

@@ -10,7 +10,8 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.ticker import FuncFormatter, PercentFormatter
+from matplotlib.ticker import FuncFormatter, NullLocator, PercentFormatter
+from numpy.typing import NDArray
 
 from sequencer.analysis.memory import (
     MOST_SEQUENCES,
@@ -29,7 +30,9 @@ FLOOR = 1e-9  # what is smaller is not drawn
 LINEAR = 64  # steps; longer scans get a logarithmic axis of distances
 LABEL = 34  # characters
 MAPS_SIDE_BY_SIDE = 3
+LINES = (("-", "--"), ("-.", ":"))  # trained or alone, untrained beside trained; the second pair where colours repeat
 STATES = "viridis"
+SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 class Measured(NamedTuple):
@@ -39,6 +42,7 @@ class Measured(NamedTuple):
     is_trained: bool
     group: int  # models of a group have one colour
     scans: list[ScanMemory]
+    image: NDArray[np.uint8] | None = None  # the first image, `H0 W0 3`; None for noise
 
 
 @rc_context(STYLE)
@@ -57,6 +61,7 @@ def plot_curves(models: Sequence[Measured], about: str, output: Path) -> Figure:
     """
     curves = [mean_curves(model.scans) for model in models]
     lengths = sorted({steps for found in curves for steps in found}, reverse=True)
+    is_mixed = len({model.is_trained for model in models}) > 1
     gates = list(dict.fromkeys(name for model in models for scan in model.scans for name in scan.saturated))
     below = 0.9 + 0.2 * len(models) if gates else 0.0  # inches
     above = 2 * max(2.6, 0.4 + 0.16 * len(models))
@@ -69,7 +74,8 @@ def plot_curves(models: Sequence[Measured], about: str, output: Path) -> Figure:
     for column, steps in enumerate(lengths):
         for model, found in zip(models, curves, strict=True):
             if steps in found:
-                _draw(panels[:, column], model, steps, *found[steps])
+                is_dashed = not model.is_trained and is_mixed
+                _draw(panels[:, column], model, steps, *found[steps], is_dashed)
         _finish_column(panels[:, column], steps)
     panels[0, 0].set_ylabel("norm of dh(t)/dx(t-k)\nover that at k = 0")
     panels[1, 0].set_ylabel("product of the\nlast k forget gates")
@@ -78,9 +84,10 @@ def plot_curves(models: Sequence[Measured], about: str, output: Path) -> Figure:
     caption = (
         f"Frobenius norm of the Jacobian of one direction of one recurrent layer, from its last step t, over {about}: "
         f"root mean square over at most {MOST_SEQUENCES} rows or columns of each image, {PROBES} Gaussian probes each, "
-        "divided by its value at k = 0, then the mean over blocks and directions of one length. Products of forget gates: "
-        "mean over units, sequences, blocks and directions; the update gate of a GRU is taken for its forget gate. "
-        f"In brackets: the distance at which a curve is half its value at k = 0. Values below {FLOOR:g} are left out."
+        "divided by its value at k = 0, then the mean over blocks and directions of one length. Products of forget "
+        "gates: mean over units, sequences, blocks and directions; the update gate of a GRU is taken for its forget "
+        "gate. In brackets: the distance at which a curve is half its value at k = 0. "
+        f"Values below {_power(FLOOR)} are left out."
     )
     lines = textwrap.fill(drawable(caption), int(size[0] * 15))
     figure.supxlabel(lines, fontsize=8, color=INK, x=0.01, ha="left")
@@ -88,13 +95,9 @@ def plot_curves(models: Sequence[Measured], about: str, output: Path) -> Figure:
     return figure
 
 
-def _draw(panels: Any, model: Measured, steps: int, curve: Array, carried: Array | None) -> None:
-    style = {
-        "color": FAMILIES[model.group % len(FAMILIES)],
-        "linestyle": "-" if model.is_trained or model.group < len(FAMILIES) else "-.",
-    }
-    if not model.is_trained and model.label.endswith(", untrained"):
-        style["linestyle"] = "--"
+def _draw(panels: Any, model: Measured, steps: int, curve: Array, carried: Array | None, is_dashed: bool) -> None:
+    cycle, colour = divmod(model.group, len(FAMILIES))
+    style = {"color": FAMILIES[colour], "linestyle": LINES[cycle % len(LINES)][is_dashed]}
     for axes, values in ((panels[0], curve), (panels[1], carried)):
         if values is not None:
             name = f"{shorten(model.label, LABEL)} ({tokens(half_distance(values), steps)})"
@@ -104,6 +107,8 @@ def _draw(panels: Any, model: Measured, steps: int, curve: Array, carried: Array
 def _finish_column(panels: Any, steps: int) -> None:
     for axes in panels:
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _power(value)))
+        axes.yaxis.set_minor_locator(NullLocator())
         if axes.lines:
             axes.legend(
                 loc="upper left", bbox_to_anchor=(1.0, 1.03), title="half-distance in brackets", alignment="left"
@@ -119,6 +124,11 @@ def _finish_column(panels: Any, steps: int) -> None:
     panels[1].set_xlim(0, steps - 1 or 1)
 
 
+def _power(value: float) -> str:
+    """Formats a power of ten; the mathematical text of matplotlib is switched off."""
+    return "10" + str(round(math.log10(value))).translate(SUPERSCRIPTS)
+
+
 def _draw_saturation(figure: Any, models: Sequence[Measured], gates: Sequence[str]) -> None:
     """Draws a panel for each gate, with a bar for each model."""
     low, high = SATURATED
@@ -128,7 +138,7 @@ def _draw_saturation(figure: Any, models: Sequence[Measured], gates: Sequence[st
             below, above = mean_saturation(model.scans).get(gate, (math.nan, math.nan))
             if math.isnan(below):
                 continue
-            axes.barh(row, below, color=BLUE, height=0.65, label=f"below {low:g}" if axes is panels[0] else None)
+            axes.barh(row, below, color=BLUE, height=0.65)
             axes.barh(row, above, left=below, color=VERMILION, height=0.65)
         axes.set_title(f"{gate} gates", fontsize=9)
         axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
@@ -158,6 +168,7 @@ def plot_maps(models: Sequence[Measured], output: Path) -> Figure:
         max(len(scans[0].maps) for scans in chosen[columns * line : columns * (line + 1)]) for line in range(lines)
     ]
     widest = max(len(scans) for scans in chosen)
+    widest += any(model.image is not None for model in models)
     size = (max(columns * (0.95 * widest + 1.3), 6.0), 1.05 * sum(heights) + 0.75 * lines + 0.7)
     figure = Figure(figsize=size, layout=ConstrainedLayoutEngine(w_pad=0.05, h_pad=0.04))
     parts = figure.subfigures(lines, columns, height_ratios=heights, squeeze=False)
@@ -169,12 +180,14 @@ def plot_maps(models: Sequence[Measured], output: Path) -> Figure:
             axes.set_axis_off()
         for axes, name in zip(panels, scans[0].maps, strict=False):
             _draw_maps(part, axes, name, scans)
+            if model.image is not None:
+                _make_room(axes, scans, model.image if axes is panels[0] else None)
         panels[0].set_xticks(*_centres(scans))
         panels[0].tick_params(labeltop=True, labelbottom=False)
         part.suptitle(f"{shorten(model.label, LABEL)}: {scans[0].module}", fontsize=8.5, x=0.02, ha="left")
     caption = (
-        "Root mean square over channels of the hidden states, and mean over units of each gate, at every token of the first "
-        "image; last block of the first stage. The other blocks are in memory.npz."
+        "Root mean square over channels of the hidden states, and mean over units of each gate, at every token of the "
+        "first image; last block of the first stage. The other blocks are in memory.npz."
     )
     figure.supxlabel(textwrap.fill(caption, int(size[0] * 15)), fontsize=8, color=INK, x=0.01, ha="left")
     save(figure, output)
@@ -204,7 +217,7 @@ def _draw_maps(figure: Any, axes: Any, name: str, scans: Sequence[ScanMemory]) -
     gap = np.full((height, _gap(width)), np.nan)
     joined = np.hstack([part for scan in scans for part in (scan.maps[name], gap)][:-1])
     is_gate = name != "hidden"
-    image = axes.imshow(joined, cmap=STATES, vmin=0, vmax=1 if is_gate else None, interpolation="nearest")
+    image = axes.imshow(joined, cmap=STATES, vmin=None if is_gate else 0, interpolation="nearest")
     axes.set_xticks([])
     axes.set_yticks([])
     axes.set_ylabel(f"{name}\ngates" if is_gate else "hidden\nstates", fontsize=8)
@@ -214,3 +227,14 @@ def _draw_maps(figure: Any, axes: Any, name: str, scans: Sequence[ScanMemory]) -
     bar = figure.colorbar(image, ax=axes, aspect=12, pad=0.02)
     bar.ax.tick_params(labelsize=7)
     bar.outline.set_visible(False)
+
+
+def _make_room(axes: Any, scans: Sequence[ScanMemory], image: NDArray[np.uint8] | None) -> None:
+    """Leaves room for the image at the left of the maps, and draws it there if it is given."""
+    height, width = scans[0].maps["hidden"].shape
+    right = axes.get_xlim()[1]
+    left = -(width + _gap(width)) - 0.5
+    if image is not None:
+        axes.imshow(image, extent=(left, left + width, height - 0.5, -0.5))
+    axes.set_xlim(left, right)
+    axes.set_ylim(height - 0.5, -0.5)
