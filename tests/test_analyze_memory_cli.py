@@ -16,7 +16,7 @@ def script(load_script):
 
 @pytest.fixture
 def run_folder(tmp_path):
-    return save_run(tmp_path / "run", DIGITS, NAMES)
+    return save_run(tmp_path / "run", DIGITS, NAMES, seed=1)
 
 
 def test_a_run_beside_its_untrained_architecture(script, run_folder, tmp_path, capsys):
