@@ -204,8 +204,8 @@ def trace(x: Float[Tensor, "N T C"], w: Weights, cell: str) -> Trace:
     inputs = F.linear(x, w.weight_ih, w.bias_ih)
     h = c = x.new_zeros(x.shape[0], w.weight_hh.shape[0] // CELLS[cell].gates)
     hidden, gates = [], []
-    for t in range(x.shape[1]):
-        h, c, *found = CELLS[cell].step(inputs[:, t], (h, c), w)
+    for step_inputs in inputs.unbind(1):  # whose gradient is one stack, that of an index a zero-filled copy per step
+        h, c, *found = CELLS[cell].step(step_inputs, (h, c), w)
         hidden.append(h)
         gates.append(found[0] if found else {})
     return Trace(torch.stack(hidden, 1), {name: torch.stack([step[name] for step in gates], 1) for name in gates[0]})
