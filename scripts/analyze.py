@@ -3,6 +3,7 @@
     python scripts/analyze.py evidence outputs/digits/2026-01-31_12-00-00 photograph.jpg folder/
     python scripts/analyze.py directions MODEL 'scans/**/*.png' --output figures
     python scripts/analyze.py receptive-field MODEL convnext_tiny --images folder/
+    python scripts/analyze.py memory sequencer2d_s --cells rnn,lstm1997,lstm --noise 16
 
 `analyze.py WHAT --help` lists the options of each. MODEL is a run folder, a model folder, a checkpoint or a timm name.
 Each command prints a table and writes a picture and the numbers behind it. `evidence` and `directions` are exact: the
@@ -11,7 +12,7 @@ shares of all tokens, or the contributions of all parts of the model, sum to the
 
 from argparse import Namespace, RawDescriptionHelpFormatter
 
-from _analyses import attribution, receptive_field
+from _analyses import attribution, memory, receptive_field
 from _analyses.common import add_options
 from _cli import Parser, named_model, run
 
@@ -23,6 +24,7 @@ COMMANDS = {
         receptive_field,
         "which pixels a token of each stage depends on",
     ),
+    "memory": (memory.memory, memory, "how far back the recurrences of models remember"),
 }
 
 
@@ -44,7 +46,7 @@ def parse(argv: list[str] | None) -> Namespace:
 def work(args: Namespace) -> int:
     if isinstance(args.model, str):
         args.model = named_model(args.model, args)
-    else:
+    elif not getattr(args, "cells", None):  # MODEL names architectures, of which no weights are read
         args.model = [named_model(model, args) for model in args.model]
     return args.analyze(args)
 

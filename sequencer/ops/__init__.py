@@ -3,7 +3,7 @@
 from sequencer.ops.backends import BACKENDS, Backend, Choice, Inputs, add_backend, configure, explain
 from sequencer.ops.bilstm2d import rnn1d, rnn2d
 from sequencer.ops.packing import PackedWeights
-from sequencer.ops.reference import CELLS, Cell, Layers, Weights
+from sequencer.ops.reference import CELLS, Cell, Layers, Trace, Weights, trace
 
 __all__ = [
     "BACKENDS",
@@ -14,10 +14,12 @@ __all__ = [
     "Inputs",
     "Layers",
     "PackedWeights",
+    "Trace",
     "Weights",
     "add_backend",
     "configure",
     "explain",
     "rnn1d",
     "rnn2d",
+    "trace",
 ]

@@ -33,17 +33,26 @@ class Weights(NamedTuple):
 
 Layers = list[tuple[Weights, ...]]  # first layer first; each layer holds (forward,) or (forward, backward)
 State = tuple[Tensor, Tensor]  # h and c, each (N, D); a GRU and a plain RNN return c unchanged
+Gates = dict[str, Tensor]  # by name: the activations of the gates, each (N, D) in [0, 1]
+Step = State | tuple[Tensor, Tensor, Gates]  # the next state, with the gates of a cell that has some
 
 
-def _lstm(gates: Tensor, state: State, w: Weights) -> State:
+def _lstm(gates: Tensor, state: State, w: Weights) -> Step:
     """Computes one step of an LSTM; gates i, f, g, o."""
-    h, c = state
-    i, f, g, o = (gates + F.linear(h, w.weight_hh, w.bias_hh)).chunk(4, dim=-1)
-    c = f.sigmoid() * c + i.sigmoid() * g.tanh()
-    return o.sigmoid() * c.tanh(), c
+    h, _ = state
+    return _update(gates + F.linear(h, w.weight_hh, w.bias_hh), state)
 
 
-def _peephole_lstm(gates: Tensor, state: State, w: Weights) -> State:
+def _update(gates: Tensor, state: State) -> Step:
+    """Computes the gates of an LSTM and its next state from their complete inputs i, f, g, o."""
+    _, c = state
+    i, f, g, o = gates.chunk(4, dim=-1)
+    i, f, o = i.sigmoid(), f.sigmoid(), o.sigmoid()
+    c = f * c + i * g.tanh()
+    return o * c.tanh(), c, {"input": i, "forget": f, "output": o}
+
+
+def _peephole_lstm(gates: Tensor, state: State, w: Weights) -> Step:
     """Computes one step of an LSTM with peepholes; gates i, f, g, o.
 
     The input and forget gates read the cell state before the update, the output gate reads it after the update.
@@ -52,19 +61,19 @@ def _peephole_lstm(gates: Tensor, state: State, w: Weights) -> State:
     i, f, g, o = (gates + F.linear(h, w.weight_hh, w.bias_hh)).chunk(4, dim=-1)
     assert w.weight_ch is not None
     p_i, p_f, p_o = w.weight_ch.chunk(3)
-    c = (f + p_f * c).sigmoid() * c + (i + p_i * c).sigmoid() * g.tanh()
-    return (o + p_o * c).sigmoid() * c.tanh(), c
+    i, f = (i + p_i * c).sigmoid(), (f + p_f * c).sigmoid()
+    c = f * c + i * g.tanh()
+    o = (o + p_o * c).sigmoid()
+    return o * c.tanh(), c, {"input": i, "forget": f, "output": o}
 
 
-def _indylstm(gates: Tensor, state: State, w: Weights) -> State:
+def _indylstm(gates: Tensor, state: State, w: Weights) -> Step:
     """Computes one step of an IndyLSTM, whose recurrent weights are diagonal matrices; gates i, f, g, o."""
-    h, c = state
-    i, f, g, o = (gates + w.weight_hh * h.repeat(1, 4)).chunk(4, dim=-1)
-    c = f.sigmoid() * c + i.sigmoid() * g.tanh()
-    return o.sigmoid() * c.tanh(), c
+    h, _ = state
+    return _update(gates + w.weight_hh * h.repeat(1, 4), state)
 
 
-def _lstm1997(gates: Tensor, state: State, w: Weights) -> State:
+def _lstm1997(gates: Tensor, state: State, w: Weights) -> Step:
     """Computes one step of the LSTM of 1997, which has no forget gate; gates i, g, o.
 
     The cell input is squashed to [-2, 2], the cell state to [-1, 1]. Two properties of the paper are left out: gate
@@ -72,22 +81,23 @@ def _lstm1997(gates: Tensor, state: State, w: Weights) -> State:
     """
     h, c = state
     i, g, o = (gates + F.linear(h, w.weight_hh)).chunk(3, dim=-1)
-    c = c + i.sigmoid() * (4 * g.sigmoid() - 2)
-    return o.sigmoid() * (2 * c.sigmoid() - 1), c
+    i, o = i.sigmoid(), o.sigmoid()
+    c = c + i * (4 * g.sigmoid() - 2)
+    return o * (2 * c.sigmoid() - 1), c, {"input": i, "output": o}
 
 
-def _gru(gates: Tensor, state: State, w: Weights) -> State:
+def _gru(gates: Tensor, state: State, w: Weights) -> Step:
     """Computes one step of a GRU; gates r, z, n. The reset gate scales the recurrent term of n, including its bias."""
     h, c = state
     r, z, n = gates.chunk(3, dim=-1)
     r_h, z_h, n_h = F.linear(h, w.weight_hh, w.bias_hh).chunk(3, dim=-1)
-    z = (z + z_h).sigmoid()
-    n = (n + (r + r_h).sigmoid() * n_h).tanh()
-    return (1 - z) * n + z * h, c
+    r, z = (r + r_h).sigmoid(), (z + z_h).sigmoid()
+    n = (n + r * n_h).tanh()
+    return (1 - z) * n + z * h, c, {"reset": r, "update": z}
 
 
-def _rnn(activation: Callable[[Tensor], Tensor]) -> Callable[[Tensor, State, Weights], State]:
-    def step(gates: Tensor, state: State, w: Weights) -> State:
+def _rnn(activation: Callable[[Tensor], Tensor]) -> Callable[[Tensor, State, Weights], Step]:
+    def step(gates: Tensor, state: State, w: Weights) -> Step:
         h, c = state
         return activation(gates + F.linear(h, w.weight_hh, w.bias_hh)), c
 
@@ -98,7 +108,7 @@ def _rnn(activation: Callable[[Tensor], Tensor]) -> Callable[[Tensor, State, Wei
 class Cell:
     """The step function of a cell and the parameters that it has."""
 
-    step: Callable[[Tensor, State, Weights], State]  # (input projection, previous state, weights) -> state
+    step: Callable[[Tensor, State, Weights], Step]  # (input projection, previous state, weights) -> state, gates
     gates: int
     diagonal: bool = False  # weight_hh holds diagonals
     bias_hh: bool = True
@@ -169,11 +179,36 @@ def scan(x: Float[Tensor, "N T C"], w: Weights, cell: str, reverse: bool = False
     step, steps = CELLS[cell].step, range(x.shape[1])
     outputs = []
     for t in reversed(steps) if reverse else steps:
-        h, c = step(gates[:, t].to(state_dtype), (h, c), w)
+        h, c = step(gates[:, t].to(state_dtype), (h, c), w)[:2]
         outputs.append(h)
     if reverse:
         outputs.reverse()
     return torch.stack(outputs, dim=1).to(gates.dtype)
+
+
+class Trace(NamedTuple):
+    """What one direction of one layer computes at every step."""
+
+    hidden: Float[Tensor, "N T D"]
+    gates: dict[str, Float[Tensor, "N T D"]]  # by name, in [0, 1]; empty for a cell without gates
+
+
+def trace(x: Float[Tensor, "N T C"], w: Weights, cell: str) -> Trace:
+    """Runs one direction of one layer from the first step to the last, as `scan` does, and keeps the gates.
+
+    Args:
+        x: Inputs, in a floating-point dtype that autocast leaves as it is.
+        w: The parameters, of the same dtype.
+        cell: One of `CELLS`.
+    """
+    inputs = F.linear(x, w.weight_ih, w.bias_ih)
+    h = c = x.new_zeros(x.shape[0], w.weight_hh.shape[0] // CELLS[cell].gates)
+    hidden, gates = [], []
+    for step_inputs in inputs.unbind(1):  # whose gradient is one stack, that of an index a zero-filled copy per step
+        h, c, *found = CELLS[cell].step(step_inputs, (h, c), w)
+        hidden.append(h)
+        gates.append(found[0] if found else {})
+    return Trace(torch.stack(hidden, 1), {name: torch.stack([step[name] for step in gates], 1) for name in gates[0]})
 
 
 def rnn(x: Float[Tensor, "N T C"], layers: Layers, cell: str) -> Float[Tensor, "N T K"]:
