@@ -4,15 +4,18 @@
     python scripts/analyze.py directions MODEL 'scans/**/*.png' --output figures
     python scripts/analyze.py receptive-field MODEL convnext_tiny --images folder/
     python scripts/analyze.py memory sequencer2d_s --cells rnn,lstm1997,lstm --noise 16
+    python scripts/analyze.py knock-out outputs/digits/2026-01-31_12-00-00
+    python scripts/analyze.py symmetry sequencer2d_s convnext_tiny --data imagenet --data-root DIR --limit 5000
 
 `analyze.py WHAT --help` lists the options of each. MODEL is a run folder, a model folder, a checkpoint or a timm name.
 Each command prints a table and writes a picture and the numbers behind it. `evidence` and `directions` are exact: the
-shares of all tokens, or the contributions of all parts of the model, sum to the logit.
+shares of all tokens, or the contributions of all parts of the model, sum to the logit. Knock-out and symmetry
+evaluate models on labelled images.
 """
 
 from argparse import Namespace, RawDescriptionHelpFormatter
 
-from _analyses import attribution, memory, receptive_field
+from _analyses import attribution, knock_out, memory, receptive_field, symmetry
 from _analyses.common import add_options
 from _cli import Parser, named_model, run
 
@@ -25,6 +28,8 @@ COMMANDS = {
         "which pixels a token of each stage depends on",
     ),
     "memory": (memory.memory, memory, "how far back the recurrences of models remember"),
+    "knock-out": (knock_out.knock_out, knock_out, "how much accuracy needs each scan direction of each block"),
+    "symmetry": (symmetry.symmetry, symmetry, "accuracy on images that are turned, shifted, covered or shuffled"),
 }
 
 
