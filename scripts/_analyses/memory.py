@@ -80,7 +80,7 @@ def memory(args: Namespace) -> int:
             pixels = None if args.noise else to_pixels(first[0], config)[0]
             measured.append(Measured(source.label, source.is_trained, source.group, scans, pixels))
         _write_numbers(measured, output)
-        about = f"{args.noise:,} images of noise" if args.noise else "the images given"
+        about = f"standard-normal noise ({args.noise:,} drawn)" if args.noise else "the images given"
         plot_curves(measured, about, output / "memory.png")
         plot_maps(measured, output / "memory_maps.png")
     low, high = SATURATED

@@ -141,7 +141,7 @@ def _draw_saturation(figure: Any, models: Sequence[Measured], gates: Sequence[st
             axes.barh(row, below, color=BLUE, height=0.65)
             axes.barh(row, above, left=below, color=VERMILION, height=0.65)
         axes.set_title(f"{gate} gates", fontsize=9)
-        axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        axes.xaxis.set_major_formatter(PercentFormatter(1))
         axes.grid(visible=False, axis="y")
         axes.tick_params(axis="y", length=0)
     panels[0].set_yticks(range(len(models)), [shorten(model.label, LABEL) for model in models])
