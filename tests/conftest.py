@@ -24,6 +24,7 @@ from typing import Any
 import beartype._check.code.codemain as beartype_code
 import numpy as np
 import pytest
+from PIL import Image
 from torchvision import datasets
 
 # beartype (private interface of 0.23) draws the item of a sequence that it checks from Python's global generator, which
@@ -42,6 +43,18 @@ def config(tmp_path) -> Callable[..., Any]:
     from tests.helpers import small_config  # after the line above that seeds the run-time type checks
 
     return lambda *overrides, run_dir="run": small_config(tmp_path / run_dir, *overrides)
+
+
+@pytest.fixture
+def unrendered(monkeypatch) -> None:
+    """Plots of a run are drawn, but written as blank pictures: rendering takes longer than a small run trains."""
+    from sequencer.analysis import plots
+    from sequencer.files import write_atomically
+
+    def save(figure: object, output: Path) -> None:
+        write_atomically(output, lambda path: Image.new("L", (8, 8)).save(path, "png"))
+
+    monkeypatch.setattr(plots, "save", save)
 
 
 @pytest.fixture

@@ -21,12 +21,14 @@ _context.set_forkserver_preload(["tests.processes", "sequencer.training", "seque
 
 
 class Command:
-    """`python train.py ARGUMENTS...` in a process group of its own, with the interface of `subprocess.Popen`."""
+    """`python SCRIPT ARGUMENTS...` in a process group of its own, with the interface of `subprocess.Popen`."""
 
-    def __init__(self, arguments: Sequence[str], cwd: Path, environment: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, arguments: Sequence[str], cwd: Path, environment: Mapping[str, str] | None = None, script: Path = TRAIN
+    ) -> None:
         self._folder = tempfile.mkdtemp()
         self._outputs = [Path(self._folder, name) for name in ("stdout", "stderr")]
-        command = [str(TRAIN), *map(str, arguments)]
+        command = [str(script), *map(str, arguments)]
         self._process = _context.Process(
             target=_run, args=(command, str(cwd), {**os.environ, **(environment or {})}, self._outputs)
         )
@@ -76,15 +78,20 @@ def run_function(function: Callable[..., object], *arguments: object) -> None:
     assert process.exitcode == 0
 
 
-def start_ranks(number: int, arguments: Sequence[str], cwd: Path) -> list[Command]:
+def start_ranks(
+    number: int,
+    arguments: Sequence[str],
+    cwd: Path,
+    environment: Mapping[str, object] | None = None,
+    script: Path = TRAIN,
+) -> list[Command]:
     """Starts a command on several ranks, with the environment variables that torchrun sets."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": number, "LOCAL_WORLD_SIZE": number}
-    return [
-        Command(arguments, cwd, {key: str(value) for key, value in (shared | {"RANK": i, "LOCAL_RANK": i}).items()})
-        for i in range(number)
-    ]
+    shared |= environment or {}
+    ranks = [{key: str(value) for key, value in (shared | {"RANK": i, "LOCAL_RANK": i}).items()} for i in range(number)]
+    return [Command(arguments, cwd, variables, script) for variables in ranks]
 
 
 def finish(ranks: Sequence[Command]) -> str:
@@ -119,6 +126,7 @@ def _run(command: list[str], cwd: str, environment: dict[str, str], outputs: lis
     for descriptor, path in enumerate(outputs, start=1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), descriptor)
     sys.argv = command
+    sys.path.insert(0, str(Path(command[0]).parent))  # as the interpreter does
     try:
         runpy.run_path(command[0], run_name="__main__")
     finally:

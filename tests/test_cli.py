@@ -1,7 +1,6 @@
 """train.py as a user meets it."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -9,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-TRAIN = Path(__file__).parents[1] / "train.py"
+from tests.processes import TRAIN, Command, finish, wait_for
+
 QUICK = [
     "trainer.accelerator=cpu", "data.num_workers=0", "optim.warmup_epochs=0", "trainer.limit_train_batches=2",
     "model.kwargs={layers: [1], patch_sizes: [2], embed_dims: [16], hidden_sizes: [4]}",
@@ -79,33 +79,25 @@ def test_a_request_that_data_refuses_leaves_nothing(tmp_path):
 
 
 def test_run_resume_and_finish(tmp_path):
-    first = train("run_dir=run", "trainer.max_epochs=1", *QUICK, cwd=tmp_path)
-    assert first.returncode == 0, first.stderr
-    assert "epoch 1/1" in first.stdout
-    more = train("resume=run", "trainer.max_epochs=2", cwd=tmp_path)
-    assert more.returncode == 0, more.stderr
-    assert "epoch 2/2" in more.stdout
-    assert more.stdout.startswith("resuming in epoch 2 of 2, after 2 updates, from\nrun/checkpoints/last.ckpt\n")
-    again = train("resume=run", cwd=tmp_path)
-    assert again.returncode == 0
-    assert again.stdout.startswith(
+    def succeed(*arguments: str) -> str:
+        return finish([Command(arguments, tmp_path)])
+
+    assert "epoch 1/1" in succeed("run_dir=run", "trainer.max_epochs=1", *QUICK)
+    more = succeed("resume=run", "trainer.max_epochs=2")
+    assert "epoch 2/2" in more
+    assert more.startswith("resuming in epoch 2 of 2, after 2 updates, from\nrun/checkpoints/last.ckpt\n")
+    again = succeed("resume=run")
+    assert again.startswith(
         "nothing is left to do: this run has finished its 2 epochs; for more:\n"
         "python train.py resume=run trainer.max_epochs=4\n"
     )
-    assert "epoch 1/" not in again.stdout
+    assert "epoch 1/" not in again
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["epochs"] == 2
 
 
 def test_ctrl_c(tmp_path):
-    command = [sys.executable, TRAIN, "run_dir=run", "trainer.max_epochs=500", *QUICK]
-    process = subprocess.Popen(
-        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env=os.environ | {"PYTHONUNBUFFERED": "1"},
-        # a test run in the background inherits an ignored SIGINT
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )  # fmt: skip
-    while "epoch   2/500" not in (line := process.stdout.readline()):
-        assert line, process.stderr.read()
+    process = Command(["run_dir=run", "trainer.max_epochs=500", *QUICK], tmp_path)
+    wait_for(tmp_path / "run" / "train.log", "epoch   2/500")
     process.send_signal(signal.SIGINT)
     output, errors = process.communicate(timeout=60)
     assert process.returncode == 130

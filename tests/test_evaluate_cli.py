@@ -16,6 +16,7 @@ from sequencer.data import eval_transform, open_split
 from sequencer.evaluation import evaluation_data
 from sequencer.models import create_model, load_model, timm_preprocessing
 from tests.helpers import DIGITS, SCRIPTS, exit_code, read_csv, save_run
+from tests.processes import finish, start_ranks
 
 SETTING = Path("evaluation", "digits-test-raw-8px-crop1")  # below the run
 FOLDERS = Path("evaluation", "imagefolder-val-raw-8px-crop1")
@@ -150,10 +151,8 @@ def test_three_ranks_give_the_results_of_one(script, run_of_30_classes, tmp_path
     one, three = tmp_path / "one", tmp_path / "three"
     arguments = [str(run_of_30_classes), "--device", "cpu", "--output"]
     assert script.main([*arguments, str(one)]) == 0
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3", str(SCRIPTS / "evaluate.py")]
-    done = subprocess.run([sys.executable, *command, *arguments, str(three)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("58 images of 8 px") == 1
+    ranks = start_ranks(3, [*arguments, str(three)], tmp_path, script=SCRIPTS / "evaluate.py")
+    assert finish(ranks).count("58 images of 8 px") == 1
     results = [json.loads((output / "evaluation.json").read_text()) for output in (one, three)]
     for name in ("top1", "top5", "top1_low", "total", "unreadable"):
         assert results[0][name] == results[1][name]

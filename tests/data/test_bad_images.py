@@ -3,12 +3,8 @@
 import csv
 import json
 import multiprocessing
-import os
 import pickle
 import shutil
-import socket
-import subprocess
-import sys
 import traceback
 from pathlib import Path
 
@@ -24,8 +20,8 @@ from sequencer.data import DataModule, Quarantine, TooManyBadImages, UnreadableI
 from sequencer.data.quarantine import COLUMNS
 from sequencer.data.seeding import SeededSet
 from sequencer.training import run
+from tests.processes import start_ranks
 
-TRAIN = Path(__file__).parents[2] / "train.py"
 MODEL = "model.kwargs={layers: [1], patch_sizes: [2], embed_dims: [16], hidden_sizes: [4]}"
 BAD = ("broken.png", "text.png", "truncated.jpg", "zero.jpg")
 
@@ -312,18 +308,7 @@ def test_a_run_with_too_many_stops(root, tmp_path, option):
 def test_the_rank_that_stops_says_so(root, tmp_path):
     """Rank 0, which prints the errors of all ranks, learns only that the connection is lost."""
     (root / "train" / "ants" / "text.png").unlink()
-    command = [sys.executable, TRAIN, *overrides(root, tmp_path / "run", "data.num_workers=0", "seed=1")]
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-    ranks = [
-        subprocess.Popen(
-            command, env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
+    ranks = start_ranks(2, overrides(root, tmp_path / "run", "data.num_workers=0", "seed=1"), tmp_path)
     errors = [process.communicate(timeout=120)[1] for process in ranks]
     assert ranks[1].returncode == 1, errors
     assert ranks[0].returncode != 0

@@ -16,7 +16,7 @@ from sequencer.export import Mismatch, export_graph, recurrence
 from sequencer.models import LoadedModel, create_model, load_exported, load_model
 from sequencer.ops import Weights
 
-SMALL = {"layers": (1, 1), "patch_sizes": (2, 2), "embed_dims": (12, 16), "hidden_sizes": (5, 4), "num_classes": 3}
+SMALL = {"layers": (1, 1), "patch_sizes": (4, 2), "embed_dims": (12, 16), "hidden_sizes": (5, 4), "num_classes": 3}
 CFG = {"mean": (0.4, 0.5, 0.6), "std": (0.2, 0.3, 0.25), "crop_pct": 1.0, "interpolation": "bicubic"}
 
 

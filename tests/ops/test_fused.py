@@ -106,7 +106,7 @@ def test_cpu_kernel_in_float32(backend, cell, size, D):
 
 
 @pytest.mark.parametrize(
-    ("size", "D"), [((3, 2, 5), 48), ((5, 1, 9), 8), ((1, 1, 1), 24), ((1, 3, 2), 100), ((1, 2, 2), 136)]
+    ("size", "D"), [((3, 2, 5), 48), ((5, 1, 9), 8), ((1, 1, 1), 24), ((1, 2, 2), 100), ((1, 1, 2), 136)]
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("cell", fused.CELLS)
@@ -193,7 +193,8 @@ def test_recompute_changes_only_memory(backend, cell):
 @pytest.mark.parametrize("cell", fused.CELLS)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_results_are_deterministic(backend, cell):
-    flat, upstream = problem(cell, 3, 5, 7, 8, device=DEVICE[backend])
+    size = (2, 3, 2) if triton_kernels.interpreted() and backend == "triton" else (3, 5, 7)  # the interpreter is slow
+    flat, upstream = problem(cell, *size, 8, device=DEVICE[backend])
     y = fused.run(flat[0], fused.pack(weights_of(flat)), ALL, backend, False)
     first = torch.autograd.grad(y, flat, upstream, retain_graph=True)
     second = torch.autograd.grad(y, flat, upstream)  # the backward pass may run twice on one graph
@@ -268,7 +269,7 @@ def test_second_derivatives_by_one_tensor(part):
 @pytest.mark.parametrize("cell", fused.CELLS)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_operator_passes_opcheck(backend, cell, keep):
-    flat, _ = problem(cell, 2, 3, 2, 8, device=DEVICE[backend])
+    flat, _ = problem(cell, 1, 2, 2, 8, device=DEVICE[backend])
     weight_ih, weight_hh, bias, _ = (None if t is None else t.detach() for t in fused.pack(weights_of(flat)))
     tensors = [t.requires_grad_() for t in (flat[0].detach(), weight_ih, weight_hh, bias)]
     torch.library.opcheck(fused.scan2d, (*tensors, None, ALL, backend, keep))

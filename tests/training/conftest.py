@@ -9,6 +9,11 @@ from sequencer.training import run
 from tests.helpers import STATEFUL, small_config
 
 
+@pytest.fixture(autouse=True)
+def _unrendered(unrendered) -> None:
+    """No test of this folder looks at a picture of its own run; those of `finished` are rendered."""
+
+
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory) -> tuple[Path, dict[str, Any]]:
     """The folder of a small finished run, not to be changed, and its summary."""

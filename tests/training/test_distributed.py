@@ -15,7 +15,7 @@ from sequencer.training import run
 from sequencer.training.random_state import seed_rank
 from sequencer.training.setup import build_parts
 from tests.helpers import RANDOM, SMALL, SMALL_MODEL, assert_same_run, read_last, read_rows
-from tests.processes import TRAIN, finish, heed_ctrl_c, start_ranks, wait_for
+from tests.processes import TRAIN, Command, finish, heed_ctrl_c, start_ranks, wait_for
 
 EMA = ["optim.ema_decay=0.9"]
 LONG = [
@@ -106,6 +106,36 @@ def test_gradients_are_those_of_one_rank(config, tmp_path):
     assert max(float((one[name] - weights).abs().max()) for name, weights in start.items()) > 0.01
 
 
+def test_ranks_killed_restarted_stopped_and_resumed_make_the_same_run(tmp_path):
+    """As torchrun does it: all ranks are started again on the store of the first start, and receive SIGTERM."""
+    options = [*QUICK, *RANDOM, *EMA, *LONG, "trainer.checkpoint_interval=0", "trainer.max_epochs=6"]
+    options += ["trainer.limit_train_batches=6"]
+    finish(start_ranks(2, [*options, "run_dir=whole"], tmp_path))
+    log = tmp_path / "broken" / "train.log"
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+    def start(count: int) -> list[Command]:
+        agent = {"MASTER_PORT": store.port, "TORCHELASTIC_USE_AGENT_STORE": True, "TORCHELASTIC_RESTART_COUNT": count}
+        return start_ranks(2, [*options, "run_dir=broken"], tmp_path, agent)
+
+    first = start(0)
+    wait_for(log, " INFO epoch ")
+    first[1].send_signal(signal.SIGKILL)
+    first[0].send_signal(signal.SIGTERM)
+    for rank in first:
+        rank.communicate(60)
+    done = log.read_text().count(" INFO epoch ")
+    second = start(1)
+    wait_for(log, " INFO epoch ", times=done + 1)
+    for rank in second:
+        rank.send_signal(signal.SIGTERM)
+    assert [(rank.communicate(60), rank.returncode)[1] for rank in second] == [143, 143]
+    assert len(read_rows(tmp_path / "broken")) < 6
+    finish(start_ranks(2, [*options, "run_dir=broken"], tmp_path))
+    assert_same_run(tmp_path / "whole", tmp_path / "broken")
+
+
+@pytest.mark.slow
 def test_a_run_killed_restarted_stopped_and_resumed_is_the_same_run(tmp_path):
     """torchrun restarts the ranks when one is killed, and passes on SIGTERM; the same command resumes the run."""
     options = [*RANDOM, *EMA, *LONG, "trainer.checkpoint_interval=0", "trainer.max_epochs=8"]
