@@ -2,21 +2,26 @@
 
     python scripts/analyze.py evidence outputs/digits/2026-01-31_12-00-00 photograph.jpg folder/
     python scripts/analyze.py directions MODEL 'scans/**/*.png' --output figures
+    python scripts/analyze.py knock-out outputs/digits/2026-01-31_12-00-00
+    python scripts/analyze.py symmetry sequencer2d_s convnext_tiny --data imagenet --data-root DIR --limit 5000
 
 `analyze.py WHAT --help` lists the options of each. MODEL is a run folder, a model folder, a checkpoint or a timm name.
-Each command prints a table and writes a picture and the numbers behind it. Both analyses are exact: the shares of all
-tokens, or the contributions of all parts of the model, sum to the logit.
+Each command prints a table and writes a picture and the numbers behind it. Evidence and directions are exact: the shares
+of all tokens, or the contributions of all parts of the model, sum to the logit. Knock-out and symmetry evaluate models on
+labelled images.
 """
 
 from argparse import Namespace, RawDescriptionHelpFormatter
 
-from _analyses import attribution
+from _analyses import attribution, knock_out, symmetry
 from _analyses.common import add_options
 from _cli import Parser, named_model, run
 
 COMMANDS = {
     "evidence": (attribution.evidence, attribution, "where in the image the evidence for a class lies"),
     "directions": (attribution.directions, attribution, "what each scan direction contributes to a logit"),
+    "knock-out": (knock_out.knock_out, knock_out, "how much accuracy needs each scan direction of each block"),
+    "symmetry": (symmetry.symmetry, symmetry, "accuracy on images that are turned, shifted, covered or shuffled"),
 }
 
 
@@ -36,7 +41,9 @@ def parse(argv: list[str] | None) -> Namespace:
 
 
 def work(args: Namespace) -> int:
-    args.model = named_model(args.model, args)
+    names = [args.model] if isinstance(args.model, str) else args.model
+    found = [named_model(name, args) for name in names]
+    args.model = found[0] if isinstance(args.model, str) else found
     return args.analyze(args)
 
 

@@ -13,19 +13,17 @@ characters of names, and bytes that are not UTF-8, escaped.
 """
 
 import math
-import os
 from argparse import ArgumentTypeError, Namespace, RawDescriptionHelpFormatter
-from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from _cli import Parser, add_model_options, created, integer, load, named_model, pick_device, run
+from _labelled import ROOT, add_data_options, check_named_data
 
-from sequencer.config.composition import compose, to_config
 from sequencer.config.errors import RequestError
-from sequencer.config.layouts import check_data, split_folder
-from sequencer.config.request import describe_differences, load_run
-from sequencer.config.schema import MOST_WORKERS, DataConfig
+from sequencer.config.layouts import check_data
+from sequencer.config.request import describe_differences
+from sequencer.config.schema import MOST_WORKERS
 from sequencer.console import say, table_lines
 from sequencer.declared import decode_json
 from sequencer.names import LARGEST_IMAGE
@@ -34,7 +32,6 @@ from sequencer.printing import printable
 if TYPE_CHECKING:
     from sequencer.evaluation import ClassResult, Evaluation
 
-ROOT = "--data-root DIR"
 MOST_CLASSES_PRINTED = 20
 WORST_CLASSES_PRINTED = 10
 
@@ -44,13 +41,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parse(argv: list[str] | None) -> Namespace:
-    data_sets = next(field.metadata["choices"] for field in fields(DataConfig) if field.name == "name")
     parser = Parser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("model", metavar="MODEL", help="run folder, model folder, checkpoint file or timm name")
-    add("--data", metavar="NAME", choices=data_sets, help=f"data set: {', '.join(data_sets)}; default: the run's")
-    add("--data-root", metavar="DIR", help="folder that holds the data set")
-    add("--split", choices=("val", "test"), help="default: test if the data set has one, otherwise val")
+    add_data_options(parser)
     add_model_options(parser)
     add(
         "--img-size",
@@ -70,10 +64,7 @@ def parse(argv: list[str] | None) -> Namespace:
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto, a GPU if there is one")
     add("--output", metavar="DIR", type=Path, help="default: below RUN/evaluation or outputs/evaluation")
     add("--debug", action="store_true", help="show the traceback of an error")
-    args = parser.parse_args(argv)
-    if args.data is None and not os.path.exists(args.model):  # False for a name that is too long
-        parser.error(f"{args.model} is no file or folder; a timm model needs a data set, with --data NAME")
-    return args
+    return parser.parse_args(argv)
 
 
 def fraction(text: str) -> float:
@@ -89,7 +80,7 @@ def fraction(text: str) -> float:
 
 def work(args: Namespace) -> None:
     args.model = named_model(args.model, args)
-    check_named_data(args)
+    check_named_data(args.model, args)
     from sequencer import distributed
     from sequencer.data import has_test_split
     from sequencer.evaluation import describe_setting, evaluate_model, evaluation_data, write_evaluation
@@ -117,21 +108,6 @@ def work(args: Namespace) -> None:
             write_evaluation(found, output, args.model)
     if distributed.is_first():
         show(found, output)
-
-
-def check_named_data(args: Namespace) -> None:
-    """Checks the place of the data that the request or the run folder names, before torch is imported.
-
-    Raises:
-        RequestError: There is nothing.
-    """
-    try:
-        data = compose([f"data={args.data}"]).data if args.data else to_config(load_run(Path(args.model))).data
-    except RequestError:  # no run folder, or one of another version
-        return
-    data.root = args.data_root or data.root
-    has_test = split_folder(data.root, "test").is_dir() or Path(data.root, "test.json").exists()
-    check_data(data, [args.split or ("test" if has_test else "val")], root=ROOT)
 
 
 def default_output(model: Path, setting: dict[str, Any]) -> Path:

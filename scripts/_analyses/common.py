@@ -16,6 +16,7 @@ from sequencer.printing import printable
 
 if TYPE_CHECKING:
     import torch
+    from _labelled import LabelledImages
     from torch import nn
 
 
@@ -102,12 +103,13 @@ class Subject:
 
 
 def output_folder(args: Namespace) -> Path:
-    """The folder of the results: that of --output, or below the run."""
-    is_run = (Path(args.model) / "config.yaml").is_file()
-    return args.output or (Path(args.model) if is_run else Path("outputs")) / "analysis"
+    """The folder of the results: that of --output, or below the run if the one model is that of a run."""
+    models = [args.model] if isinstance(args.model, str) else args.model
+    is_run = len(models) == 1 and (Path(models[0]) / "config.yaml").is_file()
+    return args.output or (Path(models[0]) if is_run else Path("outputs")) / "analysis"
 
 
-def finish(subject: Subject, lines: list[str], files: list[Path]) -> int:
+def finish(subject: "Subject | LabelledImages", lines: list[str], files: list[Path]) -> int:
     """Prints the result and what was written; returns the exit code, 1 if an image could not be read."""
     for line in [*lines, "written:", *(printable(file) for file in files)]:
         say(line)

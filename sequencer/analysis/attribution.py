@@ -95,7 +95,7 @@ def split_update(mixer: RNN2d | RNN1d, x: Float[Tensor, "B H W C"]) -> dict[str,
     linear = fc if isinstance(fc, nn.Linear) else None
     weight = linear.weight if linear is not None else torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
     parts = {}
-    for rnn, names, start, y in _scans(mixer, x):
+    for rnn, names, start, y in scans(mixer, x):
         for i, (name, output) in enumerate(zip(names, y.split(rnn.hidden_size, dim=-1), strict=False)):
             first = start + i * rnn.hidden_size
             parts[name] = F.linear(output, weight[:, first : first + rnn.hidden_size])
@@ -104,20 +104,25 @@ def split_update(mixer: RNN2d | RNN1d, x: Float[Tensor, "B H W C"]) -> dict[str,
     return parts
 
 
-def _scans(mixer: RNN2d | RNN1d, x: Tensor) -> list[tuple[RNN, tuple[str, str], int, Tensor]]:
-    """Runs each axis of a token mixer: its recurrence, names of directions, first channel, and outputs `B H W K`."""
+def scans(mixer: RNN2d | RNN1d, x: Float[Tensor, "B H W C"]) -> list[tuple[RNN, tuple[str, str], int, Tensor]]:
+    """Runs each axis of a token mixer without its closing linear layer.
+
+    Returns:
+        For each axis its recurrence, the names of the directions that it may have, the channel at which its outputs
+        stand in the union, and these outputs, `B H W K`, with `hidden_size` channels for each direction.
+    """
     if isinstance(mixer, RNN1d):
         y = mixer.rnn(x.flatten(1, 2))
         return [(mixer.rnn, ("forward", "backward"), 0, y.reshape(*x.shape[:3], -1))]
-    scans: list[tuple[RNN, tuple[str, str], int, Tensor]] = []
+    found: list[tuple[RNN, tuple[str, str], int, Tensor]] = []
     if mixer.rnn_v is not None:
         y = rnn2d(x, mixer.rnn_v.weights(), None, mixer.cell)
-        scans.append((mixer.rnn_v, ("down", "up"), 0, y))
+        found.append((mixer.rnn_v, ("down", "up"), 0, y))
     if mixer.rnn_h is not None:
         y = rnn2d(x, None, mixer.rnn_h.weights(), mixer.cell)
         first = mixer.rnn_v.output_size if mixer.rnn_v is not None and mixer.union == "cat" else 0
-        scans.append((mixer.rnn_h, ("right", "left"), first, y))
-    return scans
+        found.append((mixer.rnn_h, ("right", "left"), first, y))
+    return found
 
 
 @torch.no_grad()

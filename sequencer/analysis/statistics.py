@@ -240,15 +240,26 @@ def compare_paired(first: NDArray[np.bool_], second: NDArray[np.bool_], seed: in
         second: `N`, whether the second classifier is right.
         seed: Seed of the bootstrap.
     """
-    total = len(first)
     cells = (first & second, first & ~second, ~first & second, ~first & ~second)
     a, b, c, d = (int(cell.sum()) for cell in cells)
+    return compare_counts(a, b, c, d, seed)
+
+
+def compare_counts(
+    both_right: int, only_first: int, only_second: int, both_wrong: int, seed: int = 0
+) -> PairedComparison:
+    """Compares two classifiers by the numbers of images that both, one, or none of them classify correctly.
+
+    The arguments are the fields of `PairedComparison`; `seed` is that of the bootstrap.
+    """
+    counts = (both_right, only_first, only_second, both_wrong)
+    total, discordant = sum(counts), only_first + only_second
     if not total:
         return PairedComparison(0, 0, 0, 0, UNDEFINED, math.nan)
-    draws = np.random.default_rng(seed).multinomial(total, np.array([a, b, c, d]) / total, BOOTSTRAP_SAMPLES)
+    draws = np.random.default_rng(seed).multinomial(total, np.array(counts) / total, BOOTSTRAP_SAMPLES)
     low, high = _percentiles((draws[:, 1] - draws[:, 2]) / total)
-    p_value = float(binomtest(b, b + c).pvalue) if b + c else 1.0
-    return PairedComparison(a, b, c, d, Interval((b - c) / total, low, high), p_value)
+    p_value = float(binomtest(only_first, discordant).pvalue) if discordant else 1.0
+    return PairedComparison(*counts, Interval((only_first - only_second) / total, low, high), p_value)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

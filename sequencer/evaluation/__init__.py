@@ -2,8 +2,15 @@
 
 from sequencer.evaluation.figures import describe_figures, short_number
 from sequencer.evaluation.inputs import check_img_size, data_section, data_settings, input_config
-from sequencer.evaluation.loop import FlipAveraged, evaluate
-from sequencer.evaluation.metrics import ClassificationMetrics, ClassResult, Outcome, describe_unpredicted, metric_names
+from sequencer.evaluation.loop import FlipAveraged, evaluate, tracked
+from sequencer.evaluation.metrics import (
+    ClassificationMetrics,
+    ClassResult,
+    Outcome,
+    describe_unpredicted,
+    is_right,
+    metric_names,
+)
 from sequencer.evaluation.prediction import Prediction, find_images, predict, readable_names
 from sequencer.evaluation.predictions import Collector, Predictions
 from sequencer.evaluation.split import Evaluation, check_classes, describe_setting, evaluate_model, evaluation_data
@@ -30,9 +37,11 @@ __all__ = [
     "evaluation_data",
     "find_images",
     "input_config",
+    "is_right",
     "metric_names",
     "predict",
     "readable_names",
     "short_number",
+    "tracked",
     "write_evaluation",
 ]

@@ -3,6 +3,7 @@
 import math
 import sys
 from collections.abc import Iterable
+from typing import TypeVar
 
 import torch
 from jaxtyping import Float
@@ -14,7 +15,20 @@ from sequencer import distributed
 from sequencer.evaluation.metrics import ClassificationMetrics, Outcome, outcomes
 from sequencer.evaluation.predictions import Collector
 
+T = TypeVar("T")
 Batches = Iterable[tuple[Tensor, Tensor, Tensor]]
+
+
+def tracked(steps: Iterable[T], description: str, total: int | None = None) -> Iterable[T]:
+    """Draws a progress bar on standard error while `steps` are taken, if that is a terminal and this is rank 0.
+
+    Args:
+        steps: What is yielded.
+        description: Shown before the bar.
+        total: Number of steps; by default `len(steps)`.
+    """
+    quiet = not (sys.stderr.isatty() and distributed.is_first())
+    return track(steps, description, total, console=Console(stderr=True), transient=True, disable=quiet)
 
 
 @torch.inference_mode()
@@ -43,9 +57,7 @@ def evaluate(
     model.eval()
     metrics = ClassificationMetrics(num_classes, device)
     own: list[Outcome] = []
-    console = Console(stderr=True)
-    quiet = not (sys.stderr.isatty() and distributed.is_first())
-    for images, labels, indices in track(loader, "evaluating", console=console, transient=True, disable=quiet):
+    for images, labels, indices in tracked(loader, "evaluating"):
         if not len(labels):  # no image of the batch could be read
             continue
         logits, labels = model(images.to(device, non_blocking=True)), labels.to(device, non_blocking=True)

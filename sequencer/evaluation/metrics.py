@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sequencer import distributed
@@ -138,6 +138,11 @@ def outcomes(logits: Float[Tensor, "B K"], labels: Int[Tensor, " B"], indices: I
     columns = (logits.argmax(dim=1), probabilities, _rank(logits, labels) + 1)
     rows = zip(*(column.tolist() for column in (indices, labels, ~logits.isnan().any(dim=1), *columns)), strict=True)
     return [Outcome(i, label, *(answer if valid else (None,) * 3)) for i, label, valid, *answer in rows]
+
+
+def is_right(logits: Float[Tensor, "B K"], labels: Int[Tensor, " B"]) -> Bool[Tensor, " B"]:
+    """Whether the predicted class of each image is its label, by the rules of `ClassificationMetrics`."""
+    return (_rank(logits, labels) == 0) & ~logits.isnan().any(dim=1)
 
 
 def _rank(logits: Float[Tensor, "B K"], labels: Int[Tensor, " B"]) -> Int[Tensor, " B"]:
