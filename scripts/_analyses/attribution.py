@@ -5,9 +5,9 @@ from argparse import ArgumentParser, Namespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from _analyses.common import Batch, Subject, finish, output_folder
 from _cli import created
 
+from _analyses.common import Batch, Subject, finish, output_folder
 from sequencer.console import table_lines
 from sequencer.files import write_arrays, write_csv
 from sequencer.printing import printable
