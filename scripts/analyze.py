@@ -6,9 +6,9 @@
     python scripts/analyze.py symmetry sequencer2d_s convnext_tiny --data imagenet --data-root DIR --limit 5000
 
 `analyze.py WHAT --help` lists the options of each. MODEL is a run folder, a model folder, a checkpoint or a timm name.
-Each command prints a table and writes a picture and the numbers behind it. Evidence and directions are exact: the shares
-of all tokens, or the contributions of all parts of the model, sum to the logit. Knock-out and symmetry evaluate models on
-labelled images.
+Each command prints a table and writes a picture and the numbers behind it. Evidence and directions are exact: the
+shares of all tokens, or the contributions of all parts of the model, sum to the logit. Knock-out and symmetry evaluate
+models on labelled images.
 """
 
 from argparse import Namespace, RawDescriptionHelpFormatter

@@ -19,7 +19,7 @@ from sequencer.analysis.changes import Change
 from sequencer.analysis.knock_out import KnockOuts
 from sequencer.analysis.plots import FAMILIES, INK, STYLE, drawable, save, shorten
 from sequencer.analysis.statistics import Interval
-from sequencer.analysis.symmetry import PATTERNS, SHIFTS, TURNS, Condition, Symmetry
+from sequencer.analysis.symmetry import GRID, PATTERNS, SHIFTS, TURNS, Condition, Symmetry
 
 TEST = "McNemar's exact test with Holm's correction, p < 0.05"
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
@@ -51,7 +51,7 @@ def plot_knock_outs(found: KnockOuts, title: str, output: Path) -> Figure:
         table[row, column] = value
         colour = "white" if abs(value) > 0.6 * limit else INK
         weight = "bold" if found.changes[place].is_significant else "normal"
-        label = {"ha": "center", "va": "center", "fontsize": 7.5, "color": colour, "fontweight": weight}
+        label: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 7.5, "color": colour, "fontweight": weight}
         axes.text(column, row, signed(value), **label)
         if found.changes[place].is_significant:
             axes.add_patch(Rectangle((column - 0.46, row - 0.44), 0.92, 0.88, fill=False, edgecolor=INK, linewidth=1.6))
@@ -116,9 +116,10 @@ def plot_symmetry(found: Mapping[str, Symmetry], title: str, output: Path) -> Fi
     figure.legend(handles=handles, loc="outside upper right", ncols=min(len(names), 4))
     figure.suptitle(drawable(title), x=0.01, ha="left", fontsize=11, fontweight="bold")
     caption = (
-        "Bars: 95% intervals (Wilson's score). Dashed: unchanged images. Filled marks: the accuracy differs from that on "
-        f"unchanged images ({TEST}, for each model over all conditions). Shifts are circular. Covered patches of a grid "
-        f"of 14 x 14 have the mean colour; salience is gradient times input of the predicted class's logit. "
+        "Bars: 95% intervals (Wilson's score). Dashed: unchanged images. Filled marks: the accuracy differs from that "
+        f"on unchanged images ({TEST}, for each model over all conditions). Shifts are circular. Covered patches have "
+        f"the mean colour; the grid is {GRID} x {GRID}, or one pixel a patch for smaller images; salience is gradient "
+        "times input of the predicted class's logit. "
         "Shuffled: patches change places at random."
     )
     _add_caption(figure, caption, 13)
@@ -160,7 +161,7 @@ def _draw_points(axes: Axes, at: Any, tops: list[Interval], filled: list[bool], 
         colour = _colour(number)
         axes.vlines(x, top.low, top.high, color=colour, linewidth=1.1, zorder=2)
         face = colour if fill else "white"
-        style = {"markerfacecolor": face, "markeredgecolor": colour, "markersize": 5, "zorder": 3}
+        style: dict[str, Any] = {"markerfacecolor": face, "markeredgecolor": colour, "markersize": 5, "zorder": 3}
         axes.plot([x], [top.value], marker=_marker(number), linestyle="", **style)
 
 

@@ -92,8 +92,7 @@ def direction_means(model: Sequencer, batches: Iterable[Float[Tensor, "B C0 H0 W
     number = 0
     for images in batches:
         number += len(images)
-        x = model.forward_embed(images)
-        for place, block, x in _inputs(model, x):
+        for place, block, x in _inputs(model, model.forward_embed(images)):
             for name, output in _outputs(block.rnn_tokens, block.norm1(x)).items():
                 total = output.double().sum(dim=0)
                 key = Place(*place, name)
@@ -140,7 +139,7 @@ def _inputs(model: Sequencer, x: Tensor) -> Iterator[tuple[tuple[int, int], Any,
 
 def _outputs(mixer: RNN2d | RNN1d, x: Float[Tensor, "B H W C"]) -> dict[str, Float[Tensor, "B H W D"]]:
     """Runs the directions of a token mixer, without its closing linear layer."""
-    found = {}
+    found: dict[str, Tensor] = {}
     for rnn, names, _, y in scans(mixer, x):
         found |= dict(zip(names, y.split(rnn.hidden_size, dim=-1), strict=False))
     return found
