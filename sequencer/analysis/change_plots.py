@@ -61,7 +61,7 @@ def plot_knock_outs(found: KnockOuts, title: str, output: Path) -> Figure:
     axes.set_xlabel("scan direction")
     axes.set_yticks(range(len(blocks)), [f"stage {stage}, block {block}" for stage, block in blocks])
     axes.tick_params(length=0)
-    figure.colorbar(image, ax=axes, shrink=0.8, aspect=25).set_label("change of top-1, percentage points")
+    figure.colorbar(image, ax=axes, shrink=0.8, aspect=25).set_label("change of top-1, points")
     figure.suptitle(drawable(title), x=0.01, ha="left", fontsize=10, fontweight="bold", wrap=True)
     framed = sum(change.is_significant for change in found.changes.values())
     caption = (
@@ -102,7 +102,7 @@ def plot_symmetry(found: Mapping[str, Symmetry], title: str, output: Path) -> Fi
     _draw_levels(upper[1], models, "shift along columns", "Shifted along columns", "shift, share of the side")
     _draw_levels(upper[2], models, "shuffle", "Patches shuffled", "patches along a side")
     for axes, pattern in zip(lower, PATTERNS, strict=True):
-        name = {"rows": "whole rows", "columns": "whole columns"}.get(pattern, pattern)
+        name = {"rows": "row by row", "columns": "column by column"}.get(pattern, pattern)
         _draw_levels(axes, models, f"cover {pattern}", f"Covered: {name}", "covered share of patches")
     for axes in (turns, lower[0]):
         axes.set_ylabel("top-1 accuracy")
