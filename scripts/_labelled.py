@@ -31,14 +31,23 @@ def add_data_options(parser: ArgumentParser) -> None:
     add("--split", choices=("val", "test"), help="default: test if the data set has one, otherwise val")
 
 
+def need_data(model: str, args: Namespace) -> None:
+    """Checks that a data set is named for a model that is no file or folder.
+
+    Raises:
+        RequestError: It is not.
+    """
+    if args.data is None and not os.path.exists(model):  # False for a name that is too long
+        raise RequestError(f"{model} is no file or folder; a timm model needs a data set, with --data NAME")
+
+
 def check_named_data(model: str, args: Namespace) -> None:
     """Checks the place of the data that the request or the run folder names, before torch is imported.
 
     Raises:
         RequestError: There is nothing, or a timm name is given without a data set.
     """
-    if args.data is None and not os.path.exists(model):
-        raise RequestError(f"{model} is no file or folder; a timm model needs a data set, with --data NAME")
+    need_data(model, args)
     try:
         data = compose([f"data={args.data}"]).data if args.data else to_config(load_run(Path(model))).data
     except RequestError:  # no run folder, or one of another version

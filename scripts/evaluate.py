@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from _cli import Parser, add_model_options, created, integer, load, named_model, pick_device, run
-from _labelled import ROOT, add_data_options, check_named_data
+from _labelled import ROOT, add_data_options, check_named_data, need_data
 
 from sequencer.config.errors import RequestError
 from sequencer.config.layouts import check_data
@@ -79,6 +79,7 @@ def fraction(text: str) -> float:
 
 
 def work(args: Namespace) -> None:
+    need_data(args.model, args)
     args.model = named_model(args.model, args)
     check_named_data(args.model, args)
     from sequencer import distributed
