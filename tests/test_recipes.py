@@ -22,6 +22,7 @@ from sequencer.measure import measurement, plan
 from sequencer.models import create_model
 from sequencer.training import run
 
+pytestmark = pytest.mark.usefixtures("unrendered")
 TINY = {"layers": [1], "patch_sizes": [14], "embed_dims": [16], "hidden_sizes": [4]}
 SHORT = [
     "model.kwargs={layers: [1], patch_sizes: [14], embed_dims: [16], hidden_sizes: [4]}",

@@ -23,6 +23,7 @@ from sequencer.training import run
 from tests.processes import start_ranks
 
 MODEL = "model.kwargs={layers: [1], patch_sizes: [2], embed_dims: [16], hidden_sizes: [4]}"
+pytestmark = pytest.mark.usefixtures("unrendered")
 BAD = ("broken.png", "text.png", "truncated.jpg", "zero.jpg")
 
 

@@ -44,6 +44,7 @@ def test_images_without_augmentation_are_the_same_bit_for_bit(name, in_memory):
     assert torch.equal(labels, expected_labels)
 
 
+@pytest.mark.slow
 def test_real_images_too(cifar10_root):
     config = replace(compose(["data=cifar10", f"data.root={cifar10_root}"]).data, augment=AugmentConfig())
     keys = [(0, index) for index in range(0, 45_000, 900)]

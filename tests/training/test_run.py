@@ -146,15 +146,19 @@ def test_the_same_seed_gives_the_same_run(config, tmp_path, whole):
     assert read_rows(tmp_path / "other")[0]["train/loss"] != read_rows(whole)[0]["train/loss"]
 
 
-@pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize(
-    ("action", "expected", "hook", "updates"),
+    ("action", "expected", "hook", "updates", "workers"),
     [
-        (fail, RuntimeError, "training", 2),  # saved at the end of the first epoch
-        (terminate, SystemExit, "training", 4),  # saved at the end of a window of accumulation
-        (terminate, SystemExit, "validation", 4),
+        pytest.param(
+            *how, workers, id=f"{name}-{workers}", marks=pytest.mark.slow if name != "stopped" and workers else ()
+        )
+        for name, how in {
+            "failed": (fail, RuntimeError, "training", 2),  # saved at the end of the first epoch
+            "stopped": (terminate, SystemExit, "training", 4),  # saved at the end of a window of accumulation
+            "stopped-in-validation": (terminate, SystemExit, "validation", 4),
+        }.items()
+        for workers in (0, 2)
     ],
-    ids=["failed", "stopped", "stopped-in-validation"],
 )
 def test_a_resumed_run_is_the_same_run(config, tmp_path, whole, workers, action, expected, hook, updates):
     options = [*STATEFUL, f"data.num_workers={workers}"]
