@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from sequencer import distributed
 from sequencer.config import RequestError
 from sequencer.training import run
 from sequencer.training.random_state import seed_rank
@@ -171,6 +172,21 @@ def test_random_states_differ_between_ranks():
         seed_rank(0, 0, rank)
         draws.append(torch.rand(4))
     assert not torch.equal(*draws)
+
+
+def test_restarted_ranks_do_not_read_the_keys_of_those_before_them(monkeypatch):
+    """torchrun keeps one store over all restarts."""
+    kept, stores = torch.distributed.HashStore(), []
+    monkeypatch.setattr(distributed, "rendezvous", lambda url: iter([(kept, 0, 2)]))
+    monkeypatch.setattr(distributed.dist, "init_process_group", lambda *args, store, **kwargs: stores.append(store))
+    monkeypatch.setattr(distributed.atexit, "register", lambda function: None)
+    for count in ("0", "1"):
+        for name, value in {"RANK": "0", "WORLD_SIZE": "2", "TORCHELASTIC_RESTART_COUNT": count}.items():
+            monkeypatch.setenv(name, value)
+        distributed.join(gpu=False)
+    stores[0].set("address", "of a rank that was killed")
+    assert stores[0].check(["address"])
+    assert not stores[1].check(["address"])
 
 
 def test_restarts_need_a_run_dir(tmp_path):
