@@ -46,6 +46,12 @@ def config(tmp_path) -> Callable[..., Any]:
 
 
 @pytest.fixture
+def analyze(load_script) -> ModuleType:
+    """scripts/analyze.py as a module."""
+    return load_script("analyze")
+
+
+@pytest.fixture
 def unrendered(monkeypatch) -> None:
     """Plots of a run are drawn, but written as blank pictures: rendering takes longer than a small run trains."""
     from sequencer.analysis import plots

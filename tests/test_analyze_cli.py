@@ -16,11 +16,6 @@ NAMES = [f"class {k}" for k in range(9)] + ["\x1b[31mred"]
 
 
 @pytest.fixture
-def script(load_script):
-    return load_script("analyze")
-
-
-@pytest.fixture
 def run_folder(tmp_path):
     return save_run(tmp_path / "run", DIGITS, NAMES)
 
@@ -40,8 +35,8 @@ def logits_of(run_folder, images):
         return loaded.model(torch.stack([transform(read_image(path)) for path in images])), loaded.model
 
 
-def test_evidence_sums_to_the_logits(script, run_folder, images, capsys):
-    assert exit_code(script, ["evidence", str(run_folder), *map(str, images), "--batch-size", "2"]) == 0
+def test_evidence_sums_to_the_logits(analyze, run_folder, images, capsys):
+    assert exit_code(analyze, ["evidence", str(run_folder), *map(str, images), "--batch-size", "2"]) == 0
     shown = capsys.readouterr().out
     folder = run_folder / "analysis"
     logits, model = logits_of(run_folder, images)
@@ -62,8 +57,8 @@ def test_evidence_sums_to_the_logits(script, run_folder, images, capsys):
     assert "\x1b[31m" not in shown
 
 
-def test_directions_sum_to_the_logits(script, run_folder, images, capsys):
-    assert exit_code(script, ["directions", str(run_folder), *map(str, images)]) == 0
+def test_directions_sum_to_the_logits(analyze, run_folder, images, capsys):
+    assert exit_code(analyze, ["directions", str(run_folder), *map(str, images)]) == 0
     folder = run_folder / "analysis"
     logits, _ = logits_of(run_folder, images)
     top = logits.sort(dim=1, descending=True).values
@@ -79,24 +74,24 @@ def test_directions_sum_to_the_logits(script, run_folder, images, capsys):
     assert "logit above the runner-up" in capsys.readouterr().out
 
 
-def test_a_folder_of_runs_stands_for_its_newest_run(script, run_folder, images, tmp_path, capsys):
-    assert exit_code(script, ["directions", str(tmp_path), str(images[0])]) == 0
+def test_a_folder_of_runs_stands_for_its_newest_run(analyze, run_folder, images, tmp_path, capsys):
+    assert exit_code(analyze, ["directions", str(tmp_path), str(images[0])]) == 0
     assert (run_folder / "analysis" / "directions.csv").exists()
     assert capsys.readouterr().err == f"newest run in {tmp_path}: {run_folder}\n"
 
 
-def test_an_unreadable_image_is_left_out(script, run_folder, images, tmp_path, capsys):
+def test_an_unreadable_image_is_left_out(analyze, run_folder, images, tmp_path, capsys):
     images[0].write_text("no image")
-    assert exit_code(script, ["evidence", str(run_folder), *map(str, images), "--output", str(tmp_path / "o")]) == 1
+    assert exit_code(analyze, ["evidence", str(run_folder), *map(str, images), "--output", str(tmp_path / "o")]) == 1
     assert len(read_csv(tmp_path / "o" / "evidence.csv")) == 2
     assert f"{images[0]} is left out: no image in one of the formats" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("what", ["evidence", "directions"])
-def test_wrong_requests_leave_nothing(what, script, run_folder, images, tmp_path, capsys):
+def test_wrong_requests_leave_nothing(what, analyze, run_folder, images, tmp_path, capsys):
     images[0].write_text("no image")
-    assert exit_code(script, [what, str(run_folder), str(images[0]), "--output", str(tmp_path / "o")]) == 2
+    assert exit_code(analyze, [what, str(run_folder), str(images[0]), "--output", str(tmp_path / "o")]) == 2
     assert "error: no image can be read" in capsys.readouterr().err
     assert not (tmp_path / "o").exists()
-    assert exit_code(script, [what, str(tmp_path / "missing"), str(images[1])]) == 2
+    assert exit_code(analyze, [what, str(tmp_path / "missing"), str(images[1])]) == 2
     assert "missing is neither a file or folder nor a timm model name" in capsys.readouterr().err

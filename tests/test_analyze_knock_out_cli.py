@@ -10,14 +10,9 @@ from tests.helpers import DIGITS, exit_code, read_csv, save_run
 NAMES = list("0123456789")
 
 
-@pytest.fixture
-def script(load_script):
-    return load_script("analyze")
-
-
-def test_knock_out(script, tmp_path, capsys):
+def test_knock_out(analyze, tmp_path, capsys):
     run = save_run(tmp_path / "run", DIGITS, NAMES)
-    assert exit_code(script, ["knock-out", str(run), "--limit", "50", "--batch-size", "32", "--split", "test"]) == 0
+    assert exit_code(analyze, ["knock-out", str(run), "--limit", "50", "--batch-size", "32", "--split", "test"]) == 0
     rows = read_csv(run / "analysis" / "knock-out.csv")
     assert [(row["stage"], row["block"], row["direction"]) for row in rows] == [
         ("0", "0", direction) for direction in ("down", "up", "right", "left")
@@ -40,18 +35,18 @@ def test_knock_out(script, tmp_path, capsys):
         assert picture.width > 500
 
 
-def test_wrong_requests_leave_nothing(script, tmp_path, capsys):
+def test_wrong_requests_leave_nothing(analyze, tmp_path, capsys):
     run = save_run(tmp_path / "run", DIGITS, NAMES)
     output = ["--output", str(tmp_path / "o")]
     torch.save(timm.create_model("test_resnet").state_dict(), "resnet.pth")
     request = ["knock-out", "resnet.pth", "--arch", "test_resnet", *output]
-    assert exit_code(script, [*request, "--data", "digits"]) == 2
+    assert exit_code(analyze, [*request, "--data", "digits"]) == 2
     message = "error: resnet.pth: knock-out is defined for Sequencer models, not for ResNet\n"
     assert capsys.readouterr().err == message
     two_classes = ["--data", "imagefolder", "--data-root", str(tmp_path)]
     for place in ("train/a", "train/b", "val/a", "val/b"):
         (tmp_path / place).mkdir(parents=True)
         Image.new("RGB", (8, 8)).save(tmp_path / place / "0.png")
-    assert exit_code(script, ["knock-out", str(run), *two_classes, *output]) == 2
+    assert exit_code(analyze, ["knock-out", str(run), *two_classes, *output]) == 2
     assert capsys.readouterr().err == "error: the model has 10 classes, the data set 2\n"
     assert not (tmp_path / "o").exists()

@@ -10,22 +10,17 @@ NAMES = [f"class {k}" for k in range(10)]
 
 
 @pytest.fixture
-def script(load_script):
-    return load_script("analyze")
-
-
-@pytest.fixture
 def run_folder(tmp_path):
     return save_run(tmp_path / "run", DIGITS, NAMES, seed=1)
 
 
-def test_a_run_beside_its_untrained_architecture(script, run_folder, tmp_path, capsys):
+def test_a_run_beside_its_untrained_architecture(analyze, run_folder, tmp_path, capsys):
     paths = [tmp_path / f"{seed}.png" for seed in range(3)]
     for seed, path in enumerate(paths):
         Image.fromarray(np.random.RandomState(seed).randint(256, size=(9, 11, 3), dtype=np.uint8)).save(path)
     paths[1].write_text("no image")
     arguments = ["memory", str(run_folder), "--untrained", "--batch-size", "1", "--images", *map(str, paths)]
-    assert exit_code(script, arguments) == 1  # an image is unreadable
+    assert exit_code(analyze, arguments) == 1  # an image is unreadable
     said = capsys.readouterr()
     assert said.err == f"{paths[1]} is left out: no image in one of the formats JPEG, PNG, WEBP, PPM, BMP, TIFF, GIF\n"
     folder = run_folder / "analysis"
@@ -50,9 +45,9 @@ def test_a_run_beside_its_untrained_architecture(script, run_folder, tmp_path, c
     assert f"\nwritten:\n{folder}/memory.png\n" in said.out
 
 
-def test_cells_of_one_architecture(script, tmp_path, capsys):
+def test_cells_of_one_architecture(analyze, tmp_path, capsys):
     arguments = ["memory", "sequencer2d_t_8", "--cells", "rnn,lstm1997", "--noise", "2", "--img-size", "12"]
-    assert exit_code(script, [*arguments, "--output", str(tmp_path / "o")]) == 0
+    assert exit_code(analyze, [*arguments, "--output", str(tmp_path / "o")]) == 0
     rows = [line.split() for line in capsys.readouterr().out.splitlines()[1:5]]
     assert [row[:2] for row in rows] == [["rnn", "12"], ["rnn", "6"], ["lstm1997", "12"], ["lstm1997", "6"]]
     left = {row["model"]: float(row["jacobian_norm"]) for row in read_csv(tmp_path / "o" / "memory.csv")[11::12]}
@@ -69,13 +64,13 @@ def test_cells_of_one_architecture(script, tmp_path, capsys):
         (["missing"], "missing is neither a file or folder nor a timm model name"),
     ],
 )
-def test_wrong_requests_leave_nothing(arguments, message, script, tmp_path, capsys):
+def test_wrong_requests_leave_nothing(arguments, message, analyze, tmp_path, capsys):
     output = ["--output", str(tmp_path / "o")]
-    assert exit_code(script, ["memory", *arguments, "--noise", "1", *output]) == 2
+    assert exit_code(analyze, ["memory", *arguments, "--noise", "1", *output]) == 2
     assert f"error: {message}" in capsys.readouterr().err
     assert not (tmp_path / "o").exists()
 
 
-def test_images_or_noise_are_required(script, run_folder, capsys):
-    assert exit_code(script, ["memory", str(run_folder)]) == 2
+def test_images_or_noise_are_required(analyze, run_folder, capsys):
+    assert exit_code(analyze, ["memory", str(run_folder)]) == 2
     assert "one of the arguments --images --noise is required" in capsys.readouterr().err

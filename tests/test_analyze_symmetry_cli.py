@@ -8,15 +8,10 @@ from tests.helpers import DIGITS, exit_code, read_csv, save_run
 NAMES = list("0123456789")
 
 
-@pytest.fixture
-def script(load_script):
-    return load_script("analyze")
-
-
-def test_two_models(script, tmp_path, capsys):
+def test_two_models(analyze, tmp_path, capsys):
     runs = [str(save_run(tmp_path / f"run{seed}", DIGITS, NAMES, seed)) for seed in (0, 1)]
     options = ["--limit", "20", "--split", "val"]
-    assert exit_code(script, ["symmetry", *runs, *options, "--output", "both"]) == 0
+    assert exit_code(analyze, ["symmetry", *runs, *options, "--output", "both"]) == 0
     rows = read_csv(tmp_path / "both" / "symmetry.csv")
     assert len(rows) == 2 * 36
     clean = {row["model"]: float(row["top1"]) for row in rows if row["condition"] == "unchanged"}
@@ -33,15 +28,15 @@ def test_two_models(script, tmp_path, capsys):
     with Image.open(tmp_path / "both" / "symmetry.png") as picture:
         assert picture.width > 1000
 
-    assert exit_code(script, ["symmetry", runs[0], *options, "--batch-size", "7"]) == 0
+    assert exit_code(analyze, ["symmetry", runs[0], *options, "--batch-size", "7"]) == 0
     assert read_csv(tmp_path / "run0" / "analysis" / "symmetry.csv") == rows[:36]
 
 
-def test_wrong_requests_leave_nothing(script, tmp_path, capsys):
+def test_wrong_requests_leave_nothing(analyze, tmp_path, capsys):
     run = str(save_run(tmp_path / "run", DIGITS, NAMES))
     output = ["--output", str(tmp_path / "o")]
-    assert exit_code(script, ["symmetry", run, run, *output]) == 2
+    assert exit_code(analyze, ["symmetry", run, run, *output]) == 2
     assert capsys.readouterr().err == "error: a MODEL is named twice\n"
-    assert exit_code(script, ["symmetry", run, "--limit", "0", *output]) == 2
+    assert exit_code(analyze, ["symmetry", run, "--limit", "0", *output]) == 2
     assert "0 is less than 1" in capsys.readouterr().err
     assert not (tmp_path / "o").exists()

@@ -42,7 +42,13 @@ def add_image_options(command: ArgumentParser) -> None:
 
 
 class Images:
-    """Images without labels: those of --images, or noise of the same size."""
+    """Images without labels: those of --images, or noise of the same size.
+
+    Attributes:
+        unreadable: Paths that have been reported as unreadable.
+        seen: Number of images that `tracked` has yielded.
+        first: The first of them, `1 C H W`; None before there is one.
+    """
 
     def __init__(self, args: Namespace, config: "DataConfig", unreadable: set[str] | None = None) -> None:
         """Keeps the request.
@@ -54,6 +60,8 @@ class Images:
         """
         self.args, self.config = args, config
         self.unreadable = set() if unreadable is None else unreadable
+        self.seen = 0
+        self.first: torch.Tensor | None = None
 
     def batches(self) -> "Iterator[tuple[list[str], torch.Tensor]]":
         """Yields paths and normalised images `B C H W`; reports unreadable files on standard error.
@@ -70,6 +78,17 @@ class Images:
         while pairs:
             yield [path for path, _ in pairs], torch.stack([image for _, image in pairs])
             pairs = list(islice(found, self.args.batch_size))
+
+    def tracked(self, description: str, device: "torch.device") -> "Iterator[torch.Tensor]":
+        """Yields normalised images `B C H W` on the device, with a progress bar as `sequencer.evaluation.tracked`."""
+        from sequencer.evaluation import tracked
+
+        total = -(-self.args.noise // self.args.batch_size) if self.args.noise else None
+        for _, batch in tracked(self.batches(), description, total):
+            if self.first is None:
+                self.first = batch[:1]
+            self.seen += len(batch)
+            yield batch.to(device)
 
     def _noise(self) -> "Iterator[tuple[str, torch.Tensor]]":
         import torch

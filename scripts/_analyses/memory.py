@@ -1,10 +1,10 @@
 """The memory of recurrences: gradients and forget gates over distance, saturated gates, and maps of states."""
 
 import math
-import sys
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -20,11 +20,9 @@ from sequencer.names import LARGEST_IMAGE
 from sequencer.printing import printable
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
 
     from sequencer.config.schema import DataConfig
-    from sequencer.models import LoadedModel
 
 Network = tuple["nn.Module", "DataConfig"]  # in eval mode on the CPU, and its preprocessing
 
@@ -71,13 +69,11 @@ def memory(args: Namespace) -> int:
             model, config = source.build()
             config = replace(config, img_size=args.img_size or config.img_size)
             images = Images(args, config, unreadable)
-            first: list[torch.Tensor] = []
-            batches = _tracked(images, source.label, device, first)
             try:
-                scans = measure_memory(model.to(device), batches)
+                scans = measure_memory(model.to(device), images.tracked(source.label, device))
             except ValueError as error:
                 raise RequestError(f"{source.label}: {error}") from error
-            pixels = None if args.noise else to_pixels(first[0], config)[0]
+            pixels = None if args.noise or images.first is None else to_pixels(images.first, config)[0]
             measured.append(Measured(source.label, source.is_trained, source.group, scans, pixels))
         _write_numbers(measured, output)
         about = f"standard-normal noise ({args.noise:,} drawn)" if args.noise else "the images given"
@@ -118,13 +114,11 @@ def _sources_of_cells(args: Namespace) -> list[Source]:
         if cell not in CELLS:
             raise RequestError(f"--cells: unknown cell {printable(cell)}; there are {', '.join(CELLS)}")
 
-    def builder(name: str, cell: str) -> Callable[[], Network]:
-        return lambda: _build(name, cell=cell, **({"img_size": args.img_size} if args.img_size else {}))
-
+    size = {"img_size": args.img_size} if args.img_size else {}
     pairs = [(name, cell) for name in args.model for cell in args.cells]
     several = len(args.model) > 1
     return [
-        Source(f"{name}, {cell}" if several else cell, False, group, builder(name, cell))
+        Source(f"{name}, {cell}" if several else cell, False, group, partial(_build, name, cell=cell, **size))
         for group, (name, cell) in enumerate(pairs)
     ]
 
@@ -149,10 +143,9 @@ def _sources(args: Namespace) -> list[Source]:
     labels = args.model if len(set(names)) < len(names) else names
     sources = []
     for group, (model, label) in enumerate(zip(args.model, map(printable, labels), strict=True)):
-        sources.append(Source(label, True, group, lambda model=model: _load(model, args)))  # type: ignore[misc]
+        sources.append(Source(label, True, group, partial(_load, model, args)))
         if args.untrained:
-            fresh = lambda model=model: _untrained(load_original(model, args))  # type: ignore[misc]  # noqa: E731
-            sources.append(Source(f"{label}, untrained", False, group, fresh))
+            sources.append(Source(f"{label}, untrained", False, group, partial(_untrained, model, args)))
     return sources
 
 
@@ -163,31 +156,13 @@ def _load(model: str, args: Namespace) -> Network:
     return loaded.model, input_config(loaded)
 
 
-def _untrained(loaded: "LoadedModel") -> Network:
+def _untrained(model: str, args: Namespace) -> Network:
     from sequencer.evaluation import input_config
 
+    loaded = load_original(model, args)
     channels, height, _ = loaded.pretrained_cfg["input_size"]
     sizes = {"num_classes": loaded.model.num_classes, "in_chans": channels, "img_size": height}
     return _build(loaded.arch, **sizes | loaded.model_args)[0], input_config(loaded)
-
-
-def _tracked(
-    images: Images, label: str, device: "torch.device", first: "list[torch.Tensor]"
-) -> "Iterator[torch.Tensor]":
-    """Yields batches on the device, with a progress bar on standard error if that is a terminal.
-
-    The first image is appended to `first`.
-    """
-    from rich.console import Console
-    from rich.progress import track
-
-    total = math.ceil(images.args.noise / images.args.batch_size) if images.args.noise else None
-    console, quiet = Console(stderr=True), not sys.stderr.isatty()
-    tracked = track(images.batches(), label, total=total, console=console, transient=True, disable=quiet)
-    for _, batch in tracked:
-        if not first:
-            first.append(batch[:1])
-        yield batch.to(device)
 
 
 def _rows(measured: "list[Any]") -> list[list[str]]:

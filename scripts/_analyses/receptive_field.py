@@ -1,9 +1,7 @@
 """The effective receptive fields of the stages of one model or several."""
 
 import os
-import sys
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,8 +14,6 @@ from sequencer.files import write_arrays, write_csv
 from sequencer.printing import printable
 
 if TYPE_CHECKING:
-    import torch
-
     from sequencer.models import LoadedModel
 
 
@@ -46,18 +42,16 @@ def receptive_field(args: Namespace) -> int:
         loaded = [load_checked(source, args) for source in args.model]
         unreadable: set[str] = set()
         models: dict[str, Any] = {}
-        seen = 0  # images
         for name, each in zip(names, loaded, strict=True):
             images = Images(args, input_config(each), unreadable)
-            sizes: list[int] = []
             try:
-                models[name] = receptive_fields(each.model.to(device), _shown(images, name, device, sizes), args.preset)
+                batches = images.tracked(f"gradients of {name}", device)
+                models[name] = receptive_fields(each.model.to(device), batches, args.preset)
             except RequestError:  # a ValueError as well
                 raise
             except ValueError as error:
                 raise RequestError(f"{printable(name)}: {error}") from error
-            seen = sum(sizes)
-        described = f"{seen:,} image{'s' * (seen > 1)}{' of noise' * bool(args.noise)}"
+        described = f"{images.seen:,} image{'s' * (images.seen > 1)}{' of noise' * bool(args.noise)}"
         percent = [f"{share * 100:.0f}" for share in SHARES]
         measured = [(name, field, measure(field)) for name, fields in models.items() for field in fields]
         header = ["model", "stage", "token_rows", "token_columns", "token_row", "token_column", "height", "width"]
@@ -85,19 +79,6 @@ def receptive_field(args: Namespace) -> int:
         "of log10(1 + contribution), over the area of the image, as RepLKNet's.",
     ]
     return finish(images, shown, [output / f"receptive-field.{suffix}" for suffix in ("png", "csv", "npz")])
-
-
-def _shown(images: Images, name: str, device: "torch.device", sizes: list[int]) -> "Iterator[torch.Tensor]":
-    """Yields the batches of images on the device under a progress bar; adds their sizes to `sizes`."""
-    from rich.console import Console
-    from rich.progress import track
-
-    args = images.args
-    total = -(-args.noise // args.batch_size) if args.noise else None
-    bar: dict[str, Any] = {"console": Console(stderr=True), "transient": True, "disable": not sys.stderr.isatty()}
-    for paths, batch in track(images.batches(), f"gradients of {name}", total, **bar):
-        sizes.append(len(paths))
-        yield batch.to(device)
 
 
 def load_checked(source: str, args: Namespace) -> "LoadedModel":

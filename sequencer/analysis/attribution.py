@@ -104,6 +104,17 @@ def split_update(mixer: RNN2d | RNN1d, x: Float[Tensor, "B H W C"]) -> dict[str,
     return parts
 
 
+def axes(mixer: RNN2d | RNN1d) -> list[tuple[RNN, tuple[str, str]]]:
+    """Returns the recurrence of each axis of a token mixer, with the names of its directions, of which it may lack one.
+
+    The second direction runs against the order of the tokens.
+    """
+    if isinstance(mixer, RNN1d):
+        return [(mixer.rnn, ("forward", "backward"))]
+    found = ((mixer.rnn_v, ("down", "up")), (mixer.rnn_h, ("right", "left")))
+    return [(rnn, names) for rnn, names in found if rnn is not None]
+
+
 def scans(mixer: RNN2d | RNN1d, x: Float[Tensor, "B H W C"]) -> list[tuple[RNN, tuple[str, str], int, Tensor]]:
     """Runs each axis of a token mixer without its closing linear layer.
 
@@ -111,17 +122,16 @@ def scans(mixer: RNN2d | RNN1d, x: Float[Tensor, "B H W C"]) -> list[tuple[RNN, 
         For each axis its recurrence, the names of the directions that it may have, the channel at which its outputs
         stand in the union, and these outputs, `B H W K`, with `hidden_size` channels for each direction.
     """
-    if isinstance(mixer, RNN1d):
-        y = mixer.rnn(x.flatten(1, 2))
-        return [(mixer.rnn, ("forward", "backward"), 0, y.reshape(*x.shape[:3], -1))]
     found: list[tuple[RNN, tuple[str, str], int, Tensor]] = []
-    if mixer.rnn_v is not None:
-        y = rnn2d(x, mixer.rnn_v.weights(), None, mixer.cell)
-        found.append((mixer.rnn_v, ("down", "up"), 0, y))
-    if mixer.rnn_h is not None:
-        y = rnn2d(x, None, mixer.rnn_h.weights(), mixer.cell)
-        first = mixer.rnn_v.output_size if mixer.rnn_v is not None and mixer.union == "cat" else 0
-        found.append((mixer.rnn_h, ("right", "left"), first, y))
+    first = 0
+    for rnn, names in axes(mixer):
+        if isinstance(mixer, RNN1d):
+            y = rnn(x.flatten(1, 2)).reshape(*x.shape[:3], -1)
+        else:
+            vertical, horizontal = (rnn.weights() if rnn is axis else None for axis in (mixer.rnn_v, mixer.rnn_h))
+            y = rnn2d(x, vertical, horizontal, mixer.cell)
+        found.append((rnn, names, first, y))
+        first += rnn.output_size if isinstance(mixer, RNN2d) and mixer.union == "cat" else 0
     return found
 
 

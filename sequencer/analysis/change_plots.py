@@ -1,6 +1,5 @@
 """Pictures of changes of accuracy: without single scan directions, and under changes of the images."""
 
-import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from matplotlib.ticker import PercentFormatter
 from sequencer.analysis.attribution_plots import SIGNED, signed
 from sequencer.analysis.changes import Change
 from sequencer.analysis.knock_out import KnockOuts
-from sequencer.analysis.plots import FAMILIES, INK, STYLE, drawable, save, shorten
+from sequencer.analysis.plots import FAMILIES, INK, STYLE, add_caption, drawable, save, shorten
 from sequencer.analysis.statistics import Interval
 from sequencer.analysis.symmetry import GRID, PATTERNS, SHIFTS, TURNS, Condition, Symmetry
 
@@ -68,15 +67,9 @@ def plot_knock_outs(found: KnockOuts, title: str, output: Path) -> Figure:
         f"The output of one direction is replaced by its mean over the same {found.images:,} images at each position. "
         f"Top-1 of the whole model: {found.clean.value:.2%}. Framed: {TEST} ({framed} of {len(points)})."
     )
-    _add_caption(figure, caption, size[0])
+    add_caption(figure, caption)
     save(figure, output)
     return figure
-
-
-def _add_caption(figure: Figure, text: str, width: float) -> None:
-    """Writes a caption below a figure that is `width` inches wide."""
-    lines = textwrap.fill(text, int(13.5 * width))
-    figure.supxlabel(lines, fontsize=8, color=INK, x=0.01, ha="left")
 
 
 @rc_context(STYLE)
@@ -122,7 +115,7 @@ def plot_symmetry(found: Mapping[str, Symmetry], title: str, output: Path) -> Fi
         "times input of the predicted class's logit. "
         "Shuffled: patches change places at random."
     )
-    _add_caption(figure, caption, 13)
+    add_caption(figure, caption)
     save(figure, output)
     return figure
 

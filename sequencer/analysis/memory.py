@@ -21,6 +21,7 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sequencer.analysis.attribution import axes
 from sequencer.layers import RNN, RNN1d, RNN2d
 from sequencer.ops import CELLS, Layers, Trace, Weights, rnn1d, trace
 
@@ -88,7 +89,7 @@ def measure_memory(
     sums: dict[tuple[str, int, str], _Sums] = {}
     generator = torch.Generator().manual_seed(seed)
 
-    def record(module: nn.Module, inputs: tuple[Tensor], name: str) -> None:
+    def record(module: RNN1d | RNN2d, inputs: tuple[Tensor], name: str) -> None:
         for (layer, direction), rnn, x, w in _scans(module, inputs[0]):
             total = sums.setdefault((name, layer, direction), _Sums(rnn.cell))
             _add(total, x, w, probes, generator)
@@ -106,20 +107,14 @@ def measure_memory(
     return [_result(place, total) for place, total in sums.items()]
 
 
-def _scans(mixer: nn.Module, x: Tensor) -> Iterator[tuple[tuple[int, str], RNN, Tensor, Weights]]:
+def _scans(mixer: RNN1d | RNN2d, x: Tensor) -> Iterator[tuple[tuple[int, str], RNN, Tensor, Weights]]:
     """Yields layer and direction, the recurrence, its inputs `B O T C` in the order of the scan, and its weights.
 
     Inputs and weights are in float64.
     """
-    axes: list[tuple[nn.Module | None, tuple[str, str], Tensor]]
-    if isinstance(mixer, RNN1d):
-        axes = [(mixer.rnn, ("forward", "backward"), x.flatten(1, 2).unsqueeze(1))]
-    else:
-        axes = [(mixer.rnn_v, ("down", "up"), x.transpose(1, 2)), (mixer.rnn_h, ("right", "left"), x)]  # type: ignore[list-item]
-    for rnn, names, tokens in axes:
-        if not isinstance(rnn, RNN):
-            continue
-        tokens = tokens.double()
+    ordered = {"forward": x.flatten(1, 2).unsqueeze(1), "down": x.transpose(1, 2), "right": x}
+    for rnn, names in axes(mixer):
+        tokens = ordered[names[0]].double()
         layers: Layers = [tuple(map(_to_double, directions)) for directions in rnn.weights()]
         for number, directions in enumerate(layers):
             for name, w in zip(names, directions, strict=False):

@@ -1,7 +1,6 @@
 """Pictures of the memory of recurrences: curves over distance with saturated gates, and maps of states and gates."""
 
 import math
-import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +23,7 @@ from sequencer.analysis.memory import (
     mean_saturation,
     tokens,
 )
-from sequencer.analysis.plots import BLUE, FAMILIES, INK, STYLE, VERMILION, drawable, save, shorten
+from sequencer.analysis.plots import BLUE, FAMILIES, INK, STYLE, VERMILION, add_caption, save, shorten
 
 FLOOR = 1e-9  # what is smaller is not drawn
 LINEAR = 64  # steps; longer scans get a logarithmic axis of distances
@@ -89,8 +88,7 @@ def plot_curves(models: Sequence[Measured], about: str, output: Path) -> Figure:
         "gate. In brackets: the distance at which a curve is half its value at k = 0. "
         f"Values below {_power(FLOOR)} are left out."
     )
-    lines = textwrap.fill(drawable(caption), int(size[0] * 15))
-    figure.supxlabel(lines, fontsize=8, color=INK, x=0.01, ha="left")
+    add_caption(figure, caption)
     save(figure, output)
     return figure
 
@@ -189,7 +187,7 @@ def plot_maps(models: Sequence[Measured], output: Path) -> Figure:
         "Root mean square over channels of the hidden states, and mean over units of each gate, at every token of the "
         "first image; last block of the first stage. The other blocks are in memory.npz."
     )
-    figure.supxlabel(textwrap.fill(caption, int(size[0] * 15)), fontsize=8, color=INK, x=0.01, ha="left")
+    add_caption(figure, caption)
     save(figure, output)
     return figure
 

@@ -6,6 +6,7 @@ without pyplot, so that no global state is changed.
 
 import csv
 import math
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -349,6 +350,12 @@ def _add_colour_bar(figure: Figure, axes: Axes, image: Any, numbered: bool) -> N
     bar.set_label("share of the true class (in the cells: %)" if numbered else "share of the true class")
     bar.ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     bar.outline.set_visible(False)  # type: ignore[operator]  # a Spine, which the stubs type as a function
+
+
+def add_caption(figure: Figure, text: str) -> None:
+    """Writes a caption below a figure, in lines as long as the figure is wide."""
+    lines = textwrap.fill(drawable(text), int(13.5 * figure.get_figwidth()))
+    figure.supxlabel(lines, fontsize=8, color=INK, x=0.01, ha="left")
 
 
 def save(figure: Figure, output: Path) -> None:

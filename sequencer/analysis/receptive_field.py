@@ -25,6 +25,8 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from sequencer.analysis.gradients import image_gradients
+
 CHUNK = 64  # tokens in a backward pass
 SHARES = (0.2, 0.3, 0.5, 0.99)  # of the contribution, in extents and area ratios
 MOST_STAGES = 5  # of a model; of one with more stages, such as a ViT, four at equal distances are taken
@@ -162,14 +164,7 @@ def _positive_gradients(
     Returns:
         For each scalar, maps `B H W`.
     """
-    images = images.detach().clone().requires_grad_()
-    # cuDNN has no backward pass of recurrent layers in eval mode
-    with torch.enable_grad(), torch.backends.cudnn.flags(enabled=False):
-        scalars = values(_outputs(model, images, stages))
-        gradients = [
-            torch.autograd.grad(scalar, images, retain_graph=number < len(scalars))[0]
-            for number, scalar in enumerate(scalars, start=1)
-        ]
+    gradients = image_gradients(images, lambda leaf: values(_outputs(model, leaf, stages)))
     return [gradient.relu().sum(dim=1) for gradient in gradients]
 
 

@@ -11,7 +11,6 @@ Shape letters: `B` batch, `C` channels, `H W` pixel rows and columns, `G` patche
 """
 
 from collections.abc import Callable, Iterable
-from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from sequencer.analysis.changes import Change, ChangeCounts
+from sequencer.analysis.gradients import image_gradients
 from sequencer.analysis.statistics import Interval
 from sequencer.evaluation import is_right
 
@@ -80,7 +80,7 @@ def symmetry(model: nn.Module, batches: Batches) -> Symmetry:
     for images, labels, indices in batches:
         with torch.inference_mode():
             clean = is_right(model(images), labels)
-        orders = {pattern: cover_order(model, images, indices, pattern) for pattern in PATTERNS}
+        orders = cover_orders(model, images, indices)
         changed = []
         for condition in CONDITIONS:
             with torch.inference_mode():
@@ -98,7 +98,7 @@ def change(
         images: Normalised images.
         indices: Of the images in the split.
         condition: One of `CONDITIONS`.
-        orders: For each of `PATTERNS` what `cover_order` returns.
+        orders: What `cover_orders` returns.
     """
     group, level = condition
     if group == "turn":
@@ -121,43 +121,40 @@ def grid_of(height: int, width: int) -> tuple[int, int]:
     return min(GRID, height), min(GRID, width)
 
 
-def cover_order(
-    model: nn.Module, images: Float[Tensor, "B C H W"], indices: Int[Tensor, " B"], pattern: str
-) -> Int[Tensor, "B G G2"]:
-    """Computes at which place of the order of a pattern each patch is covered, from 0.
+def cover_orders(
+    model: nn.Module, images: Float[Tensor, "B C H W"], indices: Int[Tensor, " B"]
+) -> dict[str, Int[Tensor, "B G G2"]]:
+    """Computes at which place of the order of each of `PATTERNS` every patch is covered, from 0.
 
     Args:
         model: As in `symmetry`; used for the salient patterns alone.
         images: Normalised images.
         indices: Of the images in the split.
-        pattern: One of `PATTERNS`.
     """
     rows, columns = grid_of(*images.shape[-2:])
-    if "salient" in pattern:
-        values = salience(model, images).flatten(1)
-        order = values.argsort(dim=1, descending=pattern == "salient", stable=True)
-        return order.argsort(dim=1).reshape(-1, rows, columns)
-    draw: Callable[[np.random.Generator], NDArray[Any]]
-    if pattern == "random":
-        draw = partial(_permuted, shape=(rows, columns))
-    elif pattern == "rows":
-        draw = lambda generator: _permuted(generator, (rows, 1)) * columns + np.arange(columns)  # noqa: E731
-    else:
-        draw = lambda generator: _permuted(generator, (1, columns)) * rows + np.arange(rows)[:, None]  # noqa: E731
-    number = PATTERNS.index(pattern)
-    found = [draw(np.random.default_rng((SEED, number, int(index)))) for index in indices]
-    return torch.from_numpy(np.stack(found)).to(images.device)
+    found = {}
+    for number, pattern in enumerate(PATTERNS[:3]):
+        draws = [_draw(pattern, np.random.default_rng((SEED, number, int(i))), rows, columns) for i in indices]
+        found[pattern] = torch.from_numpy(np.stack(draws)).to(images.device)
+    values = salience(model, images).flatten(1)
+    for pattern, descending in zip(PATTERNS[3:], (True, False), strict=True):
+        order = values.argsort(dim=1, descending=descending, stable=True)
+        found[pattern] = order.argsort(dim=1).reshape(-1, rows, columns)
+    return found
 
 
-def _permuted(generator: np.random.Generator, shape: tuple[int, int]) -> NDArray[Any]:
-    return generator.permutation(shape[0] * shape[1]).reshape(shape)
+def _draw(pattern: str, generator: np.random.Generator, rows: int, columns: int) -> NDArray[Any]:
+    """Draws the places of the patches in a random order of patches, rows or columns."""
+    if pattern == "rows":
+        return generator.permutation(rows)[:, None] * columns + np.arange(columns)
+    if pattern == "columns":
+        return generator.permutation(columns) * rows + np.arange(rows)[:, None]
+    return generator.permutation(rows * columns).reshape(rows, columns)
 
 
 def salience(model: nn.Module, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B G G2"]:
     """Computes gradient times input of the logit of the predicted class, summed over the pixels of each patch."""
-    leaf = images.detach().clone().requires_grad_()
-    with torch.enable_grad(), torch.backends.cudnn.flags(enabled=False):  # cuDNN refuses an RNN's backward in eval mode
-        (gradient,) = torch.autograd.grad(model(leaf).amax(dim=1).sum(), leaf)
+    (gradient,) = image_gradients(images, lambda leaf: [model(leaf).amax(dim=1).sum()])
     product = (gradient * images).sum(dim=1)
     height, width = product.shape[-2:]
     grid = grid_of(height, width)

@@ -13,7 +13,7 @@ from sequencer.analysis.symmetry import (
     Condition,
     change,
     cover,
-    cover_order,
+    cover_orders,
     salience,
     shuffle,
     symmetry,
@@ -106,7 +106,7 @@ def test_shifts_are_circular(side, pixels):
 def test_the_covered_share_is_exact(pattern, side, patches):
     model = small_model(img_size=side)
     images = images_of(side=side)
-    order = cover_order(model, images, torch.arange(3), pattern)
+    order = cover_orders(model, images, torch.arange(3))[pattern]
     assert order.shape == (3, patches, patches)
     assert torch.equal(order.flatten(1).sort(dim=1).values[0], torch.arange(patches**2))
     before = torch.zeros(3, side, side, dtype=torch.bool)
@@ -123,7 +123,7 @@ def test_the_covered_share_is_exact(pattern, side, patches):
 def test_lines_are_covered_whole():
     images = images_of()
     for pattern, axis in (("rows", 2), ("columns", 1)):
-        order = cover_order(small_model(), images, torch.arange(3), pattern)
+        order = cover_orders(small_model(), images, torch.arange(3))[pattern]
         zero = (cover(images, order, 0.5)[:, 0] == 0).all(dim=axis)
         assert zero.sum(dim=1).tolist() == [14] * 3
         assert len({tuple(row) for row in zero.tolist()}) == 3
@@ -132,8 +132,8 @@ def test_lines_are_covered_whole():
 def test_random_changes_depend_on_the_index_alone():
     images, model = images_of(6), small_model()
     for pattern in PATTERNS[:3]:
-        together = cover_order(model, images, torch.arange(6), pattern)
-        alone = [cover_order(model, images[i : i + 1], torch.tensor([i]), pattern)[0] for i in range(6)]
+        together = cover_orders(model, images, torch.arange(6))[pattern]
+        alone = [cover_orders(model, images[i : i + 1], torch.tensor([i]))[pattern][0] for i in range(6)]
         assert torch.equal(together, torch.stack(alone))
         assert not torch.equal(together[0], together[1])
     together = shuffle(images, torch.arange(6), 4)
@@ -166,9 +166,9 @@ def test_salience_of_a_linear_model_is_what_covering_takes_from_the_logit():
     covered[:, :, 6:8, 10:12] = 0
     fall = logits - model(covered)[torch.arange(2), classes]
     torch.testing.assert_close(values[:, 3, 5], fall, rtol=0, atol=1e-10)
-    first = cover_order(model, images, torch.arange(2), "salient").flatten(1).argmin(1)
+    first = cover_orders(model, images, torch.arange(2))["salient"].flatten(1).argmin(1)
     assert first.tolist() == values.flatten(1).argmax(1).tolist()
-    last = cover_order(model, images, torch.arange(2), "least salient").flatten(1).argmin(1)
+    last = cover_orders(model, images, torch.arange(2))["least salient"].flatten(1).argmin(1)
     assert last.tolist() == values.flatten(1).argmin(1).tolist()
 
 
