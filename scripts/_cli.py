@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
     from sequencer.models import LoadedModel
 
+PACKAGES = {"imagecorruptions": "imagecorruptions-imaug"}  # of modules that are named otherwise
+
 
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are two lines, without the usage, and that refuses what can name no file."""
@@ -211,7 +213,7 @@ def need_packages(what: str, *names: str) -> None:
     Raises:
         RequestError: A package is not installed.
     """
-    if missing := [name for name in names if find_spec(name) is None]:
+    if missing := [PACKAGES.get(name, name) for name in names if find_spec(name) is None]:
         raise RequestError(f"{what} needs {', '.join(missing)}: python -m pip install {' '.join(missing)}")
 
 

@@ -7,11 +7,13 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from _cli import integer
+
 from sequencer.config.composition import compose, to_config
 from sequencer.config.errors import RequestError
 from sequencer.config.layouts import check_data, split_folder
 from sequencer.config.request import load_run
-from sequencer.config.schema import DataConfig
+from sequencer.config.schema import MOST_WORKERS, DataConfig
 
 if TYPE_CHECKING:
     import torch
@@ -23,12 +25,18 @@ ROOT = "--data-root DIR"
 
 
 def add_data_options(parser: ArgumentParser) -> None:
-    """Adds the options that name the data set and the split."""
+    """Adds the options that name the data set and the split, and say how its images are loaded."""
     data_sets = next(field.metadata["choices"] for field in fields(DataConfig) if field.name == "name")
     add = parser.add_argument
     add("--data", metavar="NAME", choices=data_sets, help=f"data set: {', '.join(data_sets)}; default: the run's")
     add("--data-root", metavar="DIR", help="folder that holds the data set")
     add("--split", choices=("val", "test"), help="default: test if the data set has one, otherwise val")
+    add(
+        "--num-workers",
+        metavar="N",
+        type=integer(0, MOST_WORKERS),
+        help="loader processes; 0 loads in the main process",
+    )
 
 
 def need_data(model: str, args: Namespace) -> None:
@@ -76,7 +84,8 @@ class LabelledImages:
         from sequencer.data import eval_transform, has_test_split, open_split
         from sequencer.evaluation import check_classes, evaluation_data
 
-        self.data = evaluation_data(loaded, args.data, root=args.data_root, eval_batch_size=args.batch_size)
+        changes = {"root": args.data_root, "eval_batch_size": args.batch_size, "num_workers": args.num_workers}
+        self.data = evaluation_data(loaded, args.data, **changes)
         self.split_name: Literal["val", "test"] = args.split or ("test" if has_test_split(self.data) else "val")
         check_data(self.data, [self.split_name], root=ROOT)
         self.split = open_split(self.data, self.split_name, eval_transform(self.data))

@@ -15,7 +15,7 @@ evaluate models on labelled images.
 
 from argparse import Namespace, RawDescriptionHelpFormatter
 
-from _analyses import attribution, knock_out, memory, receptive_field, symmetry
+from _analyses import attribution, knock_out, memory, receptive_field, robustness, symmetry
 from _analyses.common import add_options
 from _cli import Parser, named_model, run
 
@@ -30,6 +30,11 @@ COMMANDS = {
     "memory": (memory.memory, memory, "how far back the recurrences of models remember"),
     "knock-out": (knock_out.knock_out, knock_out, "how much accuracy needs each scan direction of each block"),
     "symmetry": (symmetry.symmetry, symmetry, "accuracy on images that are turned, shifted, covered or shuffled"),
+    "robustness": (
+        robustness.robustness,
+        robustness,
+        "the accuracy on corrupted images, under attacks and on other sets",
+    ),
 }
 
 

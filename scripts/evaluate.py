@@ -23,7 +23,6 @@ from _labelled import ROOT, add_data_options, check_named_data, need_data
 from sequencer.config.errors import RequestError
 from sequencer.config.layouts import check_data
 from sequencer.config.request import describe_differences
-from sequencer.config.schema import MOST_WORKERS
 from sequencer.console import say, table_lines
 from sequencer.declared import decode_json
 from sequencer.names import LARGEST_IMAGE
@@ -55,12 +54,6 @@ def parse(argv: list[str] | None) -> Namespace:
     add("--crop-pct", metavar="FRACTION", type=fraction, help="fraction of the shorter side that the centre crop keeps")
     add("--flip", action="store_true", help="average the probabilities of each image and its mirror image")
     add("--batch-size", metavar="N", type=integer(1), help="images per forward pass")
-    add(
-        "--num-workers",
-        metavar="N",
-        type=integer(0, MOST_WORKERS),
-        help="loader processes; 0 loads in the main process",
-    )
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto, a GPU if there is one")
     add("--output", metavar="DIR", type=Path, help="default: below RUN/evaluation or outputs/evaluation")
     add("--debug", action="store_true", help="show the traceback of an error")

@@ -77,7 +77,7 @@ def evidence(args: Namespace) -> int:
         "tokens with the largest evidence are deleted or inserted first; in brackets,",
         "in random order. Means: {0:.1%} ({2:.1%}), {1:.1%} ({3:.1%})".format(*means),
     ]
-    return finish(subject, shown, [output / f"evidence.{suffix}" for suffix in ("png", "csv", "npz")])
+    return finish(subject.unreadable, shown, [output / f"evidence.{suffix}" for suffix in ("png", "csv", "npz")])
 
 
 def _areas(subject: Subject, batch: Batch, maps: "torch.Tensor", curves: Any) -> np.ndarray[Any, Any]:
@@ -116,4 +116,4 @@ def directions(args: Namespace) -> int:
     sums = sum_by_source(found.parts, mean)
     lines = [[source, f"{value:+.3f}"] for source, value in (sums | {"together": sum(sums.values())}).items()]
     shown = table_lines(("sum over blocks, mean over images", "logit above the runner-up"), lines)
-    return finish(subject, shown, [output / f"directions.{suffix}" for suffix in ("png", "csv")])
+    return finish(subject.unreadable, shown, [output / f"directions.{suffix}" for suffix in ("png", "csv")])

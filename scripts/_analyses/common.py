@@ -16,7 +16,6 @@ from sequencer.printing import printable
 
 if TYPE_CHECKING:
     import torch
-    from _labelled import LabelledImages
     from torch import nn
 
     from sequencer.config.schema import DataConfig
@@ -178,8 +177,8 @@ def output_folder(args: Namespace) -> Path:
     return args.output or (Path(models[0]) if is_run else Path("outputs")) / "analysis"
 
 
-def finish(subject: "Subject | Images | LabelledImages", lines: list[str], files: list[Path]) -> int:
+def finish(unreadable: set[str] | int, lines: list[str], files: list[Path]) -> int:
     """Prints the result and what was written; returns the exit code, 1 if an image could not be read."""
     for line in [*lines, "written:", *(printable(file) for file in files)]:
         say(line)
-    return 1 if subject.unreadable else 0
+    return 1 if unreadable else 0

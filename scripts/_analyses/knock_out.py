@@ -54,4 +54,4 @@ def knock_out(args: Namespace) -> int:
         *table_lines(("change of top-1 without", *directions), lines),
         "in percentage points; *: p < 0.05 by McNemar's exact test with Holm's correction",
     ]
-    return finish(images, shown, [output / f"knock-out.{suffix}" for suffix in ("png", "csv")])
+    return finish(images.unreadable, shown, [output / f"knock-out.{suffix}" for suffix in ("png", "csv")])

@@ -91,7 +91,7 @@ def memory(args: Namespace) -> int:
         f"saturated: share of gates below {low:g} or above {high:g}",
     ]
     names = ("memory.png", "memory_maps.png", "memory.csv", "memory_scans.csv", "memory.npz")
-    return finish(images, lines, [output / name for name in names])
+    return finish(images.unreadable, lines, [output / name for name in names])
 
 
 def _sources_of_cells(args: Namespace) -> list[Source]:

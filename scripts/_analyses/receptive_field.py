@@ -78,7 +78,7 @@ def receptive_field(args: Namespace) -> int:
         "area: smallest square around the centre of the image that holds this share",
         "of log10(1 + contribution), over the area of the image, as RepLKNet's.",
     ]
-    return finish(images, shown, [output / f"receptive-field.{suffix}" for suffix in ("png", "csv", "npz")])
+    return finish(images.unreadable, shown, [output / f"receptive-field.{suffix}" for suffix in ("png", "csv", "npz")])
 
 
 def load_checked(source: str, args: Namespace) -> "LoadedModel":

@@ -61,4 +61,4 @@ def symmetry(args: Namespace) -> int:
         *table_lines(("top-1 of images", *header), lines),
         "changes in percentage points; *: p < 0.05 by McNemar's exact test with Holm's correction",
     ]
-    return finish(splits[0], shown, [output / f"symmetry.{suffix}" for suffix in ("png", "csv")])
+    return finish(splits[0].unreadable, shown, [output / f"symmetry.{suffix}" for suffix in ("png", "csv")])
