@@ -6,11 +6,12 @@
     python scripts/analyze.py memory sequencer2d_s --cells rnn,lstm1997,lstm --noise 16
     python scripts/analyze.py knock-out outputs/digits/2026-01-31_12-00-00
     python scripts/analyze.py symmetry sequencer2d_s convnext_tiny --data imagenet --data-root DIR --limit 5000
+    python scripts/analyze.py robustness outputs/digits/2026-01-31_12-00-00 --attacks fgsm,pgd
 
 `analyze.py WHAT --help` lists the options of each. MODEL is a run folder, a model folder, a checkpoint or a timm name.
 Each command prints a table and writes a picture and the numbers behind it. `evidence` and `directions` are exact: the
-shares of all tokens, or the contributions of all parts of the model, sum to the logit. Knock-out and symmetry
-evaluate models on labelled images.
+shares of all tokens, or the contributions of all parts of the model, sum to the logit. Knock-out, symmetry
+and robustness evaluate models on labelled images.
 """
 
 from argparse import Namespace, RawDescriptionHelpFormatter

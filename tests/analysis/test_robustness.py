@@ -5,23 +5,25 @@ import pytest
 import torch
 from torch import nn
 
+from sequencer.analysis.corrupted_images import (
+    CifarC,
+    Clean,
+    ImageNetC,
+    StoredSplit,
+    piece_loader,
+    read_stored_labels,
+    stored_corruptions,
+)
 from sequencer.analysis.pieces import Ledger
 from sequencer.analysis.robustness import (
     ALEXNET_ERRORS,
     EPSILON,
-    CifarC,
-    Clean,
-    ImageNetC,
     Normalised,
-    StoredSplit,
     attacked,
     classifier,
     corruption_errors,
     mean_corruption_error,
-    piece_loader,
     predict_classes,
-    read_stored_labels,
-    stored_corruptions,
 )
 from sequencer.config import DataConfig, RequestError
 from sequencer.data import MemorySplit, eval_transform
