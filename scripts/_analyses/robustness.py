@@ -184,6 +184,7 @@ def _check_variant(args: Namespace) -> None:
 def _natural(args: Namespace) -> int:
     import numpy as np
 
+    from sequencer.analysis.corrupted_images import Clean, piece_loader
     from sequencer.analysis.natural import (
         CLASSES,
         VARIANTS,
@@ -192,7 +193,6 @@ def _natural(args: Namespace) -> int:
         open_folder,
         real_labels,
     )
-    from sequencer.analysis.corrupted_images import Clean, piece_loader
     from sequencer.analysis.pieces import Ledger
     from sequencer.analysis.robustness import Normalised, classifier, predict_classes
     from sequencer.analysis.robustness_plots import plot_robustness

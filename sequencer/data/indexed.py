@@ -78,6 +78,7 @@ class IndexedSplit(Split):
 
     def subset(self, indices: np.ndarray) -> "IndexedSplit":
         result = copy.copy(self)
+        result.__dict__.pop("fingerprint", None)  # is cached, and of the images of this split
         result.indices = self.indices[indices]
         return result
 

@@ -72,6 +72,8 @@ def test_a_subset_has_a_fingerprint_of_its_own():
     other.setup()
     assert other.fingerprints["train"] != data.fingerprints["train"]
     assert other.fingerprints["test"] == data.fingerprints["test"]
+    part = data.splits["test"].subset(np.arange(5))  # of a split whose own fingerprint has been read
+    assert part.fingerprint.startswith("5 images ")
 
 
 def test_the_pixels_of_images_in_memory_count():
