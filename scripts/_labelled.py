@@ -5,7 +5,7 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from _cli import integer
 
@@ -75,8 +75,14 @@ class LabelledImages:
         unreadable: Number of images that could not be read in the last iteration.
     """
 
-    def __init__(self, loaded: "LoadedModel", args: Namespace, device: "torch.device") -> None:
+    def __init__(self, loaded: "LoadedModel", args: Namespace, device: "torch.device", **changes: Any) -> None:
         """Opens the split that the options name.
+
+        Args:
+            loaded: The model.
+            args: The options.
+            device: Where the batches are moved.
+            changes: As of `sequencer.evaluation.evaluation_data`, such as `img_size`.
 
         Raises:
             RequestError: The split is missing, or its number of classes is not the model's.
@@ -84,7 +90,7 @@ class LabelledImages:
         from sequencer.data import eval_transform, has_test_split, open_split
         from sequencer.evaluation import check_classes, evaluation_data
 
-        changes = {"root": args.data_root, "eval_batch_size": args.batch_size, "num_workers": args.num_workers}
+        changes |= {"root": args.data_root, "eval_batch_size": args.batch_size, "num_workers": args.num_workers}
         self.data = evaluation_data(loaded, args.data, **changes)
         self.split_name: Literal["val", "test"] = args.split or ("test" if has_test_split(self.data) else "val")
         check_data(self.data, [self.split_name], root=ROOT)
@@ -101,9 +107,9 @@ class LabelledImages:
         """
         from sequencer.evaluation import tracked
 
-        seen, end = 0, len(self.split)
+        loader, seen, end = self.split.evaluation_loader(self.data), 0, len(self.split)
         steps = -(-min(self.limit, end) // self.data.eval_batch_size)
-        for images, labels, indices in tracked(self.split.evaluation_loader(self.data), "evaluating", steps):
+        for images, labels, indices in tracked(loader, f"evaluating at {self.data.img_size} px", steps):
             kept = self.limit - seen
             images, labels, indices = images[:kept], labels[:kept], indices[:kept]
             if len(labels):

@@ -6,19 +6,21 @@
     python scripts/analyze.py memory sequencer2d_s --cells rnn,lstm1997,lstm --noise 16
     python scripts/analyze.py knock-out outputs/digits/2026-01-31_12-00-00
     python scripts/analyze.py symmetry sequencer2d_s convnext_tiny --data imagenet --data-root DIR --limit 5000
+    python scripts/analyze.py resolution sequencer2d_s deit_small_patch16_224 --data imagenet --data-root DIR --sizes 160,224,288
     python scripts/analyze.py robustness outputs/digits/2026-01-31_12-00-00 --attacks fgsm,pgd
 
 `analyze.py WHAT --help` lists the options of each. MODEL is a run folder, a model folder, a checkpoint or a timm name.
 Each command prints a table and writes a picture and the numbers behind it. `evidence` and `directions` are exact: the
-shares of all tokens, or the contributions of all parts of the model, sum to the logit. Knock-out, symmetry
-and robustness evaluate models on labelled images.
+shares of all tokens, or the contributions of all parts of the model, sum to the logit. Knock-out, symmetry,
+resolution and robustness evaluate models on labelled images.
 """
 
 from argparse import Namespace, RawDescriptionHelpFormatter
 
-from _analyses import attribution, knock_out, memory, receptive_field, robustness, symmetry
+from _analyses import attribution, knock_out, memory, receptive_field, resolution, robustness, symmetry
 from _analyses.common import add_options
 from _cli import Parser, named_model, run
+from _labelled import need_data
 
 COMMANDS = {
     "evidence": (attribution.evidence, attribution, "where in the image the evidence for a class lies"),
@@ -31,6 +33,7 @@ COMMANDS = {
     "memory": (memory.memory, memory, "how far back the recurrences of models remember"),
     "knock-out": (knock_out.knock_out, knock_out, "how much accuracy needs each scan direction of each block"),
     "symmetry": (symmetry.symmetry, symmetry, "accuracy on images that are turned, shifted, covered or shuffled"),
+    "resolution": (resolution.resolution, resolution, "accuracy, speed and states of recurrences across input sizes"),
     "robustness": (
         robustness.robustness,
         robustness,
@@ -55,6 +58,9 @@ def parse(argv: list[str] | None) -> Namespace:
 
 
 def work(args: Namespace) -> int:
+    if hasattr(args, "data") and not getattr(args, "variant", None):  # a variant has a folder in place of a data set
+        for model in [args.model] if isinstance(args.model, str) else args.model:
+            need_data(model, args)
     if isinstance(args.model, str):
         args.model = named_model(args.model, args)
     elif not getattr(args, "cells", None):  # MODEL names architectures, of which no weights are read

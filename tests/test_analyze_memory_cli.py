@@ -61,6 +61,7 @@ def test_cells_of_one_architecture(analyze, tmp_path, capsys):
         (["sequencer2d_t_8", "--cells", "lsmt"], "--cells: unknown cell lsmt; there are lstm, gru, rnn,"),
         (["resnet18", "--cells", "lstm"], "resnet18 has no cells to choose: --cells needs a Sequencer"),
         (["sequencer2d_t_8", "--cells", "lstm", "--untrained"], "--untrained: with --cells every model is untrained"),
+        (["sequencer2d_t_8"] * 2 + ["--cells", "lstm"], "the same MODEL is given twice"),
         (["missing"], "missing is neither a file or folder nor a timm model name"),
     ],
 )
@@ -69,6 +70,12 @@ def test_wrong_requests_leave_nothing(arguments, message, analyze, tmp_path, cap
     assert exit_code(analyze, ["memory", *arguments, "--noise", "1", *output]) == 2
     assert f"error: {message}" in capsys.readouterr().err
     assert not (tmp_path / "o").exists()
+
+
+def test_unreadable_images_are_no_fault_of_the_model(analyze, run_folder, tmp_path, capsys):
+    (tmp_path / "a.png").write_text("no image")
+    assert exit_code(analyze, ["memory", str(run_folder), "--images", str(tmp_path / "a.png")]) == 2
+    assert capsys.readouterr().err.endswith("\nerror: no image can be read\n")
 
 
 def test_images_or_noise_are_required(analyze, run_folder, capsys):

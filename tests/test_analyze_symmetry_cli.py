@@ -15,7 +15,7 @@ def test_two_models(analyze, tmp_path, capsys):
     rows = read_csv(tmp_path / "both" / "symmetry.csv")
     assert len(rows) == 2 * 36
     clean = {row["model"]: float(row["top1"]) for row in rows if row["condition"] == "unchanged"}
-    assert list(clean) == runs
+    assert list(clean) == ["run0", "run1"]
     for row in rows:
         if row["condition"] != "unchanged":
             assert float(row["top1"]) == pytest.approx(clean[row["model"]] + float(row["change"]))
@@ -36,7 +36,7 @@ def test_wrong_requests_leave_nothing(analyze, tmp_path, capsys):
     run = str(save_run(tmp_path / "run", DIGITS, NAMES))
     output = ["--output", str(tmp_path / "o")]
     assert exit_code(analyze, ["symmetry", run, run, *output]) == 2
-    assert capsys.readouterr().err == "error: a MODEL is named twice\n"
+    assert capsys.readouterr().err == "error: the same MODEL is given twice\n"
     assert exit_code(analyze, ["symmetry", run, "--limit", "0", *output]) == 2
     assert "0 is less than 1" in capsys.readouterr().err
     assert not (tmp_path / "o").exists()

@@ -1,5 +1,6 @@
 """What the analyses share: their options, the model with its images in batches, and the end of a command."""
 
+import os
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
@@ -22,10 +23,12 @@ if TYPE_CHECKING:
 
 
 def add_options(command: ArgumentParser) -> None:
-    """Adds the options that every analysis has."""
+    """Adds the options that every analysis has, which may have set a batch size of its own."""
     add = command.add_argument
     add_model_options(command)
-    add("--batch-size", metavar="N", type=integer(1), default=8, help="images per forward pass; default: 8")
+    if command.get_default("batch_size") is None:
+        command.set_defaults(batch_size=8)
+    add("--batch-size", metavar="N", type=integer(1), help="images per forward pass; default: %(default)s")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto, a GPU if there is one")
     add("--output", metavar="DIR", type=Path, help="default: RUN/analysis for a run, otherwise outputs/analysis")
     add("--debug", action="store_true", help="show the traceback of an error")
@@ -168,6 +171,19 @@ class Subject:
     def named(self, order: "torch.Tensor") -> list[str]:
         """Names of the predicted class and of the runner-up."""
         return [printable(self.names[k]) for k in order.tolist()]
+
+
+def labels(sources: list[str]) -> list[str]:
+    """Names models by the last part of their paths; those that share it, by the whole path.
+
+    Raises:
+        RequestError: A model is given twice.
+    """
+    paths = [os.path.normpath(source) for source in sources]
+    if len(set(paths)) < len(paths):
+        raise RequestError("the same MODEL is given twice")
+    names = [os.path.basename(path) for path in paths]
+    return [printable(name if names.count(name) == 1 else path) for name, path in zip(names, paths, strict=True)]
 
 
 def output_folder(args: Namespace) -> Path:

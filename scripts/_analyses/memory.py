@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from _cli import created, integer, load_original, pick_device
 
-from _analyses.common import Images, add_image_options, finish, output_folder
+from _analyses.common import Images, add_image_options, finish, labels, output_folder
 from sequencer.config.errors import RequestError
 from sequencer.config.preflight import check_model_name
 from sequencer.console import table_lines
@@ -71,6 +71,8 @@ def memory(args: Namespace) -> int:
             images = Images(args, config, unreadable)
             try:
                 scans = measure_memory(model.to(device), images.tracked(source.label, device))
+            except RequestError:  # a ValueError as well
+                raise
             except ValueError as error:
                 raise RequestError(f"{source.label}: {error}") from error
             pixels = None if args.noise or images.first is None else to_pixels(images.first, config)[0]
@@ -115,7 +117,7 @@ def _sources_of_cells(args: Namespace) -> list[Source]:
             raise RequestError(f"--cells: unknown cell {printable(cell)}; there are {', '.join(CELLS)}")
 
     size = {"img_size": args.img_size} if args.img_size else {}
-    pairs = [(name, cell) for name in args.model for cell in args.cells]
+    pairs = [(name, cell) for name in labels(args.model) for cell in args.cells]
     several = len(args.model) > 1
     return [
         Source(f"{name}, {cell}" if several else cell, False, group, partial(_build, name, cell=cell, **size))
@@ -139,10 +141,8 @@ def _build(name: str, **model_args: Any) -> Network:
 
 def _sources(args: Namespace) -> list[Source]:
     """Lists each model, followed by its untrained counterpart if that is wanted."""
-    names = [Path(model).name for model in args.model]
-    labels = args.model if len(set(names)) < len(names) else names
     sources = []
-    for group, (model, label) in enumerate(zip(args.model, map(printable, labels), strict=True)):
+    for group, (model, label) in enumerate(zip(args.model, labels(args.model), strict=True)):
         sources.append(Source(label, True, group, partial(_load, model, args)))
         if args.untrained:
             sources.append(Source(f"{label}, untrained", False, group, partial(_untrained, model, args)))

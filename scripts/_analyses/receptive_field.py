@@ -1,13 +1,12 @@
 """The effective receptive fields of the stages of one model or several."""
 
-import os
 from argparse import ArgumentParser, Namespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from _cli import created, load_original, pick_device
 
-from _analyses.common import Images, add_image_options, finish, output_folder
+from _analyses.common import Images, add_image_options, finish, labels, output_folder
 from sequencer.config.errors import RequestError
 from sequencer.console import table_lines
 from sequencer.files import write_arrays, write_csv
@@ -95,15 +94,3 @@ def load_checked(source: str, args: Namespace) -> "LoadedModel":
     except ValueError as error:
         raise RequestError(f"{source}: {error}") from error
     return loaded
-
-
-def labels(sources: list[str]) -> list[str]:
-    """Names models by the last part of their paths; those that share it, by the whole path.
-
-    Raises:
-        RequestError: A model is given twice.
-    """
-    if len(set(sources)) < len(sources):
-        raise RequestError("the same MODEL is given twice")
-    names = [os.path.basename(os.path.normpath(source)) for source in sources]
-    return [printable(name if names.count(name) == 1 else source) for name, source in zip(names, sources, strict=True)]

@@ -3,15 +3,13 @@
 from argparse import ArgumentParser, Namespace
 from typing import Any
 
-from _cli import created, load_original, pick_device
-from _labelled import LabelledImages, check_named_data
+from _cli import created, pick_device
+from _labelled import check_named_data
 
-from _analyses.common import finish, output_folder
-from _analyses.labelled import HEADER, add_labelled_arguments, change_cells, shown_change
-from sequencer.config.errors import RequestError
+from _analyses.common import finish, labels, output_folder
+from _analyses.labelled import HEADER, add_labelled_arguments, change_cells, open_models, shown_change
 from sequencer.console import table_lines
 from sequencer.files import write_csv
-from sequencer.printing import printable
 
 
 def add_arguments(command: ArgumentParser) -> None:
@@ -19,29 +17,25 @@ def add_arguments(command: ArgumentParser) -> None:
     models = "run folders, model folders, checkpoints or timm names"
     command.add_argument("model", metavar="MODEL", nargs="+", help=models)
     add_labelled_arguments(command)
+    command.set_defaults(batch_size=16)  # 11% faster than 8 on a CPU
 
 
 def symmetry(args: Namespace) -> int:
     """Writes symmetry.png, accuracies under each change, and symmetry.csv, a row for each model and change."""
     for model in args.model:
         check_named_data(model, args)
-    if len(set(args.model)) < len(args.model):
-        raise RequestError("a MODEL is named twice")
+    names = labels(args.model)
     from sequencer.analysis.change_plots import describe_level, plot_symmetry
     from sequencer.analysis.symmetry import CONDITIONS
     from sequencer.analysis.symmetry import symmetry as measure
 
     output = output_folder(args)
     device = pick_device(args.device)
-    models = [load_original(model, args) for model in args.model]
-    splits = [LabelledImages(model, args, device) for model in models]
-    for name, split in zip(args.model, splits, strict=True):
-        if split.fingerprint != splits[0].fingerprint:
-            raise RequestError(f"{args.model[0]} and {name} would be evaluated on different images")
+    models = open_models(names, args, device)
     with created(output):
         found = {}
-        for name, loaded, split in zip(args.model, models, splits, strict=True):
-            found[printable(name)] = measure(loaded.model.to(device).eval(), split)
+        for name, (loaded, split) in zip(names, models, strict=True):
+            found[name] = measure(loaded.model.to(device).eval(), split)
             loaded.model.cpu()
         rows: list[tuple[Any, ...]] = []
         for name, result in found.items():
@@ -49,7 +43,7 @@ def symmetry(args: Namespace) -> int:
             rows += [(name, *condition, *change_cells(change)) for condition, change in result.changes.items()]
         write_csv(output / "symmetry.csv", ("model", "condition", "level", *HEADER), rows)
         number = next(iter(found.values())).images
-        plot_symmetry(found, splits[0].describe(number), output / "symmetry.png")
+        plot_symmetry(found, split.describe(number), output / "symmetry.png")
     lines = [["unchanged", *(cell for result in found.values() for cell in (f"{result.clean.value:.2%}", ""))]]
     for condition in CONDITIONS:
         changes = [result.changes[condition] for result in found.values()]
@@ -57,8 +51,8 @@ def symmetry(args: Namespace) -> int:
         lines.append([describe_level(condition), *cells])
     header = [cell for name in found for cell in (name, "change")]
     shown = [
-        splits[0].describe(number),
+        split.describe(number),
         *table_lines(("top-1 of images", *header), lines),
         "changes in percentage points; *: p < 0.05 by McNemar's exact test with Holm's correction",
     ]
-    return finish(splits[0].unreadable, shown, [output / f"symmetry.{suffix}" for suffix in ("png", "csv")])
+    return finish(split.unreadable, shown, [output / f"symmetry.{suffix}" for suffix in ("png", "csv")])

@@ -105,7 +105,7 @@ def plot_symmetry(found: Mapping[str, Symmetry], title: str, output: Path) -> Fi
     for axes in (*upper, *lower[1:]):
         axes.tick_params(labelleft=False)
     names = [shorten(name, LONGEST_NAME) for name in found]
-    handles = [Line2D([], [], color=_colour(i), marker=_marker(i), label=name) for i, name in enumerate(names)]
+    handles = [Line2D([], [], color=colour_of(i), marker=marker_of(i), label=name) for i, name in enumerate(names)]
     figure.legend(handles=handles, loc="outside upper right", ncols=min(len(names), 4))
     figure.suptitle(drawable(title), x=0.01, ha="left", fontsize=11, fontweight="bold")
     caption = (
@@ -126,8 +126,8 @@ def _draw_turns(axes: Axes, models: list[Symmetry]) -> None:
         changes = [model.changes[Condition("turn", name)] for name in TURNS]
         at = np.arange(len(names)) + _offset(number, len(models))
         marks = [True, *(change.is_significant for change in changes)]
-        _draw_points(axes, at, [model.clean, *(change.top1 for change in changes)], marks, number)
-        axes.axhline(model.clean.value, color=_colour(number), linewidth=0.9, linestyle="--", zorder=1)
+        draw_points(axes, at, [model.clean, *(change.top1 for change in changes)], marks, number)
+        axes.axhline(model.clean.value, color=colour_of(number), linewidth=0.9, linestyle="--", zorder=1)
     axes.set_xticks(range(len(names)), [name.replace(" ", "\n", 1) for name in names], fontsize=8)
     axes.set_title("Flipped and turned", fontsize=9.5)
     axes.grid(axis="x", visible=False)
@@ -139,9 +139,9 @@ def _draw_levels(axes: Axes, models: list[Symmetry], group: str, title: str, lab
         changes: list[Change] = [model.changes[Condition(group, level)] for level in levels]
         at = np.arange(len(levels)) + 0.6 * _offset(number, len(models))
         tops = [change.top1 for change in changes]
-        axes.plot(at, [top.value for top in tops], color=_colour(number), linewidth=1.2, zorder=2)
-        _draw_points(axes, at, tops, [change.is_significant for change in changes], number)
-        axes.axhline(model.clean.value, color=_colour(number), linewidth=0.9, linestyle="--", zorder=1)
+        axes.plot(at, [top.value for top in tops], color=colour_of(number), linewidth=1.2, zorder=2)
+        draw_points(axes, at, tops, [change.is_significant for change in changes], number)
+        axes.axhline(model.clean.value, color=colour_of(number), linewidth=0.9, linestyle="--", zorder=1)
     axes.set_xticks(range(len(levels)), [_level(level) for level in levels])
     axes.set_xlim(-0.5, len(levels) - 0.5)
     axes.set_title(title, fontsize=9.5)
@@ -149,13 +149,14 @@ def _draw_levels(axes: Axes, models: list[Symmetry], group: str, title: str, lab
     axes.grid(axis="x", visible=False)
 
 
-def _draw_points(axes: Axes, at: Any, tops: list[Interval], filled: list[bool], number: int) -> None:
+def draw_points(axes: Axes, at: Any, tops: list[Interval], filled: list[bool], number: int) -> None:
+    """Draws the accuracies of a model with their intervals, by filled or empty marks, at places along the axis."""
     for x, top, fill in zip(at, tops, filled, strict=True):
-        colour = _colour(number)
+        colour = colour_of(number)
         axes.vlines(x, top.low, top.high, color=colour, linewidth=1.1, zorder=2)
         face = colour if fill else "white"
         style: dict[str, Any] = {"markerfacecolor": face, "markeredgecolor": colour, "markersize": 5, "zorder": 3}
-        axes.plot([x], [top.value], marker=_marker(number), linestyle="", **style)
+        axes.plot([x], [top.value], marker=marker_of(number), linestyle="", **style)
 
 
 def _offset(number: int, models: int) -> float:
@@ -175,9 +176,11 @@ def _level(level: str | float) -> str:
     return f"1/{round(1 / share)}" if 1 / share in SHIFTS else f"{share:.0%}"
 
 
-def _colour(number: int) -> str:
+def colour_of(number: int) -> str:
+    """Returns the colour of a model, by its position."""
     return FAMILIES[number % len(FAMILIES)]
 
 
-def _marker(number: int) -> str:
+def marker_of(number: int) -> str:
+    """Returns the marker of a model, by its position."""
     return MARKERS[number % len(MARKERS)]

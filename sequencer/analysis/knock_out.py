@@ -79,8 +79,7 @@ def knock_out(model: nn.Module, batches: Batches) -> KnockOuts:
     counts = ChangeCounts(len(means))
     with torch.inference_mode():
         for images, labels, _ in batches:
-            clean = is_right(model(images), labels)
-            found = [is_right(logits, labels) for _, logits in knocked_out_logits(model, images, means)]
+            *found, clean = [is_right(logits, labels) for _, logits in knocked_out_logits(model, images, means)]
             counts.add(clean, torch.stack(found))
     return KnockOuts(counts.clean(), counts.images, dict(zip(means, counts.changes(), strict=True)))
 
@@ -92,8 +91,8 @@ def direction_means(model: Sequencer, batches: Iterable[Float[Tensor, "B C0 H0 W
     number = 0
     for images in batches:
         number += len(images)
-        for place, block, x in _inputs(model, model.forward_embed(images)):
-            for name, output in _outputs(block.rnn_tokens, block.norm1(x)).items():
+        for place, _, _, outputs in _scanned(model, images):
+            for name, output in outputs.items():
                 total = output.double().sum(dim=0)
                 key = Place(*place, name)
                 sums[key] = sums[key] + total if key in sums else total
@@ -104,20 +103,20 @@ def direction_means(model: Sequencer, batches: Iterable[Float[Tensor, "B C0 H0 W
 @torch.inference_mode()
 def knocked_out_logits(
     model: Sequencer, images: Float[Tensor, "B C0 H0 W0"], means: Means
-) -> Iterator[tuple[Place, Float[Tensor, "B K"]]]:
-    """Yields the logits without each direction, in the order of `means`.
+) -> Iterator[tuple[Place | None, Float[Tensor, "B K"]]]:
+    """Yields the logits without each direction, in the order of `means`; last, with None, those of the whole model.
 
     Args:
         model: A `Sequencer` in eval mode.
         images: Normalised images.
         means: As `direction_means` returns them.
     """
-    for place, block, x in _inputs(model, model.forward_embed(images)):
-        outputs = _outputs(block.rnn_tokens, block.norm1(x))
+    for place, block, x, outputs in _scanned(model, images):
         for name, output in outputs.items():
             key = Place(*place, name)
             update = _join(block.rnn_tokens, outputs | {name: means[key].expand_as(output)})
             yield key, _continue(model, *place, x + update)
+    yield None, _continue(model, *place, x + _join(block.rnn_tokens, outputs))
 
 
 def _blocks(model: Sequencer) -> Iterator[tuple[int, int, Any]]:
@@ -127,14 +126,18 @@ def _blocks(model: Sequencer) -> Iterator[tuple[int, int, Any]]:
             yield number, index, block
 
 
-def _inputs(model: Sequencer, x: Tensor) -> Iterator[tuple[tuple[int, int], Any, Tensor]]:
-    """Yields each block, with its stage and index, and its input, for the tokens of the stem."""
+def _scanned(
+    model: Sequencer, images: Float[Tensor, "B C0 H0 W0"]
+) -> Iterator[tuple[tuple[int, int], Any, Tensor, dict[str, Tensor]]]:
+    """Yields the stage and index of each block, the block, its input, and the outputs of its directions."""
     stages: Any = model.stages
+    x = model.forward_embed(images)
     for number, index, block in _blocks(model):
         if index == 0:
             x = stages[number].downsample(x).contiguous()
-        yield (number, index), block, x
-        x = block(x)
+        outputs = _outputs(block.rnn_tokens, block.norm1(x))
+        yield (number, index), block, x, outputs
+        x = _mix_channels(block, x + _join(block.rnn_tokens, outputs))
 
 
 def _outputs(mixer: RNN2d | RNN1d, x: Float[Tensor, "B H W C"]) -> dict[str, Float[Tensor, "B H W D"]]:
@@ -160,7 +163,12 @@ def _continue(model: Sequencer, stage: int, index: int, x: Float[Tensor, "B H W 
     """Computes the logits from the tokens after the token mixer of a block."""
     stages: Any = model.stages
     blocks = stages[stage].blocks
-    x = x + blocks[index].mlp_channels(blocks[index].norm2(x))
+    x = _mix_channels(blocks[index], x)
     for module in (*blocks[index + 1 :], *stages[stage + 1 :]):
         x = module(x)
     return model.forward_head(model.norm(x))
+
+
+def _mix_channels(block: Any, x: Float[Tensor, "B H W C"]) -> Float[Tensor, "B H W C"]:
+    """Computes the output of a block from the tokens after its token mixer."""
+    return x + block.mlp_channels(block.norm2(x))

@@ -8,8 +8,8 @@ steps, `D` hidden size, `P` probes.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sequencer.analysis.attribution import axes
+from sequencer.analysis.spacing import evenly_spaced
 from sequencer.layers import RNN, RNN1d, RNN2d
 from sequencer.ops import CELLS, Layers, Trace, Weights, rnn1d, trace
 
@@ -81,25 +82,21 @@ def measure_memory(
     Raises:
         ValueError: The model has no recurrent layers of this package, is in training mode, or there are no images.
     """
-    mixers = {name: module for name, module in model.named_modules() if isinstance(module, RNN1d | RNN2d)}
-    if not mixers:
+    if not has_recurrences(model):
         raise ValueError("the model has no recurrent layers of this package")
     if model.training:
         raise ValueError("the model is in training mode; call eval() first")
     sums: dict[tuple[str, int, str], _Sums] = {}
     generator = torch.Generator().manual_seed(seed)
 
-    def record(module: RNN1d | RNN2d, inputs: tuple[Tensor], name: str) -> None:
-        for (layer, direction), rnn, x, w in _scans(module, inputs[0]):
+    def record(name: str, mixer: RNN1d | RNN2d, tokens: Tensor) -> None:
+        for (layer, direction), rnn, x, w in scan_inputs(mixer, tokens):
             total = sums.setdefault((name, layer, direction), _Sums(rnn.cell))
             _add(total, x, w, probes, generator)
             if not total.maps:
-                total.maps = _maps(trace(x[0], w, rnn.cell), direction, inputs[0].shape[1:3])
+                total.maps = _maps(trace(x[0], w, rnn.cell), direction, tokens.shape[1:3])
 
-    with torch.no_grad(), ExitStack() as stack:
-        for name, module in mixers.items():
-            handle = module.register_forward_pre_hook(partial(record, name=name))
-            stack.callback(handle.remove)
+    with torch.no_grad(), recorded(model, record):
         for images in batches:
             model(images)
     if not sums:
@@ -107,7 +104,26 @@ def measure_memory(
     return [_result(place, total) for place, total in sums.items()]
 
 
-def _scans(mixer: RNN1d | RNN2d, x: Tensor) -> Iterator[tuple[tuple[int, str], RNN, Tensor, Weights]]:
+def has_recurrences(model: nn.Module) -> bool:
+    """Returns whether a model has token mixers that are recurrent layers of this package."""
+    return any(isinstance(module, RNN1d | RNN2d) for module in model.modules())
+
+
+@contextmanager
+def recorded(model: nn.Module, record: Callable[[str, RNN1d | RNN2d, Tensor], None]) -> Iterator[None]:
+    """Calls a function with the name, the module and the input `B H W C` of each recurrent token mixer that runs."""
+
+    def call(mixer: RNN1d | RNN2d, inputs: tuple[Tensor], name: str) -> None:
+        record(name, mixer, inputs[0])
+
+    with ExitStack() as stack:
+        for name, module in model.named_modules():
+            if isinstance(module, RNN1d | RNN2d):
+                stack.callback(module.register_forward_pre_hook(partial(call, name=name)).remove)
+        yield
+
+
+def scan_inputs(mixer: RNN1d | RNN2d, x: Tensor) -> Iterator[tuple[tuple[int, str], RNN, Tensor, Weights]]:
     """Yields layer and direction, the recurrence, its inputs `B O T C` in the order of the scan, and its weights.
 
     Inputs and weights are in float64.
@@ -123,14 +139,18 @@ def _scans(mixer: RNN1d | RNN2d, x: Tensor) -> Iterator[tuple[tuple[int, str], R
                 tokens = rnn1d(tokens.flatten(0, 1), [directions], rnn.cell).unflatten(0, tokens.shape[:2])
 
 
+def chosen_sequences(x: Float[Tensor, "B O T C"]) -> Float[Tensor, "N T C"]:
+    """Returns at most `MOST_SEQUENCES` evenly spaced sequences of each image."""
+    return x[:, evenly_spaced(x.shape[1], MOST_SEQUENCES)].flatten(0, 1)
+
+
 def _to_double(w: Weights) -> Weights:
     return Weights._make(tensor if tensor is None else tensor.detach().double() for tensor in w)
 
 
 def _add(total: _Sums, x: Tensor, w: Weights, probes: int, generator: torch.Generator) -> None:
     """Adds the chosen sequences of a batch `B O T C` to the sums."""
-    chosen = np.unique(np.linspace(0, x.shape[1] - 1, min(x.shape[1], MOST_SEQUENCES)).round().astype(int))
-    x = x[:, chosen].flatten(0, 1)
+    x = chosen_sequences(x)
     hidden_size = w.weight_hh.shape[0] // CELLS[total.cell].gates
     v = torch.randn(probes, len(x), hidden_size, generator=generator, dtype=x.dtype).to(x.device)
     squares, found = jacobian_squares(x, w, total.cell, v)
@@ -165,7 +185,7 @@ def jacobian_squares(
         found = trace(x, w, cell)
         (gradients,) = torch.autograd.grad(found.hidden[:, -1], x, probes, is_grads_batched=True)
     detached = {name: gate.detach() for name, gate in found.gates.items()}
-    return gradients.square().sum(dim=-1).flip(-1), Trace(found.hidden.detach(), detached)
+    return gradients.square().sum(dim=-1).flip(-1), Trace(found.hidden.detach(), found.state.detach(), detached)
 
 
 def forget_products(found: Trace) -> Float[Tensor, "N T D"] | None:

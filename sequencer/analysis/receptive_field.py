@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from sequencer.analysis.gradients import image_gradients
+from sequencer.analysis.spacing import evenly_spaced
 
 CHUNK = 64  # tokens in a backward pass
 SHARES = (0.2, 0.3, 0.5, 0.99)  # of the contribution, in extents and area ratios
@@ -135,7 +136,7 @@ def token_fields(
     """
     with torch.no_grad():
         height, width = _outputs(model, images[:1], [stage])[0].shape[-2:]
-    rows, columns = (np.unique(np.linspace(0, n - 1, min(n, most)).round().astype(int)) for n in (height, width))
+    rows, columns = (evenly_spaced(n, most) for n in (height, width))
     places = [(r, c) for r in rows for c in columns]
     total = torch.zeros(len(places), *images.shape[-2:], dtype=torch.float64)
     for image in images:
@@ -164,7 +165,7 @@ def _positive_gradients(
     Returns:
         For each scalar, maps `B H W`.
     """
-    gradients = image_gradients(images, lambda leaf: values(_outputs(model, leaf, stages)))
+    gradients = image_gradients(model, images, lambda leaf: values(_outputs(model, leaf, stages)))
     return [gradient.relu().sum(dim=1) for gradient in gradients]
 
 

@@ -154,7 +154,7 @@ def _draw(pattern: str, generator: np.random.Generator, rows: int, columns: int)
 
 def salience(model: nn.Module, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B G G2"]:
     """Computes gradient times input of the logit of the predicted class, summed over the pixels of each patch."""
-    (gradient,) = image_gradients(images, lambda leaf: [model(leaf).amax(dim=1).sum()])
+    (gradient,) = image_gradients(model, images, lambda leaf: [model(leaf).amax(dim=1).sum()])
     product = (gradient * images).sum(dim=1)
     height, width = product.shape[-2:]
     grid = grid_of(height, width)

@@ -1,7 +1,7 @@
 """Metrics, the evaluation of a model on a split, and predictions for images."""
 
 from sequencer.evaluation.figures import describe_figures, short_number
-from sequencer.evaluation.inputs import check_img_size, data_section, data_settings, input_config
+from sequencer.evaluation.inputs import at_img_size, check_img_size, data_section, data_settings, input_config
 from sequencer.evaluation.loop import FlipAveraged, evaluate, tracked
 from sequencer.evaluation.metrics import (
     ClassificationMetrics,
@@ -25,6 +25,7 @@ __all__ = [
     "Outcome",
     "Prediction",
     "Predictions",
+    "at_img_size",
     "check_classes",
     "check_img_size",
     "data_section",

@@ -1,6 +1,7 @@
 """The preprocessing of a loaded model as a data section: that of its run, or that of timm's configuration."""
 
-from dataclasses import fields
+import copy
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -12,6 +13,13 @@ from sequencer.config.schema import DataConfig
 from sequencer.config.validation import check_bounds
 from sequencer.declared import UndeclaredContent, check_type
 from sequencer.models import LoadedModel
+
+REFUSALS = (
+    ValueError,
+    AssertionError,
+    RuntimeError,
+    ZeroDivisionError,
+)  # timm's models refuse sizes in each of these ways
 
 # a run of another version may have other keys; the augmentation of training images is not needed here, and a file of
 # others must not start a download
@@ -60,6 +68,27 @@ def data_settings(pretrained_cfg: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def at_img_size(loaded: LoadedModel, img_size: int) -> LoadedModel:
+    """Prepares a model for square images of another size, and checks it by a forward pass on the CPU.
+
+    Returns:
+        The model itself where it takes images of any size, or has this one. Otherwise a copy whose size is set by timm,
+        which resamples position embeddings and scales the windows of attention.
+
+    Raises:
+        RequestError: The model does not take this size.
+    """
+    own_size = loaded.pretrained_cfg["input_size"][-1]
+    if img_size != own_size and hasattr(loaded.model, "set_input_size"):
+        loaded = replace(loaded, model=copy.deepcopy(loaded.model))
+        try:
+            loaded.model.set_input_size(img_size=(img_size, img_size))  # type: ignore[operator]  # a method of timm's
+        except REFUSALS as error:
+            raise RequestError(f"{loaded.arch} takes no images of {img_size} px: {error}") from error
+    check_img_size(loaded, img_size)
+    return loaded
+
+
 @torch.inference_mode()
 def check_img_size(loaded: LoadedModel, img_size: int) -> None:
     """Checks by a forward pass on the CPU that the model takes square images of `img_size` pixels.
@@ -69,5 +98,5 @@ def check_img_size(loaded: LoadedModel, img_size: int) -> None:
     """
     try:
         loaded.model(torch.zeros(1, loaded.pretrained_cfg["input_size"][0], img_size, img_size))
-    except (ValueError, AssertionError, RuntimeError) as error:  # timm's models refuse sizes in each of these ways
+    except REFUSALS as error:
         raise RequestError(f"{loaded.arch} takes no images of {img_size} px: {error}") from error

@@ -15,7 +15,7 @@ from torch import Tensor
 from sequencer import distributed
 from sequencer.config import DataConfig, RequestError, compose
 from sequencer.data import Quarantine, eval_transform, has_test_split, open_split
-from sequencer.evaluation.inputs import check_img_size, data_section, data_settings
+from sequencer.evaluation.inputs import at_img_size, data_section, data_settings
 from sequencer.evaluation.loop import FlipAveraged, evaluate
 from sequencer.evaluation.metrics import ClassResult, Outcome
 from sequencer.models import LoadedModel
@@ -108,7 +108,7 @@ def evaluate_model(
     images = distributed.one_by_one(lambda: open_split(data, chosen, eval_transform(data)))
     check_classes(loaded, images.class_names)
     if data.img_size != loaded.pretrained_cfg["input_size"][-1]:
-        check_img_size(loaded, data.img_size)
+        loaded = at_img_size(loaded, data.img_size)
     if bad_samples is not None:
         distributed.one_by_one(partial(_remove, bad_samples))
         images.quarantine = Quarantine(bad_samples, chosen, len(images), data.max_bad_share)

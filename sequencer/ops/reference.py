@@ -190,11 +190,12 @@ class Trace(NamedTuple):
     """What one direction of one layer computes at every step."""
 
     hidden: Float[Tensor, "N T D"]
+    state: Float[Tensor, "N T D"]  # the cell state; the hidden state of a cell that has no other
     gates: dict[str, Float[Tensor, "N T D"]]  # by name, in [0, 1]; empty for a cell without gates
 
 
 def trace(x: Float[Tensor, "N T C"], w: Weights, cell: str) -> Trace:
-    """Runs one direction of one layer from the first step to the last, as `scan` does, and keeps the gates.
+    """Runs one direction of one layer from the first step to the last, as `scan` does, and keeps states and gates.
 
     Args:
         x: Inputs, in a floating-point dtype that autocast leaves as it is.
@@ -203,12 +204,15 @@ def trace(x: Float[Tensor, "N T C"], w: Weights, cell: str) -> Trace:
     """
     inputs = F.linear(x, w.weight_ih, w.bias_ih)
     h = c = x.new_zeros(x.shape[0], w.weight_hh.shape[0] // CELLS[cell].gates)
-    hidden, gates = [], []
+    hidden, states, gates = [], [], []
     for step_inputs in inputs.unbind(1):  # whose gradient is one stack, that of an index a zero-filled copy per step
-        h, c, *found = CELLS[cell].step(step_inputs, (h, c), w)
+        h, new, *found = CELLS[cell].step(step_inputs, (h, c), w)
         hidden.append(h)
+        states.append(h if new is c else new)  # a GRU and a plain RNN return c unchanged
+        c = new
         gates.append(found[0] if found else {})
-    return Trace(torch.stack(hidden, 1), {name: torch.stack([step[name] for step in gates], 1) for name in gates[0]})
+    stacked = {name: torch.stack([step[name] for step in gates], 1) for name in gates[0]}
+    return Trace(torch.stack(hidden, 1), torch.stack(states, 1), stacked)
 
 
 def rnn(x: Float[Tensor, "N T C"], layers: Layers, cell: str) -> Float[Tensor, "N T K"]:

@@ -8,11 +8,12 @@ from dataclasses import replace
 from statistics import NormalDist
 
 import pytest
+import timm
 import torch
 
 from sequencer.config import RequestError
 from sequencer.data import eval_transform, open_split
-from sequencer.evaluation import data_settings, evaluate_model, evaluation_data, write_evaluation
+from sequencer.evaluation import at_img_size, data_settings, evaluate_model, evaluation_data, write_evaluation
 from sequencer.evaluation.split import _wilson_interval
 from sequencer.models import LoadedModel, create_model, load_model, pretrained_cfg, timm_preprocessing
 from tests.helpers import ARGS, DIGITS, read_csv, save_run
@@ -116,3 +117,22 @@ def test_settings_of_timm_and_of_a_data_section_are_inverse():
     cfg = pretrained_cfg(create_model("sequencer2d_s"))
     found = timm_preprocessing(data_settings(cfg))
     assert found == {name: cfg[name] for name in found}
+
+
+def test_a_transformer_is_evaluated_at_another_size():
+    """timm resamples the position embedding of a copy; the model keeps its own size."""
+    torch.manual_seed(0)
+    model = timm.create_model("test_vit", num_classes=10).eval()
+    loaded = LoadedModel(model, "test_vit", "raw", None, model.pretrained_cfg)
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    resized = at_img_size(loaded, 96)
+    assert at_img_size(loaded, 160) is loaded
+    expected = timm.create_model("test_vit", num_classes=10, img_size=96).eval()
+    expected.load_state_dict(resized.model.state_dict())
+    images = torch.randn(2, 3, 96, 96)
+    with torch.inference_mode():
+        assert torch.equal(resized.model(images), expected(images))
+        assert loaded.model(torch.zeros(1, 3, 160, 160)).shape == (1, 10)
+    assert all(torch.equal(weights[name], tensor) for name, tensor in model.state_dict().items())
+    with pytest.raises(RequestError, match=r"^test_vit takes no images of 8 px: "):
+        at_img_size(loaded, 8)

@@ -1,0 +1,130 @@
+"""The picture of accuracy, speed and states of recurrences across input sizes."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator, PercentFormatter
+
+from sequencer.analysis.change_plots import LONGEST_NAME, TEST, colour_of, draw_points, marker_of
+from sequencer.analysis.memory import MOST_SEQUENCES, SATURATED
+from sequencer.analysis.plots import INK, STYLE, add_caption, drawable, save, shorten
+from sequencer.analysis.resolution import STATE_IMAGES, Resolution
+
+STAGES = ("-", "--", "-.", ":")  # lines of the stages, which repeat
+
+
+@rc_context(STYLE)
+def plot_resolution(found: Mapping[str, Resolution], title: str, speed: str, output: Path) -> Figure:
+    """Plots accuracy and speed of models over the size of the images, and below the states of their recurrences.
+
+    Args:
+        found: The results by name of the model.
+        title: Names the images.
+        speed: Says how the speed was measured, such as `batches of 8 on cpu`.
+        output: The image file that is written; its suffix decides the format.
+
+    Returns:
+        The figure.
+    """
+    has_states = any(states for model in found.values() for states in model.states.values())
+    figure = Figure(figsize=(11, 7.6 if has_states else 4.6), layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1))
+    panels = figure.subplots(2 if has_states else 1, 2, squeeze=False)
+    top1, rate = panels[0]
+    for number, model in enumerate(found.values()):
+        _draw_accuracy(top1, model, number)
+        _draw_line(rate, model.images_per_s, model.own_size, number)
+    top1.set_title("Accuracy without retraining")
+    top1.set_ylabel("top-1 accuracy")
+    top1.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    top1.set_ylim(0, min(1.0, 1.08 * max(top.high for model in found.values() for top in model.top1.values())))
+    rate.set_title("Speed")
+    rate.set_ylabel("images a second")
+    _scale_log(rate, "y", [value for model in found.values() for value in model.images_per_s.values()])
+    for axes in panels[0]:
+        axes.set_xlabel("input size, pixels")
+        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+    if has_states:
+        _draw_states(panels[1], list(found.values()))
+    names = [shorten(name, LONGEST_NAME) for name in found]
+    handles = [Line2D([], [], color=colour_of(i), marker=marker_of(i), label=name) for i, name in enumerate(names)]
+    figure.legend(handles=handles, loc="outside upper right", ncols=min(len(names), 4))
+    figure.suptitle(drawable(title), x=0.01, ha="left", fontsize=11, fontweight="bold")
+    caption = (
+        "Images are resized and cropped for each size by the preprocessing of the model. Ringed and dashed: the size of "
+        "the model. Bars: 95% intervals (Wilson's score). Filled marks: the accuracy differs from that at the size of "
+        f"the model ({TEST}, for each model over its sizes). Speed: forward passes alone, without loading; median over "
+        f"full batches after one warm-up pass; {speed}."
+    )
+    if has_states:
+        low, high = SATURATED
+        caption += (
+            f" States: root mean square over units of the cell state (hidden state of a GRU or plain RNN) after the "
+            f"last step, and share of gates below {low:g} or above {high:g} over all steps; means over blocks and "
+            f"directions of a stage and at most {MOST_SEQUENCES} rows or columns of the first {STATE_IMAGES} images."
+        )
+    add_caption(figure, caption)
+    save(figure, output)
+    return figure
+
+
+def _draw_accuracy(axes: Axes, model: Resolution, number: int) -> None:
+    filled = [size == model.own_size or model.changes[size].is_significant for size in model.top1]
+    axes.plot(list(model.top1), [top.value for top in model.top1.values()], color=colour_of(number), linewidth=1.2)
+    draw_points(axes, model.top1, list(model.top1.values()), filled, number)
+    own = model.top1[model.own_size].value
+    axes.axhline(own, color=colour_of(number), linewidth=0.9, linestyle="--", zorder=1)
+    _ring(axes, model.own_size, own, number)
+
+
+def _draw_line(axes: Axes, values: Mapping[int, float], own: int, number: int, linestyle: str = "-") -> None:
+    """Draws values by size or number of steps, and a ring at that of the model."""
+    style: dict[str, Any] = {"marker": marker_of(number), "markersize": 4, "linestyle": linestyle}
+    axes.plot(list(values), list(values.values()), color=colour_of(number), **style)
+    _ring(axes, own, values[own], number)
+
+
+def _ring(axes: Axes, x: float, y: float, number: int) -> None:
+    axes.plot([x], [y], "o", markersize=11, markerfacecolor="none", markeredgecolor=colour_of(number))
+
+
+def _draw_states(panels: Iterable[Axes], models: list[Resolution]) -> None:
+    """Draws the root mean square of states, and the share of saturated gates, over the steps of a scan."""
+    rms, saturated = panels
+    stages = list(dict.fromkeys(entry.stage for model in models for entry in model.states[model.own_size]))
+    steps = [entry.steps for model in models for states in model.states.values() for entry in states]
+    for number, model in enumerate(models):
+        for stage in (entry.stage for entry in model.states[model.own_size]):
+            entries = [entry for states in model.states.values() for entry in states if entry.stage == stage]
+            own = next(entry.steps for entry in model.states[model.own_size] if entry.stage == stage)
+            line = STAGES[stages.index(stage) % len(STAGES)]
+            for axes, name in ((rms, "state_rms"), (saturated, "saturated")):
+                values = {entry.steps: getattr(entry, name) for entry in entries}
+                _draw_line(axes, values, own, number, line)
+    rms.set_title("State after the last step")
+    rms.set_ylabel("root mean square over units")
+    saturated.set_title("Saturated gates")
+    saturated.set_ylabel("share of gates")
+    saturated.yaxis.set_major_formatter(PercentFormatter(1))
+    for axes in (rms, saturated):
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("steps of a scan, tokens")
+        _scale_log(axes, "x", steps)
+    if len(stages) > 1:
+        lines = [Line2D([], [], color=INK, linestyle=STAGES[i % len(STAGES)]) for i in range(len(stages))]
+        rms.legend(lines, stages, loc="best", handlelength=3)
+
+
+def _scale_log(axes: Axes, which: str, values: list[Any]) -> None:
+    """Makes an axis logarithmic, with ticks that are plain numbers."""
+    getattr(axes, f"set_{which}scale")("log")
+    axis = getattr(axes, f"{which}axis")
+    ratio = max(values) / min(values)
+    axis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7) if ratio < 5 else (1, 2, 5) if ratio < 200 else (1,)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    axis.set_minor_locator(NullLocator())
