@@ -15,6 +15,8 @@ from sequencer.analysis.plots import BLUE, INK, STYLE, save, shorten
 from sequencer.analysis.receptive_field import PRESETS, SHARES, StageField, measure, scaled
 
 COLOURS = "pink"  # that of the paper; its lightness rises evenly, so that it is read without seeing hues
+FEWEST_COLUMNS = 3  # of panels, empty ones included, so that one does not stand alone in the middle
+BAR = 2.4  # length of the colour bar over the width of a column
 FRAMED = 0.5  # share of the contribution along each axis that the frame holds
 SCALES = {
     "sequencer": "log10(1 + A), from the least to the largest of all maps",
@@ -36,9 +38,9 @@ def plot_receptive_fields(models: Mapping[str, list[StageField]], preset: str, i
         The figure.
     """
     maps = iter(scaled([field for fields in models.values() for field in fields], preset))
-    columns = max(map(len, models.values()))
+    columns = max(FEWEST_COLUMNS, *map(len, models.values()))
     figure = Figure(
-        figsize=(max(2.05 * columns + 1.0, 7.4), 2.2 * len(models) + 1.4),
+        figsize=(max(2.05 * columns + 1.0, 7.4), 2.2 * len(models) + 1.9),
         layout=ConstrainedLayoutEngine(w_pad=0.06, h_pad=0.08),
     )
     panels = figure.subplots(len(models), columns, squeeze=False)
@@ -50,7 +52,8 @@ def plot_receptive_fields(models: Mapping[str, list[StageField]], preset: str, i
         row[0].set_ylabel(f"{shorten(name, 30)}\npixel row", fontsize=8)
     for axes in panels[-1]:
         axes.set_xlabel("pixel column", fontsize=8)
-    bar = figure.colorbar(ScalarMappable(Normalize(0, 1), COLOURS), ax=panels, shrink=min(1, 1.6 / len(models)))
+    place: dict[str, Any] = {"location": "bottom", "anchor": (0.0, 1.0), "shrink": BAR / columns, "aspect": 40}
+    bar = figure.colorbar(ScalarMappable(Normalize(0, 1), COLOURS), ax=panels, **place)
     bar.set_label(SCALES[preset], fontsize=8)
     bar.ax.tick_params(labelsize=7)
     figure.suptitle("Effective receptive fields of the central token", x=0.01, ha="left", fontsize=11, weight="bold")

@@ -6,6 +6,7 @@ from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
@@ -45,7 +46,9 @@ def plot_resolution(found: Mapping[str, Resolution], title: str, speed: str, out
     top1.set_ylim(0, min(1.0, 1.08 * max(top.high for model in found.values() for top in model.top1.values())))
     rate.set_title("Speed")
     rate.set_ylabel("images a second")
-    _scale_log(rate, "y", [value for model in found.values() for value in model.images_per_s.values()])
+    rate.set_yscale("log")
+    rate.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    _plain_ticks(rate.yaxis)
     for axes in panels[0]:
         axes.set_xlabel("input size, pixels")
         axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
@@ -97,7 +100,6 @@ def _draw_states(panels: Iterable[Axes], models: list[Resolution]) -> None:
     """Draws the root mean square of states, and the share of saturated gates, over the steps of a scan."""
     rms, saturated = panels
     stages = list(dict.fromkeys(entry.stage for model in models for entry in model.states[model.own_size]))
-    steps = [entry.steps for model in models for states in model.states.values() for entry in states]
     for number, model in enumerate(models):
         for stage in (entry.stage for entry in model.states[model.own_size]):
             entries = [entry for states in model.states.values() for entry in states if entry.stage == stage]
@@ -112,19 +114,17 @@ def _draw_states(panels: Iterable[Axes], models: list[Resolution]) -> None:
     saturated.set_ylabel("share of gates")
     saturated.yaxis.set_major_formatter(PercentFormatter(1))
     for axes in (rms, saturated):
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.08 * axes.dataLim.y1)
         axes.set_xlabel("steps of a scan, tokens")
-        _scale_log(axes, "x", steps)
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_locator(LogLocator(base=2, subs=(1, 1.5)))
+        _plain_ticks(axes.xaxis)
     if len(stages) > 1:
         lines = [Line2D([], [], color=INK, linestyle=STAGES[i % len(STAGES)]) for i in range(len(stages))]
         rms.legend(lines, stages, loc="best", handlelength=3)
 
 
-def _scale_log(axes: Axes, which: str, values: list[Any]) -> None:
-    """Makes an axis logarithmic, with ticks that are plain numbers."""
-    getattr(axes, f"set_{which}scale")("log")
-    axis = getattr(axes, f"{which}axis")
-    ratio = max(values) / min(values)
-    axis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7) if ratio < 5 else (1, 2, 5) if ratio < 200 else (1,)))
+def _plain_ticks(axis: Axis) -> None:
+    """Labels a logarithmic axis with plain numbers."""
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
     axis.set_minor_locator(NullLocator())
