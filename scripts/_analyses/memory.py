@@ -78,7 +78,7 @@ def memory(args: Namespace) -> int:
             pixels = None if args.noise or images.first is None else to_pixels(images.first, config)[0]
             measured.append(Measured(source.label, source.is_trained, source.group, scans, pixels))
         _write_numbers(measured, output)
-        about = f"standard-normal noise ({args.noise:,} drawn)" if args.noise else "the images given"
+        about = f"{images.seen:,} image{'s' * (images.seen > 1)}{' of standard-normal noise' * bool(args.noise)}"
         plot_curves(measured, about, output / "memory.png")
         plot_maps(measured, output / "memory_maps.png")
     low, high = SATURATED

@@ -23,12 +23,13 @@ from sequencer.analysis.memory import (
     mean_saturation,
     tokens,
 )
-from sequencer.analysis.plots import BLUE, FAMILIES, INK, STYLE, VERMILION, add_caption, save, shorten
+from sequencer.analysis.plots import BLUE, FAINT, FAMILIES, INK, STYLE, VERMILION, add_caption, save, shorten
 
 FLOOR = 1e-9  # what is smaller is not drawn
 LINEAR = 64  # steps; longer scans get a logarithmic axis of distances
 LABEL = 34  # characters
 MAPS_SIDE_BY_SIDE = 3
+GATES = ("input", "forget", "output", "reset", "update")  # order of the panels
 LINES = (("-", "--"), ("-.", ":"))  # trained or alone, untrained beside trained; the second pair where colours repeat
 STATES = "viridis"
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
@@ -61,7 +62,8 @@ def plot_curves(models: Sequence[Measured], about: str, output: Path) -> Figure:
     curves = [mean_curves(model.scans) for model in models]
     lengths = sorted({steps for found in curves for steps in found}, reverse=True)
     is_mixed = len({model.is_trained for model in models}) > 1
-    gates = list(dict.fromkeys(name for model in models for scan in model.scans for name in scan.saturated))
+    present = {name for model in models for scan in model.scans for name in scan.saturated}
+    gates = [name for name in GATES if name in present]
     below = 0.9 + 0.2 * len(models) if gates else 0.0  # inches
     above = 2 * max(2.6, 0.4 + 0.16 * len(models))
     size = (max(5.6 * len(lengths), 2.1 * len(gates) + 2.6, 9.0), above + below + 1.1)
@@ -135,6 +137,9 @@ def _draw_saturation(figure: Any, models: Sequence[Measured], gates: Sequence[st
         for row, model in enumerate(models):
             below, above = mean_saturation(model.scans).get(gate, (math.nan, math.nan))
             if math.isnan(below):
+                axes.annotate(
+                    "none", (0, row), (4, 0), textcoords="offset points", va="center", color=FAINT, fontsize=8
+                )
                 continue
             axes.barh(row, below, color=BLUE, height=0.65)
             axes.barh(row, above, left=below, color=VERMILION, height=0.65)
