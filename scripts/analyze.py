@@ -6,7 +6,7 @@
     python scripts/analyze.py memory sequencer2d_s --cells rnn,lstm1997,lstm --noise 16
     python scripts/analyze.py knock-out outputs/digits/2026-01-31_12-00-00
     python scripts/analyze.py symmetry sequencer2d_s convnext_tiny --data imagenet --data-root DIR --limit 5000
-    python scripts/analyze.py resolution sequencer2d_s deit_small_patch16_224 --data imagenet --data-root DIR --sizes 160,224,288
+    python scripts/analyze.py resolution outputs/digits/2026-01-31_12-00-00 --sizes 6,12,16
     python scripts/analyze.py robustness outputs/digits/2026-01-31_12-00-00 --attacks fgsm,pgd
 
 `analyze.py WHAT --help` lists the options of each. MODEL is a run folder, a model folder, a checkpoint or a timm name.

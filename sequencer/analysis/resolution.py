@@ -87,7 +87,8 @@ def measure_size(model: nn.Module, batches: Batches) -> AtSize:
         batches: Normalised images `B C H W` and labels `B`, on the device of the model, and indices `B` of the images;
             at least one batch.
     """
-    indices, right, timed = [], [], []
+    indices, right = [], []
+    timed: list[tuple[int, float]] = []
     first: list[Tensor] = []
     with torch.inference_mode():
         for images, labels, numbers in batches:

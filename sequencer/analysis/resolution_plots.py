@@ -17,7 +17,7 @@ from sequencer.analysis.memory import MOST_SEQUENCES, SATURATED
 from sequencer.analysis.plots import INK, STYLE, add_caption, drawable, save, shorten
 from sequencer.analysis.resolution import STATE_IMAGES, Resolution
 
-STAGES = ("-", "--", "-.", ":")  # lines of the stages, which repeat
+STAGES: tuple[Any, ...] = ("-", "--", "-.", ":")  # lines of the stages, which repeat
 
 
 @rc_context(STYLE)
@@ -43,7 +43,8 @@ def plot_resolution(found: Mapping[str, Resolution], title: str, speed: str, out
     top1.set_title("Accuracy without retraining")
     top1.set_ylabel("top-1 accuracy")
     top1.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    top1.set_ylim(0, min(1.0, 1.08 * max(top.high for model in found.values() for top in model.top1.values())))
+    highest = max(top.high for model in found.values() for top in model.top1.values())
+    top1.set_ylim(-0.03 * highest, 1.06 * highest)  # room for the marks at 0 and at 100%
     rate.set_title("Speed")
     rate.set_ylabel("images a second")
     rate.set_yscale("log")
@@ -59,10 +60,10 @@ def plot_resolution(found: Mapping[str, Resolution], title: str, speed: str, out
     figure.legend(handles=handles, loc="outside upper right", ncols=min(len(names), 4))
     figure.suptitle(drawable(title), x=0.01, ha="left", fontsize=11, fontweight="bold")
     caption = (
-        "Images are resized and cropped for each size by the preprocessing of the model. Ringed and dashed: the size of "
-        "the model. Bars: 95% intervals (Wilson's score). Filled marks: the accuracy differs from that at the size of "
-        f"the model ({TEST}, for each model over its sizes). Speed: forward passes alone, without loading; median over "
-        f"full batches after one warm-up pass; {speed}."
+        "Images are resized and cropped for each size by the preprocessing of the model. Ringed and dashed: the size "
+        "of the model. Bars: 95% intervals (Wilson's score). Filled marks: the accuracy differs from that at the size "
+        f"of the model ({TEST}, for each model over its sizes). Speed: forward passes alone, without loading; median "
+        f"over full batches after one warm-up pass; {speed}."
     )
     if has_states:
         low, high = SATURATED

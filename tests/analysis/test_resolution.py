@@ -118,7 +118,7 @@ def test_saturated_gates_and_stages():
     first, second = measure_states(model, labelled(side=20)[0][0])
     assert first == ("stages.0", 10, 0, pytest.approx(2 / 3))
     assert second[:2] == ("stages.1", 5)
-    assert 0 < second.state_rms
+    assert second.state_rms > 0
     assert 0 < second.saturated < 1
     plain = measure_states(small_model(cell="rnn"), labelled()[0][0])
     assert all(math.isnan(entry.saturated) and entry.state_rms > 0 for entry in plain)
