@@ -43,6 +43,9 @@ def test_wrong_requests_leave_nothing(analyze, tmp_path, capsys):
     assert exit_code(analyze, [*request, "--data", "digits"]) == 2
     message = "error: resnet.pth: knock-out is defined for Sequencer models, not for ResNet\n"
     assert capsys.readouterr().err == message
+    assert exit_code(analyze, ["knock-out", "resnet18", *output]) == 2  # before weights are looked for
+    message = "error: resnet18 is no file or folder; a timm model needs a data set, with --data NAME\n"
+    assert capsys.readouterr().err == message
     two_classes = ["--data", "imagefolder", "--data-root", str(tmp_path)]
     for place in ("train/a", "train/b", "val/a", "val/b"):
         (tmp_path / place).mkdir(parents=True)

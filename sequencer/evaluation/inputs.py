@@ -1,6 +1,7 @@
 """The preprocessing of a loaded model as a data section: that of its run, or that of timm's configuration."""
 
 import copy
+import warnings
 from dataclasses import fields, replace
 from typing import Any
 
@@ -82,7 +83,8 @@ def at_img_size(loaded: LoadedModel, img_size: int) -> LoadedModel:
     if img_size != own_size and hasattr(loaded.model, "set_input_size"):
         loaded = replace(loaded, model=copy.deepcopy(loaded.model))
         try:
-            loaded.model.set_input_size(img_size=(img_size, img_size))  # type: ignore[operator]  # a method of timm's
+            with warnings.catch_warnings(action="ignore"):  # of torch about timm's resampling of position biases
+                loaded.model.set_input_size(img_size=(img_size, img_size))  # type: ignore[operator]  # a method of timm's
         except REFUSALS as error:
             raise RequestError(f"{loaded.arch} takes no images of {img_size} px: {error}") from error
     check_img_size(loaded, img_size)

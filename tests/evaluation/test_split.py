@@ -136,3 +136,13 @@ def test_a_transformer_is_evaluated_at_another_size():
     assert all(torch.equal(weights[name], tensor) for name, tensor in model.state_dict().items())
     with pytest.raises(RequestError, match=r"^test_vit takes no images of 8 px: "):
         at_img_size(loaded, 8)
+
+
+def test_windows_follow_the_size():
+    """A Swin has 8 x 8 windows in its first stage at every size."""
+    small = {"embed_dim": 8, "depths": (1, 1, 1, 1), "num_heads": (1, 1, 1, 1), "num_classes": 10}
+    model = timm.create_model("swin_tiny_patch4_window7_224", **small).eval()
+    resized = at_img_size(LoadedModel(model, "swin_tiny_patch4_window7_224", "raw", None, model.pretrained_cfg), 288)
+    assert resized.model.layers[0].blocks[0].window_size == (9, 9)
+    assert model.layers[0].blocks[0].window_size == (7, 7)
+    assert resized.model(torch.zeros(1, 3, 288, 288)).shape == (1, 10)
