@@ -40,7 +40,7 @@ def plot_receptive_fields(models: Mapping[str, list[StageField]], preset: str, i
     maps = iter(scaled([field for fields in models.values() for field in fields], preset))
     columns = max(FEWEST_COLUMNS, *map(len, models.values()))
     figure = Figure(
-        figsize=(max(2.05 * columns + 1.0, 7.4), 2.2 * len(models) + 1.9),
+        figsize=(max(2.05 * columns + 1.0, 7.8), 2.2 * len(models) + 1.9),
         layout=ConstrainedLayoutEngine(w_pad=0.06, h_pad=0.08),
     )
     panels = figure.subplots(len(models), columns, squeeze=False)
