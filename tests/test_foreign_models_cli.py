@@ -1,6 +1,7 @@
 """Models that were damaged or written to mislead, as MODEL of every script and as source of weights in training."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,13 +23,20 @@ COMMANDS = {
 }
 
 
+@pytest.fixture(scope="module")
+def made_folder(tmp_path_factory) -> Path:
+    """A folder with a run, its export as a program, and an image. Not to be changed."""
+    folder = tmp_path_factory.mktemp("made")
+    export_graph(load_model(save_run(folder / "run", DIGITS, list("0123456789"))), folder, "torch_export", 8)
+    Image.new("L", (8, 8)).save(folder / "image.png")
+    return folder
+
+
 @pytest.fixture
-def work_folder(tmp_path, monkeypatch) -> Path:
-    """The working directory, with a run, its export as a program, and an image."""
+def work_folder(made_folder, tmp_path, monkeypatch) -> Path:
+    """A copy of that folder, which is the working directory."""
     monkeypatch.chdir(tmp_path)
-    export_graph(load_model(save_run(Path("run"), DIGITS, list("0123456789"))), Path(), "torch_export", 8)
-    Image.new("L", (8, 8)).save("image.png")
-    return tmp_path
+    return Path(shutil.copytree(made_folder, tmp_path, dirs_exist_ok=True))
 
 
 def edit_config(folder: Path, **entries: object) -> None:

@@ -19,7 +19,7 @@ from tests.helpers import DIGITS, fill, small_config
 
 @pytest.fixture
 def fill_before(small_disk, monkeypatch) -> Callable[..., None]:
-    """`fill_before(owner, name, call=1)` fills the disk before that call of the function `owner.name`."""
+    """`fill_before(owner, name, call=1)` fills the disk before that call of the function `owner.name`, and no other."""
 
     def patch(owner: object, name: str, call: int = 1) -> None:
         original, calls = getattr(owner, name), []
@@ -76,7 +76,6 @@ def test_a_full_disk_is_reported_in_two_lines_and_the_run_resumes(name, fill_bef
     else:
         assert second == "no checkpoint has been written; free disk space and repeat the command"
     (small_disk / "filler").unlink()
-    monkeypatch.undo()
     if not overrides:
         assert run(config, resume=True)["epochs"] == 2
 
