@@ -1,8 +1,5 @@
 """sequencer2d_s, _m and _l are equivalent to timm's own models of these names."""
 
-import subprocess
-import sys
-
 import pytest
 import timm
 import torch
@@ -17,12 +14,13 @@ NAMES = ("sequencer2d_s", "sequencer2d_m", "sequencer2d_l")
 
 @pytest.mark.parametrize(("name", "size"), [*((name, (56, 28)) for name in NAMES), ("sequencer2d_s", (34, 96))])
 def test_logits_and_gradients(name, size, randomise):
-    peer = randomise(getattr(theirs, name)(num_classes=10))
-    ours = timm.create_model(name, num_classes=10)
+    with torch.device("meta"):  # without the first weights, which take longer than the rest
+        peer, ours = getattr(theirs, name)(num_classes=10), timm.create_model(name, num_classes=10)
+    randomise(peer.to_empty(device="cpu"))
     assert isinstance(peer, theirs.Sequencer2d)
     assert isinstance(ours, Sequencer2d)
     assert list(ours.state_dict()) == list(peer.state_dict())
-    ours.load_state_dict(peer.state_dict())
+    ours.load_state_dict(peer.state_dict(), assign=True)
 
     x, upstream = torch.randn(2, 3, *size), torch.randn(2, 10)
     expected, actual = peer(x), ours(x)
@@ -39,7 +37,8 @@ def test_logits_and_gradients(name, size, randomise):
         assert (a - b).norm() <= 1e-4 * b.norm(), parameter
 
 
-@pytest.mark.parametrize("name", NAMES)
+# M and L differ from S in the number of blocks only
+@pytest.mark.parametrize("name", [NAMES[0], *(pytest.param(name, marks=pytest.mark.slow) for name in NAMES[1:])])
 def test_same_initial_distribution(name):
     """Each tensor has the same mean and standard deviation, up to sampling error; constants are equal."""
     torch.manual_seed(0)
@@ -48,10 +47,6 @@ def test_same_initial_distribution(name):
         error = tensor.std() / tensor.numel() ** 0.5  # standard error of the mean, close to that of the deviation
         assert (ours[key].mean() - tensor.mean()).abs() <= 8 * error, key
         assert (ours[key].std() - tensor.std()).abs() <= 8 * error, key
-
-
-def test_registration_gives_no_warning():
-    subprocess.run([sys.executable, "-W", "error", "-c", "import timm.models.sequencer; import sequencer"], check=True)
 
 
 def test_timms_three_names_are_replaced():
@@ -74,11 +69,13 @@ def test_timms_three_names_are_replaced():
 @pytest.mark.parametrize("num_classes", [1000, 7])
 def test_pretrained(tmp_path, randomise, suffix, num_classes):
     """Weights of timm's own model load with `pretrained=True`, without the head where the classes differ."""
-    peer = randomise(theirs.sequencer2d_s())
+    layers = (1, 1, 1, 1)
+    peer = randomise(theirs.sequencer2d_s(layers=layers))
     file = tmp_path / f"model.{suffix}"
     save_file(peer.state_dict(), file) if suffix == "safetensors" else torch.save(peer.state_dict(), file)
+    overlay = {"file": str(file)}
     model = timm.create_model(
-        "sequencer2d_s", pretrained=True, pretrained_cfg_overlay={"file": str(file)}, num_classes=num_classes
+        "sequencer2d_s", pretrained=True, pretrained_cfg_overlay=overlay, num_classes=num_classes, layers=layers
     )
     x = torch.randn(1, 3, 28, 28)
     torch.testing.assert_close(model.forward_features(x), peer.forward_features(x), rtol=1e-5, atol=1e-5)
