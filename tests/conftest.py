@@ -24,8 +24,6 @@ from typing import Any
 import beartype._check.code.codemain as beartype_code
 import numpy as np
 import pytest
-from PIL import Image
-from torchvision import datasets
 
 # beartype (private interface of 0.23) draws the item of a sequence that it checks from Python's global generator, which
 # training uses as well; with a generator of its own, a run under test is the run of a user
@@ -53,14 +51,10 @@ def analyze(load_script) -> ModuleType:
 
 @pytest.fixture
 def unrendered(monkeypatch) -> None:
-    """Plots of a run are drawn, but written as blank pictures: rendering takes longer than a small run trains."""
-    from sequencer.analysis import plots
-    from sequencer.files import write_atomically
+    """The pictures of a run are blank."""
+    from tests.pictures import leave_blank
 
-    def save(figure: object, output: Path) -> None:
-        write_atomically(output, lambda path: Image.new("L", (8, 8)).save(path, "png"))
-
-    monkeypatch.setattr(plots, "save", save)
+    leave_blank(monkeypatch.setattr)
 
 
 @pytest.fixture
@@ -117,6 +111,8 @@ def photographs_root(tmp_path_factory):
 @pytest.fixture
 def made_root(tmp_path, monkeypatch):
     """MNIST, Fashion-MNIST and CIFAR with few images: every class 10 times in training, once in the test part."""
+    from torchvision import datasets  # not by the process that only hands tests to workers
+
     for name in ("MNIST", "FashionMNIST"):
         folder = tmp_path / name / "raw"
         folder.mkdir(parents=True)

@@ -1,4 +1,7 @@
-"""Commands in processes of their own, forked from a server that has imported the package: no import for each."""
+"""Commands in processes of their own, forked from a server that has imported the package: no import for each.
+
+The pictures of their runs are blank.
+"""
 
 import atexit
 import multiprocessing
@@ -14,10 +17,12 @@ from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+from tests.pictures import leave_blank
+
 TRAIN = Path(__file__).parents[1] / "train.py"
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["tests.processes", "sequencer.training", "sequencer.measure"])
+_context.set_forkserver_preload(["tests.processes", "tests.pictures", "sequencer.training", "sequencer.measure"])
 
 
 class Command:
@@ -123,6 +128,7 @@ def _run(command: list[str], cwd: str, environment: dict[str, str], outputs: lis
     os.environ.clear()
     os.environ.update(environment)
     heed_ctrl_c()
+    leave_blank()
     for descriptor, path in enumerate(outputs, start=1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), descriptor)
     sys.argv = command

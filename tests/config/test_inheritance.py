@@ -18,6 +18,7 @@ from sequencer.config.sources import Sources
 from sequencer.training import run
 from tests.helpers import SMALL, small_config
 
+pytestmark = pytest.mark.usefixtures("unrendered")
 KWARGS = {"layers": [1], "patch_sizes": [2], "embed_dims": [8], "hidden_sizes": [2], "cell": "gru"}
 MODEL = "model.kwargs={" + ",".join(f"{key}:{value}" for key, value in KWARGS.items()) + "}"
 VALUES = {

@@ -325,9 +325,11 @@ def test_the_order_of_a_trillion_samples_takes_no_memory():
 
 SMALL = ["model.name=sequencer2d_t_32", "trainer.accelerator=cpu", "trainer.max_epochs=2", "data.batch_size=4",
          "data.num_workers=0", "trainer.enable_progress_bar=false", "data.img_size=8", "data.augment.scale=[0.5,1]",
+         "logger.report=false",
          "model.kwargs={layers: [1], patch_sizes: [2], embed_dims: [16], hidden_sizes: [4]}"]  # fmt: skip
 
 
+@pytest.mark.usefixtures("unrendered")
 def test_a_run_on_shards_ends_the_same_when_it_is_resumed(shards_root, tmp_path):
     from sequencer.training.module import Classifier
 

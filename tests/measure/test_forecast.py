@@ -20,6 +20,8 @@ from sequencer.measure.progress import stages
 from sequencer.training import run
 from tests.helpers import SMALL, SMALL_MODEL
 
+pytestmark = pytest.mark.usefixtures("unrendered")
+
 
 def test_sources_of_values():
     sources = Sources(

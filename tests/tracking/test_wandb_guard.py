@@ -23,6 +23,7 @@ from tests.helpers import SMALL_MODEL
 from tests.processes import TRAIN, heed_ctrl_c
 
 KEY = "0123456789" * 4
+pytestmark = pytest.mark.usefixtures("unrendered")
 
 FAKE = """
 import json, os, time
