@@ -13,6 +13,7 @@ from tests.processes import TRAIN, Command, finish, wait_for
 QUICK = [
     "trainer.accelerator=cpu", "data.num_workers=0", "optim.warmup_epochs=0", "trainer.limit_train_batches=2",
     "model.kwargs={layers: [1], patch_sizes: [2], embed_dims: [16], hidden_sizes: [4]}",
+    "logger.report=false",
 ]  # fmt: skip
 
 

@@ -26,9 +26,11 @@ from sequencer.variants import VARIANTS
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "extend.md").read_text()
+pytestmark = pytest.mark.usefixtures("unrendered")
 SHORT = (
     '"trainer.limit_train_batches=2", "trainer.accelerator=cpu", "optim.warmup_epochs=0", '
     '"model.kwargs={layers: [1], patch_sizes: [2], embed_dims: [16], hidden_sizes: [4]}", '
+    '"logger.report=false", '
 )
 
 

@@ -319,7 +319,7 @@ def test_wrong_requests(script, run_folder, images, capsys, arguments, message):
 
 def test_a_closed_pipe_is_no_error(run_folder, images, tmp_path):
     command = f"{sys.executable} {SCRIPTS / 'predict.py'} {run_folder} - --batch-size 1 < list.txt | head -n 1"
-    (tmp_path / "list.txt").write_text(f"{images[0]}\n" * 3000)
+    (tmp_path / "list.txt").write_text(f"{images[0]}\n" * 1000)
     done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.count("\n") == 1

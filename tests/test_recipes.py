@@ -36,6 +36,7 @@ SHORT = [
     "trainer.limit_test_batches=2",
     "trainer.enable_progress_bar=false",
     "trainer.max_epochs=1",
+    "logger.report=false",
     "optim.warmup_epochs=0.25",
     "optim.cooldown_epochs=0",
 ]

@@ -13,17 +13,19 @@ from pathlib import Path
 
 import pytest
 
+import train
 from sequencer.config import conf_dir
 from sequencer.config.command import parse_command
 from sequencer.config.conf_files import ConfigFiles
 from sequencer.config.errors import RequestError
 from sequencer.config.request import load_run
 from sequencer.config.sweep import Sweep, _folder_name, prepare_sweep
+from tests.processes import TRAIN, Command
 
-TRAIN = Path(__file__).parents[1] / "train.py"
 QUICK = [
     "trainer.accelerator=cpu", "data.num_workers=0", "optim.warmup_epochs=0", "trainer.limit_train_batches=2",
     "trainer.max_epochs=1", "model.kwargs={layers: [1], patch_sizes: [2], embed_dims: [16], hidden_sizes: [4]}",
+    "logger.report=false",
 ]  # fmt: skip
 ABLATIONS = [name for name in ConfigFiles(conf_dir()).groups["experiment"] if name.startswith("ablation_")]
 
@@ -114,9 +116,18 @@ def test_a_trial_is_named_by_what_it_varies():
     assert all(len(name) <= 150 for name in long)
 
 
-def test_a_sweep_leaves_its_trials_and_a_table(tmp_path):
-    code, output = sweep("-m", "seed=1,2", "run_dir=runs", cwd=tmp_path)
-    assert code == 0, output
+def run_forked(command: list[str]) -> int:
+    """Runs the command of a trial and returns its exit code."""
+    process = Command(command[2:], Path.cwd())
+    process.communicate(timeout=120)
+    return process.returncode
+
+
+def test_a_sweep_leaves_its_trials_and_a_table(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sequencer.config.sweep._run", run_forked)
+    train.main(parse_command(["-m", "seed=1,2", "run_dir=runs", *QUICK]))
+    output = capfd.readouterr().out
     assert "\ntrial 1 of 2\nruns/seed=1\n" in output
     assert re.search(r"\ntrial 2 of 2, about \d+ s left\nruns/seed=2\n", output)
     assert {path.name for path in (tmp_path / "runs").iterdir()} == {
@@ -145,7 +156,7 @@ def test_a_failed_trial_does_not_stop_the_others(tmp_path):
 
 
 def test_a_sweep_ends_with_its_first_trial_where_that_is_refused(tmp_path):
-    code, output = sweep("experiment=ablation_cell", "data.root=nowhere", cwd=tmp_path)
+    code, output = sweep("experiment=ablation_directions", "data.root=nowhere", cwd=tmp_path)
     assert code == 2
     assert output.count("no complete set in") == 1
     assert not list(tmp_path.rglob("config.yaml"))

@@ -273,7 +273,8 @@ def test_a_line_torn_by_a_kill(tmp_path):
 def overrides(root: Path, run_dir: Path, *changes: str) -> list[str]:
     return ["data=imagefolder", f"data.root={root}", "data.img_size=16", MODEL, "data.augment.scale=null",
             "model.name=sequencer2d_t_8", "trainer.accelerator=cpu", "trainer.max_epochs=1", "optim.warmup_epochs=0",
-            "trainer.enable_progress_bar=false", "data.batch_size=8", f"run_dir={run_dir}", *changes]  # fmt: skip
+            "trainer.enable_progress_bar=false", "logger.report=false", "data.batch_size=8", f"run_dir={run_dir}",
+            *changes]  # fmt: skip
 
 
 def wanted(root: Path, run_dir: Path, *changes: str) -> Config:

@@ -23,6 +23,8 @@ from sequencer.models import create_model
 from tests.helpers import SMALL, SMALL_MODEL, small_config
 from tests.processes import start_function
 
+SHALLOW = "model.kwargs.layers=[1,1,1,1]"  # one block in each stage
+
 
 @pytest.fixture
 def photos(tmp_path):
@@ -87,13 +89,13 @@ def test_large_batches_are_measured_with_small_ones(photos, capsys, monkeypatch)
 
 @pytest.mark.parametrize("memory", [1 << 20, 1 << 40])
 def test_what_cannot_be_measured_is_estimated(memory, photos, capsys, monkeypatch):
-    """A model of 28 million parameters on images of 112 px, as if the machine were slow: nothing of it is computed."""
+    """A model of several million parameters on images of 112 px, as if the machine were slow: nothing is computed."""
     monkeypatch.setattr(forecast, "available_memory", lambda device: memory)
     monkeypatch.setattr(forecast, "LIMIT", 600.0)  # a busy machine takes long to find the size
     monkeypatch.setattr(forecast, "SIZING", 200.0)
     monkeypatch.setattr(measurement, "_rate", lambda device: 1e8)
     monkeypatch.setattr(measurement, "_fit", pytest.fail)
-    found = on_photos(photos, "model.name=sequencer2d_s", "data.img_size=112", "data.batch_size=1024")
+    found = on_photos(photos, "model.name=sequencer2d_s", SHALLOW, "data.img_size=112", "data.batch_size=1024")
     printed = capsys.readouterr().out
     if memory == 1 << 20:
         assert "estimated by operations, since it would take too much memory: at least " in printed
@@ -108,7 +110,7 @@ def test_what_cannot_be_measured_is_estimated(memory, photos, capsys, monkeypatc
 def test_data_that_is_read_slowly(photos, capsys, monkeypatch):
     """No image arrives: the plan says so, and estimates."""
     monkeypatch.setattr(FileSplit, "load", lambda self, index: time.sleep(60))
-    monkeypatch.setattr(forecast, "LIMIT", 6.0)
+    monkeypatch.setattr(forecast, "LIMIT", 4.0)
     monkeypatch.setattr(forecast, "LEAST", 0.0)
     monkeypatch.setattr(forecast, "EXAMINING", 0.3)
     started = time.monotonic()
@@ -200,7 +202,7 @@ def test_the_deadline_of_two_ranks(photos):
 def test_published_weights_are_not_downloaded(photos, capsys, monkeypatch):
     monkeypatch.setattr("timm.models._builder.load_pretrained", pytest.fail)
     monkeypatch.setattr(measurement, "_fit", lambda config, clock, data: clock.steps.append([1.0]))
-    options = ["data.img_size=56", "data.batch_size=2", "model.pretrained=true"]
+    options = ["data.img_size=56", "data.batch_size=2", "model.pretrained=true", SHALLOW]
     assert on_photos(photos, "model.name=sequencer2d_s", *options).problems == []
     assert re.search(r"model\.pretrained +True +command line", capsys.readouterr().out)
     found = on_photos(photos, "model.name=v_sequencer_s", *options).problems
@@ -208,8 +210,7 @@ def test_published_weights_are_not_downloaded(photos, capsys, monkeypatch):
 
 
 def test_recurrences_of_many_operations_are_sized_by_smaller_images(monkeypatch):
-    layers = "model.kwargs.layers=[1,1,1,1]"
-    config = compose(["model.name=sequencer2d_s", "data=imagefolder", "data.root=x", layers])
+    config = compose(["model.name=sequencer2d_s", "data=imagefolder", "data.root=x", SHALLOW])
     whole = estimate_size(config, 1000, 224)
     original = estimate_size
 
