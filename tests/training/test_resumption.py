@@ -243,27 +243,30 @@ def test_a_folder_with_hidden_files_only_holds_no_run(config, tmp_path):
     assert not request(config()).resume
 
 
-@pytest.fixture
-def photographs(tmp_path) -> Path:
-    """An image folder with four images of each of two classes in train/ and val/."""
-    generator = np.random.default_rng(0)
+@pytest.fixture(scope="module")
+def photo_run(tmp_path_factory) -> Path:
+    """The folder of a run that failed in its second epoch, beside its images; not to be changed.
+
+    The folder of images has four of each of two classes in train/ and val/.
+    """
+    folder, generator = tmp_path_factory.mktemp("photographs"), np.random.default_rng(0)
     for place in ("train/ant", "train/bee", "val/ant", "val/bee"):
-        (tmp_path / "data" / place).mkdir(parents=True)
+        (folder / "data" / place).mkdir(parents=True)
         for index in range(4):
             image = Image.fromarray(generator.integers(0, 256, (8, 8, 3), dtype=np.uint8))
-            image.save(tmp_path / "data" / place / f"{index}.png")
-    return tmp_path / "data"
-
-
-@pytest.fixture
-def photo_run(photographs, tmp_path) -> Path:
-    """The folder of a run on these images that failed in its second epoch."""
-    config = small_config(tmp_path / "run", *FOLDER, f"data.root={photographs}")
+            image.save(folder / "data" / place / f"{index}.png")
+    config = small_config(folder / "run", *FOLDER, f"data.root={folder / 'data'}")
     config.trainer.checkpoint_interval = 0.0
     config.trainer.limit_train_batches = None
     config.data.batch_size = 2
     run_interrupted(config, fail, RuntimeError)
-    return tmp_path / "run"
+    return folder / "run"
+
+
+@pytest.fixture
+def photographs(photo_run, tmp_path) -> Path:
+    """A copy of the images of that run."""
+    return Path(shutil.copytree(photo_run.with_name("data"), tmp_path / "data"))
 
 
 def rename_class(data: Path) -> None:
@@ -304,14 +307,15 @@ def add_test_split(data: Path) -> None:
 )
 def test_data_that_have_changed_are_refused(photographs, photo_run, change, difference):
     change(photographs)
-    message = refuse(photo_run)
+    message = refuse(photo_run, f"data.root={photographs}")
     assert f"data=imagefolder has changed since {photo_run}/checkpoints/last.ckpt was saved: {difference}" in message
 
 
 def test_data_that_were_moved_are_accepted_where_they_are(photographs, photo_run, tmp_path):
-    moved = photographs.rename(tmp_path / "elsewhere")
-    assert "no complete set" in refuse(photo_run)
-    assert resume(photo_run, f"data.root={moved}")["epochs"] == 2
+    folder = Path(shutil.copytree(photo_run, tmp_path / "run"))
+    edit_config(folder, data__root=str(tmp_path / "nowhere"))
+    assert "no complete set" in refuse(folder)
+    assert resume(folder, f"data.root={photographs}")["epochs"] == 2
 
 
 def test_ranks_with_different_data_are_refused(config, tmp_path, monkeypatch):
