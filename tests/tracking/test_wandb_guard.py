@@ -246,7 +246,7 @@ def test_logging_never_waits(fake, train_log, tmp_path, monkeypatch, trouble):
     started = time.monotonic()
     for step in range(20_000):  # more than a pipe holds
         guard.log_metrics({"x": 0.0}, step)
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < 20  # seconds; a full pipe would hold it for ever
     assert log_and_close(guard, rows=0, status="failed") < 2
     os.kill(process, signal.SIGKILL)
     guard._thread.join(10)
