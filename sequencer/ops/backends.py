@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sequencer import names
-from sequencer.ops import cpu, fused, reference, torch_rnn, triton_kernels
+from sequencer.ops import cpu, reference, torch_rnn, triton_kernels
 from sequencer.ops.reference import CELLS, Layers
 
 log = logging.getLogger("sequencer")
@@ -53,8 +53,8 @@ class Choice(NamedTuple):
 
 
 def _fused_refusal(inputs: Inputs) -> str | None:
-    if inputs.cell not in fused.CELLS:
-        return f"it serves {' and '.join(fused.CELLS)}"
+    if inputs.cell not in cpu.CELLS:
+        return f"it serves {' and '.join(cpu.CELLS)}"
     if inputs.device != "cpu":
         return "it runs on a CPU"
     return f"it has no {inputs.dtype}" if inputs.dtype not in cpu.DTYPES else _warn_once(cpu.unavailable())
@@ -62,8 +62,8 @@ def _fused_refusal(inputs: Inputs) -> str | None:
 
 def _triton_refusal(inputs: Inputs) -> str | None:
     """Returns why Triton's kernels do not support the inputs; their slow interpreter has to be requested by name."""
-    if inputs.cell not in fused.CELLS:
-        return f"it serves {' and '.join(fused.CELLS)}"
+    if inputs.cell not in triton_kernels.CELLS:
+        return f"it serves {' and '.join(triton_kernels.CELLS)}"
     interpreted = inputs.device == "cpu" and inputs.requested and triton_kernels.interpreted()
     if inputs.device != "cuda" and not interpreted:
         return "it needs a GPU"

@@ -102,7 +102,7 @@ def rnn2d(
         name = "reference"
     rnn = BACKENDS[name].rnn
     if rnn is None:
-        joined = _run_fused(x, axes, name, packed)
+        joined = _run_fused(x, axes, cell, name, packed)
         outputs = joined.chunk(2, dim=-1) if len(axes) == 2 and union == "add" else (joined,)
     else:
         outputs = tuple(_run_axis(x, axis, layers, cell, rnn) for axis, layers in axes.items())
@@ -144,7 +144,7 @@ def _run_axis(x: Tensor, axis: int, layers: Layers, cell: str, rnn: Callable[[Te
     return y.transpose(1, 2) if axis == 0 else y
 
 
-def _run_fused(x: Tensor, axes: dict[int, Layers], backend: str, packed: PackedWeights | None) -> Tensor:
+def _run_fused(x: Tensor, axes: dict[int, Layers], cell: str, backend: str, packed: PackedWeights | None) -> Tensor:
     """Runs all layers by a fused backend; the outputs of the axes are concatenated.
 
     The first layers of both axes read the same input and share one launch. Deeper layers take one launch an axis.
@@ -155,10 +155,10 @@ def _run_fused(x: Tensor, axes: dict[int, Layers], backend: str, packed: PackedW
         directions = [axis + i for axis in chosen for i in range(len(axes[axis][depth]))]
         # only plain tensors outside of autograd and tracing have contents to keep
         if packed is None or torch.is_grad_enabled() or torch.compiler.is_compiling() or type(x) is not Tensor:
-            weight = fused.pack(weights)
+            weight = fused.pack(weights, cell)
         else:
-            weight = packed.get((depth, *chosen), weights, backend, autocast_dtype(x) or x.dtype)
-        return fused.run(x, weight, directions, backend, Settings.recompute)
+            weight = packed.get((depth, *chosen), weights, cell, backend, autocast_dtype(x) or x.dtype)
+        return fused.run(x, weight, cell, directions, backend, Settings.recompute)
 
     y = run(x, 0, list(axes))
     num_layers = len(next(iter(axes.values())))

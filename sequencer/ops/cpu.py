@@ -27,6 +27,7 @@ from torch import Tensor
 SOURCE = Path(__file__).with_name("recurrence.cpp")
 FLAGS = ["-O3", "-std=c++17", "-fopenmp", "-shared", "-fPIC"]
 INSTRUCTIONS = {"AVX2": "-march=x86-64-v3", "AVX512": "-march=x86-64-v4"}  # by the capability that torch reports
+CELLS = ("lstm", "indylstm")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CHUNK = 2**20  # gate values (4 MiB) a thread computes before the kernel reads them, so that they are still in cache
 
@@ -154,7 +155,7 @@ def checksum(tensors: Sequence[Tensor]) -> int:
 
 
 def forward(
-    x: Tensor, weight_ih: Tensor, packed: Tensor, bias: Tensor, directions: Sequence[int], save: bool
+    x: Tensor, weight_ih: Tensor, packed: Tensor, bias: Tensor, cell: str, directions: Sequence[int], save: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Runs one layer in all directions, from a zero state.
 
@@ -163,6 +164,7 @@ def forward(
         weight_ih: Input weights `[S 4D, C]`.
         packed: Recurrent weights as returned by `pack`.
         bias: Biases `[S, 4D]`.
+        cell: One of `CELLS`.
         directions: `S` direction codes.
         save: If True, gates and cells are returned for the backward pass.
 
@@ -189,7 +191,7 @@ def forward(
             target.data_ptr(),
             out[rows].data_ptr(),
             None if cells is None else cells[rows].data_ptr(),
-            packed.dim() == 2,
+            cell == "indylstm",
         )
         _library().forward(ctypes.byref(call))
     return out.view(B, H, W, S * D).to(x.dtype), gates, cells
@@ -200,6 +202,8 @@ def backward(
     x: Tensor,
     weight_ih: Tensor,
     weight_hh: Tensor,
+    bias: Tensor,
+    cell: str,
     directions: Sequence[int],
     out: Tensor,
     gates: Tensor,
@@ -207,7 +211,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Computes the gradients of x, weight_ih, weight_hh and bias, whose shapes are those of `forward` and `pack`."""
     _, H, W, _ = x.shape
-    S, D, diagonal = len(directions), out.shape[-1] // len(directions), weight_hh.dim() == 2
+    S, D, diagonal = len(directions), out.shape[-1] // len(directions), cell == "indylstm"
     tokens, outputs, grad_outputs, weight = _rows(x), _rows(out), _rows(grad_out), weight_ih.float()
     packed = _pack_backward(weight_hh)
     grad_x, grad_ih = torch.empty_like(tokens), torch.zeros_like(weight)

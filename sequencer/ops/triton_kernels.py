@@ -32,6 +32,7 @@ try:
 except ImportError:  # builds of torch for systems other than Linux do not include it
     triton = None
 
+CELLS = ("lstm", "indylstm")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 HIDDEN_SIZES = (8, 256)
 RESIDENT = 128  # largest hidden size whose weights, in a 2-byte dtype, fit in the shared memory of an A100 or H100
@@ -370,7 +371,7 @@ if triton is not None:
 
 
 def forward(
-    x: Tensor, weight_ih: Tensor, packed: Tensor, bias: Tensor, directions: Sequence[int], save: bool
+    x: Tensor, weight_ih: Tensor, packed: Tensor, bias: Tensor, cell: str, directions: Sequence[int], save: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Runs one layer in all directions, from a zero state.
 
@@ -379,6 +380,7 @@ def forward(
         weight_ih: Input weights `[S 4D, C]`.
         packed: Recurrent weights as returned by `pack`.
         bias: Biases `[S, 4D]`.
+        cell: One of `CELLS`.
         directions: `S` direction codes.
         save: If True, gates and cells are returned for the backward pass.
 
@@ -387,7 +389,7 @@ def forward(
         dtype of `x`.
     """
     B, H, W, C = x.shape
-    S, D, diagonal = len(directions), bias.numel() // len(directions) // 4, packed.dim() == 2
+    S, D, diagonal = len(directions), bias.numel() // len(directions) // 4, cell == "indylstm"
     gates = torch.mm(x.reshape(-1, C), weight_ih.t())
     out = x.new_empty(B, H, W, S * D)
     cells = x.new_empty(B * H * W, S * D) if save else None
@@ -410,6 +412,8 @@ def backward(
     x: Tensor,
     weight_ih: Tensor,
     weight_hh: Tensor,
+    bias: Tensor,
+    cell: str,
     directions: Sequence[int],
     out: Tensor,
     gates: Tensor,
@@ -417,7 +421,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Computes the gradients of x, weight_ih, weight_hh and bias, whose shapes are those of `forward` and `pack`."""
     B, H, W, C = x.shape
-    S, D, diagonal = len(directions), out.shape[-1] // len(directions), weight_hh.dim() == 2
+    S, D, diagonal = len(directions), out.shape[-1] // len(directions), cell == "indylstm"
     grad_gates = torch.empty_like(gates)
     tensors = (gates, cells, weight_hh.contiguous(), grad_out.contiguous(), grad_gates)
     size = (_encode(directions), B, H, W)

@@ -23,6 +23,7 @@ BACKENDS = [
 ]
 DEVICE = {"fused": "cpu", "triton": "cpu" if triton_kernels.interpreted() else "cuda"}
 ALL = [0, 1, 2, 3]
+CELLS = ("lstm", "indylstm")
 
 # relative RMS error of outputs and of every gradient
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 5e-3, torch.bfloat16: 2e-2}
@@ -65,8 +66,8 @@ def reference(cell, flat, upstream, directions, dtype=torch.float64):
     return [y.detach(), *torch.autograd.grad(y, flat, upstream.to("cpu", dtype))]
 
 
-def fused_results(backend, flat, upstream, directions, recompute=False):
-    y = fused.run(flat[0], fused.pack(weights_of(flat)), directions, backend, recompute)
+def fused_results(backend, cell, flat, upstream, directions, recompute=False):
+    y = fused.run(flat[0], fused.pack(weights_of(flat), cell), cell, directions, backend, recompute)
     return [y.detach(), *torch.autograd.grad(y, flat, upstream)]
 
 
@@ -84,7 +85,7 @@ def check(backend, cell, flat, upstream, directions=ALL):
     """
     exact, dtype = reference(cell, flat, upstream, directions), flat[0].dtype
     plain = reference(cell, flat, upstream, directions, torch.float32)
-    actual = fused_results(backend, flat, upstream, directions)
+    actual = fused_results(backend, cell, flat, upstream, directions)
     assert all(tensor.dtype == dtype for tensor in actual)
     limits = [max(TOLERANCE[dtype], 3 * error) for error in errors(plain, exact)]
     for error, limit, tensor in zip(errors(actual, exact), limits, actual, strict=True):
@@ -98,7 +99,7 @@ MAPS = [(3, 5, 7), (5, 1, 33), (1, 9, 1), (1, 1, 1), (2, 16, 16)]
 @pytest.mark.parametrize(
     ("size", "D"), [(size, D) for size in MAPS for D in (1, 8, 24, 48, 96, 100) if D > 1 or size != MAPS[-1]]
 )
-@pytest.mark.parametrize("cell", fused.CELLS)
+@pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("backend", [BACKENDS[0]])
 def test_cpu_kernel_in_float32(backend, cell, size, D):
     flat, upstream = problem(cell, *size, D)
@@ -113,7 +114,7 @@ def test_cpu_kernel_in_float32(backend, cell, size, D):
         for size, D in [((3, 2, 5), 48), ((5, 1, 9), 8), ((1, 1, 1), 24), ((1, 2, 2), 100), ((1, 1, 2), 136)]
     ],
 )
-@pytest.mark.parametrize("cell", fused.CELLS)
+@pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("backend", [BACKENDS[1]])
 def test_triton_kernels(backend, cell, dtype, size, D):
     """The dtype and the hidden size decide between the resident and the streamed kernels."""
@@ -122,7 +123,7 @@ def test_triton_kernels(backend, cell, dtype, size, D):
 
 
 @pytest.mark.parametrize("directions", [[0], [1], [2], [3], [1, 2], [2, 3]])
-@pytest.mark.parametrize("cell", fused.CELLS)
+@pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_any_set_of_directions(backend, cell, directions):
     flat, upstream = problem(cell, 2, 3, 4, 8, directions, device=DEVICE[backend])
@@ -162,7 +163,7 @@ def test_many_images_and_threads(backend, threads, monkeypatch):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        for cell in fused.CELLS:
+        for cell in CELLS:
             flat, upstream = problem(cell, 11, 5, 7, 8)
             check(backend, cell, flat, upstream)
     finally:
@@ -177,39 +178,39 @@ def test_strided_input_and_expanded_gradient(backend):
     check(backend, "lstm", flat, upstream)
 
 
-@pytest.mark.parametrize("cell", fused.CELLS)
+@pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_recompute_changes_only_memory(backend, cell):
     flat, upstream = problem(cell, 2, 3, 4, 8, device=DEVICE[backend])
-    plain, again = (fused_results(backend, flat, upstream, ALL, recompute) for recompute in (False, True))
+    plain, again = (fused_results(backend, cell, flat, upstream, ALL, recompute) for recompute in (False, True))
     assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
 
     def kept(recompute):
         sizes = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
-            fused.run(flat[0], fused.pack(weights_of(flat)), ALL, backend, recompute)
+            fused.run(flat[0], fused.pack(weights_of(flat), cell), cell, ALL, backend, recompute)
         return sum(sizes)
 
     tokens, D = 2 * 3 * 4, 8
     assert kept(False) - kept(True) == tokens * 4 * (4 * D + D)
 
 
-@pytest.mark.parametrize("cell", fused.CELLS)
+@pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_results_are_deterministic(backend, cell):
     size = (2, 3, 2) if triton_kernels.interpreted() and backend == "triton" else (3, 5, 7)  # the interpreter is slow
     flat, upstream = problem(cell, *size, 8, device=DEVICE[backend])
-    y = fused.run(flat[0], fused.pack(weights_of(flat)), ALL, backend, False)
+    y = fused.run(flat[0], fused.pack(weights_of(flat), cell), cell, ALL, backend, False)
     first = torch.autograd.grad(y, flat, upstream, retain_graph=True)
     second = torch.autograd.grad(y, flat, upstream)  # the backward pass may run twice on one graph
-    third = fused_results(backend, flat, upstream, ALL)[1:]
+    third = fused_results(backend, cell, flat, upstream, ALL)[1:]
     assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(first, second, third, strict=True))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_an_empty_batch(backend):
     flat, _ = problem("lstm", 0, 3, 4, 8, device=DEVICE[backend])
-    y, *gradients = fused_results(backend, flat, torch.zeros(0, 3, 4, 32, device=DEVICE[backend]), ALL)
+    y, *gradients = fused_results(backend, "lstm", flat, torch.zeros(0, 3, 4, 32, device=DEVICE[backend]), ALL)
     assert y.shape == (0, 3, 4, 32)
     assert all(gradient.abs().sum() == 0 for gradient in gradients)
 
@@ -219,16 +220,16 @@ def test_an_empty_batch(backend):
 def test_nan_propagates_and_extremes_stay_finite(backend):
     flat, _ = problem("lstm", 1, 1, 3, 8, [2], device=DEVICE[backend])
     flat[0].data[0, 0, 1, 0] = torch.nan
-    y = fused.run(flat[0], fused.pack(weights_of(flat)), [2], backend, False)
+    y = fused.run(flat[0], fused.pack(weights_of(flat), "lstm"), "lstm", [2], backend, False)
     assert y[0, 0, 0].isfinite().all()
     assert y[0, 0, 1:].isnan().all()
     flat[0].data.fill_(1e6)
-    y = fused.run(flat[0], fused.pack(weights_of(flat)), [2], backend, False)
+    y = fused.run(flat[0], fused.pack(weights_of(flat), "lstm"), "lstm", [2], backend, False)
     assert y.isfinite().all()
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("cell", fused.CELLS)
+@pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_higher_derivatives(backend, cell, recompute):
     """Second and third derivatives by all tensors, the upstream gradient included, are those of the reference."""
@@ -243,7 +244,9 @@ def test_higher_derivatives(backend, cell, recompute):
         third = torch.autograd.grad(sum(g.square().sum() for g in second), tensors)
         return [*second, *third]
 
-    actual = derivatives(fused.run(flat[0], fused.pack(weights_of(flat)), ALL, backend, recompute), flat, upstream)
+    actual = derivatives(
+        fused.run(flat[0], fused.pack(weights_of(flat), cell), cell, ALL, backend, recompute), flat, upstream
+    )
     double = [t.detach().double().cpu().requires_grad_() for t in flat]
     vertical, horizontal = ([tuple(weights_of(double)[first : first + 2])] for first in (0, 2))
     y = rnn2d(double[0], vertical, horizontal, cell, backend="reference")
@@ -270,13 +273,13 @@ def test_second_derivatives_by_one_tensor(part):
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # raised by opcheck itself
 @pytest.mark.parametrize("keep", [True, False])
-@pytest.mark.parametrize("cell", fused.CELLS)
+@pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_operator_passes_opcheck(backend, cell, keep):
     flat, _ = problem(cell, 1, 2, 2, 8, device=DEVICE[backend])
-    weight_ih, weight_hh, bias, _ = (None if t is None else t.detach() for t in fused.pack(weights_of(flat)))
+    weight_ih, weight_hh, bias, _ = (None if t is None else t.detach() for t in fused.pack(weights_of(flat), cell))
     tensors = [t.requires_grad_() for t in (flat[0].detach(), weight_ih, weight_hh, bias)]
-    torch.library.opcheck(fused.scan2d, (*tensors, None, ALL, backend, keep))
+    torch.library.opcheck(fused.scan2d, (*tensors, None, cell, ALL, backend, keep))
 
 
 @pytest.mark.parametrize("backend", [BACKENDS[0]])
@@ -374,7 +377,7 @@ def test_weights_that_are_computed_anew_are_packed_anew(backend):
     for value in range(20):
         weights = Weights(torch.full((16, 4), value), torch.full((16, 4), value), torch.full((16,), value))
         weights = Weights._make(t if t is None else t.float() for t in weights)
-        assert packed.get(0, [weights], backend, torch.float32).weight_ih.unique() == value
+        assert packed.get(0, [weights], "lstm", backend, torch.float32).weight_ih.unique() == value
         del weights
 
 
@@ -427,7 +430,7 @@ def test_whole_models_compile_to_one_graph():
     backends = [backend for backend, reason in missing.items() if reason is None]
     if not backends:
         pytest.skip(f"no kernel: {missing}")
-    cases = [f"{backend}:{cell}" for backend in backends for cell in fused.CELLS]
+    cases = [f"{backend}:{cell}" for backend in backends for cell in CELLS]
     subprocess.run([sys.executable, "-c", COMPILED, "aot_eager", *cases], check=True)
 
 
