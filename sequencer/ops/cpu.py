@@ -1,12 +1,13 @@
-"""LSTM and IndyLSTM on a CPU: matrix products by torch, the scans over time by the kernel in `recurrence.cpp`.
+"""Recurrences on a CPU: matrix products by torch, the scans over time by the kernel in `recurrence.cpp`.
 
 The kernel is compiled in 2 s by the C++ compiler on the PATH, or the one named by `CXX`. The library is kept in the
-user's cache folder (`XDG_CACHE_HOME`), one file for each combination of source, compiler and instruction set. The
-kernel runs on torch's threads, since it uses the OpenMP runtime that torch has loaded. Computations are in float32;
-inputs of narrower dtypes are converted.
+user's cache folder (`XDG_CACHE_HOME`), one file for each combination of source, compiler, instruction set, cell and
+dtype. The kernel runs on torch's threads, since it uses the OpenMP runtime that torch has loaded. Where the processor
+has AVX512-BF16, inputs in bfloat16 are computed in bfloat16, with state and sums in float32. Otherwise, and in float16,
+they are converted to float32.
 
-Shape letters: `B` batch, `H W` token rows and columns, `C` channels, `S` number of directions, `D` hidden size.
-Direction codes are those of `sequencer.ops.fused`.
+Shape letters: `B` batch, `H W` token rows and columns, `C` channels, `S` number of directions, `D` hidden size, `G`
+gates of the cell, `J` biases of a unit. Direction codes are those of `sequencer.ops.fused`.
 """
 
 import ctypes
@@ -24,11 +25,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sequencer.ops import reference
+
 SOURCE = Path(__file__).with_name("recurrence.cpp")
+HEADER = Path(__file__).with_name("vectors.h")
 FLAGS = ["-O3", "-std=c++17", "-fopenmp", "-shared", "-fPIC"]
 INSTRUCTIONS = {"AVX2": "-march=x86-64-v3", "AVX512": "-march=x86-64-v4"}  # by the capability that torch reports
-CELLS = ("lstm", "indylstm")
+CELLS = ("lstm", "gru", "rnn", "rnn_relu", "indylstm")
+PLAIN = ("rnn", "rnn_relu")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MAX_TILE = 24  # sequences that a thread processes at a time, as in recurrence.cpp
 CHUNK = 2**20  # gate values (4 MiB) a thread computes before the kernel reads them, so that they are still in cache
 
 _SIZE, _POINTER = ctypes.c_ssize_t, ctypes.c_void_p
@@ -42,7 +48,6 @@ class _Forward(ctypes.Structure):
     _fields_ = (
         ("map", _Map),
         *((name, _POINTER) for name in ("bias", "weight", "gates", "out", "cells")),
-        ("diagonal", ctypes.c_bool),
     )
 
 
@@ -50,16 +55,15 @@ class _Backward(ctypes.Structure):
     _fields_ = (
         ("map", _Map),
         *((name, _POINTER) for name in ("weight", "gates", "cells", "out", "grad_out")),
-        *((name, _POINTER) for name in ("grad_gates", "previous", "grad_bias", "grad_diagonal")),
-        ("diagonal", ctypes.c_bool),
+        *((name, _POINTER) for name in ("grad_gates", "grad_recurrent", "previous", "grad_bias", "grad_diagonal")),
     )
 
 
 @functools.cache
-def unavailable() -> str | None:
+def unavailable(cell: str = "lstm", dtype: torch.dtype = torch.float32) -> str | None:
     """Returns why the kernel is not available on this machine, or None if it is; builds it at the first call."""
     try:
-        _library()
+        _library(cell, compute_dtype(dtype, cell))
     except subprocess.CalledProcessError as error:
         return f"the C++ compiler failed: {error.stderr.strip().splitlines()[-1] if error.stderr else error}"
     except OSError as error:
@@ -68,8 +72,33 @@ def unavailable() -> str | None:
 
 
 @functools.cache
-def _library() -> ctypes.CDLL:
-    library = ctypes.CDLL(str(_build()))
+def has_bfloat16() -> bool:
+    """Returns whether the processor has AVX512-BF16, and torch uses AVX-512."""
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return False
+    try:
+        return "avx512_bf16" in Path("/proc/cpuinfo").read_text().split()
+    except OSError:
+        return False
+
+
+def compute_dtype(dtype: torch.dtype, cell: str = "lstm") -> torch.dtype:
+    """Returns the dtype in which inputs of `dtype` are computed, and gates and cells are kept.
+
+    The derivatives of a plain RNN are functions of its outputs, for which bfloat16 is too coarse.
+    """
+    narrow = dtype == torch.bfloat16 and cell not in PLAIN and has_bfloat16()
+    return torch.bfloat16 if narrow else torch.float32
+
+
+def saved_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Returns the dtype in which gates and cells are kept for the backward pass, for inputs of `dtype`."""
+    return compute_dtype(dtype)
+
+
+@functools.cache
+def _library(cell: str, dtype: torch.dtype) -> ctypes.CDLL:
+    library = ctypes.CDLL(str(_build(cell, dtype)))
     library.vectors.argtypes = [_SIZE]
     library.checksum.argtypes = [_POINTER, _POINTER, _SIZE, _SIZE]
     library.checksum.restype = ctypes.c_uint
@@ -77,7 +106,7 @@ def _library() -> ctypes.CDLL:
     return library
 
 
-def _build() -> Path:
+def _build(cell: str, dtype: torch.dtype) -> Path:
     """Returns the path of the shared library for this machine's instruction set; compiles it if it is not cached.
 
     Raises:
@@ -91,67 +120,76 @@ def _build() -> Path:
         raise OSError("no C++ compiler on the PATH")
     instructions = INSTRUCTIONS.get(torch.backends.cpu.get_cpu_capability())
     command = [compiler, *FLAGS, *([instructions] if instructions else [])]
+    narrow = dtype == torch.bfloat16
+    command += [f"-DCELL={cell.upper()}", *(["-DSCALAR=bfloat16", "-mavx512bf16"] if narrow else ["-DSCALAR=float"])]
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
-    key = hashlib.sha256("\n".join([SOURCE.read_text(), *command, version, platform.machine()]).encode()).hexdigest()
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sequencer"
-    library = folder / f"recurrence-{key[:16]}.so"
+    identity = [SOURCE.read_text(), HEADER.read_text(), *command, version, platform.machine()]
+    key = hashlib.sha256("\n".join(identity).encode()).hexdigest()
+    library = cache_folder() / f"recurrence-{key[:16]}.so"
     if not library.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:  # several processes may build it at the same time
+        library.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=library.parent) as scratch:  # several processes may build it at a time
             built = Path(scratch) / library.name
             subprocess.run([*command, str(SOURCE), "-o", str(built)], capture_output=True, text=True, check=True)
             built.replace(library)
     return library
 
 
-def saved_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Returns the dtype in which gates and cells are kept for the backward pass, for inputs of `dtype`."""
-    return torch.float32
+def cache_folder() -> Path:
+    """Returns the folder in which compiled kernels are kept."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sequencer"
 
 
-def pack(weight_hh: Tensor) -> Tensor:
-    """Converts recurrent weights to the layout that the forward pass reads, in float32.
+def pack(weight_hh: Tensor, cell: str) -> Tensor:
+    """Converts recurrent weights to the layout that the forward pass reads.
 
     Args:
-        weight_hh: Weights `[S, 4D, D]`, or diagonals `[S, 4D]`, whose layout is kept.
+        weight_hh: Weights `[S, GD, D]`, or diagonals `[S, GD]`, whose layout is kept, in float32.
+        cell: One of `CELLS`.
 
     Returns:
-        Layout `[S, blocks, D, 4, lanes]`: `lanes` is the number of floats in a vector register, and a block is `lanes`
-        consecutive units (rows), padded with zeros. Within a block, the weights of unit k of the previous step are
-        contiguous for all four gates.
+        Layout `[S, blocks, depth, G, lanes]`: `lanes` is the number of floats in a vector register, and a block is
+        `lanes` consecutive units (rows), padded with zeros. Within a block, the weights of unit k of the previous step
+        are contiguous for all gates. In bfloat16 pairs of units of the previous step, which one instruction multiplies,
+        are adjacent: `[S, blocks, depth / 2, G, lanes, 2]`.
     """
-    weight_hh = weight_hh.float()
+    dtype = compute_dtype(weight_hh.dtype, cell)
     if weight_hh.dim() == 2:
-        return weight_hh.contiguous()
-    S, D, lanes = weight_hh.shape[0], weight_hh.shape[2], _library().lanes()
-    padded = F.pad(weight_hh.view(S, 4, D, D), (0, 0, 0, -D % lanes))
-    return padded.view(S, 4, -1, lanes, D).permute(0, 2, 4, 1, 3).contiguous()
+        return weight_hh.float().contiguous()
+    S, D = weight_hh.shape[0], weight_hh.shape[2]
+    lanes, pair = _library(cell, dtype).lanes(), 1 + (dtype == torch.bfloat16)
+    padded = F.pad(weight_hh.to(dtype).view(S, -1, D, D), (0, -D % pair, 0, -D % lanes))
+    blocks = padded.view(S, padded.shape[1], -1, lanes, padded.shape[3] // pair, pair)
+    return blocks.permute(0, 2, 4, 1, 3, 5).contiguous()
 
 
-def _pack_backward(weight_hh: Tensor) -> Tensor:
-    """Converts recurrent weights `[S, 4D, D]` to the layout that the backward pass reads, in float32.
+def _pack_backward(weight_hh: Tensor, cell: str) -> Tensor:
+    """Converts recurrent weights `[S, GD, D]` to the layout that the backward pass reads.
 
-    Layout `[S, blocks, 4P, V * lanes]`: `P` is D padded with zeros to a multiple of `lanes`, and a block is `V * lanes`
+    Layout `[S, blocks, GP, V * lanes]`: `P` is D padded with zeros to a multiple of `lanes`, and a block is `V * lanes`
     consecutive units of the previous step (columns). Within a block, the weights of one gate row of the next step are
-    contiguous. Diagonals `[S, 4D]` keep their layout.
+    contiguous; in bfloat16 pairs of rows are adjacent, `[S, blocks, GP / 2, V * lanes, 2]`. Diagonals `[S, GD]` keep
+    their layout, in float32.
     """
-    weight_hh = weight_hh.float()
+    dtype = compute_dtype(weight_hh.dtype, cell)
     if weight_hh.dim() == 2:
-        return weight_hh.contiguous()
-    S, D, lanes = weight_hh.shape[0], weight_hh.shape[2], _library().lanes()
-    padded = F.pad(weight_hh.view(S, 4, D, D), (0, -D % lanes, 0, -D % lanes))
-    P = padded.shape[-1]
-    return padded.view(S, 4 * P, -1, _library().vectors(D) * lanes).permute(0, 2, 1, 3).contiguous()
+        return weight_hh.float().contiguous()
+    S, D, library = weight_hh.shape[0], weight_hh.shape[2], _library(cell, dtype)
+    lanes, pair = library.lanes(), 1 + (dtype == torch.bfloat16)
+    padded = F.pad(weight_hh.to(dtype).view(S, -1, D, D), (0, -D % lanes, 0, -D % lanes))
+    rows = padded.shape[1] * padded.shape[2]
+    return padded.view(S, rows // pair, pair, -1, library.vectors(D) * lanes).permute(0, 3, 1, 4, 2).contiguous()
 
 
-def checksum(tensors: Sequence[Tensor]) -> int:
+def checksum(tensors: Sequence[Tensor], cell: str, dtype: torch.dtype) -> int:
     """Returns a checksum of the bits of contiguous tensors, by which changes of their values are detected.
 
-    The size of each tensor must be a multiple of 4 bytes, as that of weights of four gates is in every dtype.
+    The cell and the dtype are those of the layer, whose kernel's library computes it.
     """
     pointers = (_POINTER * len(tensors))(*(tensor.data_ptr() for tensor in tensors))
-    words = (_SIZE * len(tensors))(*(tensor.nbytes // 4 for tensor in tensors))
-    return _library().checksum(pointers, words, len(tensors), torch.get_num_threads())
+    sizes = (_SIZE * len(tensors))(*(tensor.nbytes for tensor in tensors))
+    library = _library(cell, compute_dtype(dtype, cell))
+    return library.checksum(pointers, sizes, len(tensors), torch.get_num_threads())
 
 
 def forward(
@@ -161,27 +199,28 @@ def forward(
 
     Args:
         x: Token map `[B, H, W, C]`.
-        weight_ih: Input weights `[S 4D, C]`.
+        weight_ih: Input weights `[S GD, C]`.
         packed: Recurrent weights as returned by `pack`.
-        bias: Biases `[S, 4D]`.
+        bias: Biases `[S, JD]`.
         cell: One of `CELLS`.
         directions: `S` direction codes.
         save: If True, gates and cells are returned for the backward pass.
 
     Returns:
-        Outputs `[B, H, W, S D]` in the dtype of `x`, then gates `[B H W, S 4D]` and cells `[B H W, S D]` in float32, or
-        None for both.
+        Outputs `[B, H, W, S D]` in the dtype of `x`, then what `sequencer.ops.fused.KEPT` describes, in the dtype of
+        the computation, or None for both.
     """
     B, H, W, _ = x.shape
-    S, D = len(directions), bias.numel() // len(directions) // 4
-    tokens, projection, bias = _rows(x), weight_ih.float().t(), bias.float().contiguous()
+    S, G, dtype = len(directions), reference.CELLS[cell].gates, compute_dtype(x.dtype, cell)
+    D, save = weight_ih.shape[0] // S // G, save and cell not in PLAIN
+    tokens, projection, bias = _rows(x, dtype), weight_ih.to(dtype).t(), bias.float().contiguous()
     out = tokens.new_empty(B * H * W, S * D)
-    gates = tokens.new_empty(B * H * W, S * 4 * D) if save else None
+    gates = tokens.new_empty(B * H * W, S * G * D) if save else None
     cells = torch.empty_like(out) if save else None
-    scratch = None
-    for rows, images in _chunks(x, directions, D):
+    library, scratch = _library(cell, dtype), None
+    for rows, images in _chunks(x, directions, G * D):
         if scratch is None:
-            scratch = tokens.new_empty(0 if save else images * H * W, S * 4 * D)
+            scratch = tokens.new_empty(0 if save else images * H * W, S * G * D)
         target = gates[rows] if gates is not None else scratch[: images * H * W]
         torch.mm(tokens[rows], projection, out=target)
         call = _Forward(
@@ -191,9 +230,8 @@ def forward(
             target.data_ptr(),
             out[rows].data_ptr(),
             None if cells is None else cells[rows].data_ptr(),
-            cell == "indylstm",
         )
-        _library().forward(ctypes.byref(call))
+        library.forward(ctypes.byref(call))
     return out.view(B, H, W, S * D).to(x.dtype), gates, cells
 
 
@@ -211,72 +249,85 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Computes the gradients of x, weight_ih, weight_hh and bias, whose shapes are those of `forward` and `pack`."""
     _, H, W, _ = x.shape
-    S, D, diagonal = len(directions), out.shape[-1] // len(directions), cell == "indylstm"
-    tokens, outputs, grad_outputs, weight = _rows(x), _rows(out), _rows(grad_out), weight_ih.float()
-    packed = _pack_backward(weight_hh)
-    grad_x, grad_ih = torch.empty_like(tokens), torch.zeros_like(weight)
+    S, G, dtype = len(directions), reference.CELLS[cell].gates, compute_dtype(x.dtype, cell)
+    D, J = out.shape[-1] // S, bias.numel() // out.shape[-1]
+    tokens, outputs, grad_outputs, weight = (*(_rows(t, dtype) for t in (x, out, grad_out)), weight_ih.to(dtype))
+    packed, library = _pack_backward(weight_hh, cell), _library(cell, dtype)
+    grad_x, grad_ih = torch.empty_like(tokens), torch.zeros_like(weight, dtype=torch.float32)
     grad_hh = torch.zeros_like(weight_hh, dtype=torch.float32)
-    grad_bias = tokens.new_zeros(S, 4 * D)
+    grad_bias = torch.zeros_like(bias, dtype=torch.float32)
+    recurrent = 2 if cell == "gru" else G  # gates whose input and recurrent terms have the same gradient
     scratch: list[Tensor] = []
-    for rows, images in _chunks(x, directions, D):
+    for rows, images in _chunks(x, directions, G * D):
         size = _map(images, H, W, D, directions)
         if not scratch:
-            scratch = [tokens.new_empty(images * H * W, S * width) for width in (4 * D, D)]
-        grad_gates, previous = (buffer[: images * H * W] for buffer in scratch)
+            scratch = [tokens.new_empty(images * H * W, S * n * D) for n in (G, G - recurrent, 1)]
+        grad_gates, grad_recurrent, previous = (buffer[: images * H * W] for buffer in scratch)
         counts = [-(-images * (W if direction < 2 else H) // size.tile) for direction in directions]
-        bias_sums = tokens.new_empty(sum(counts), 4 * D)
-        diagonal_sums = torch.empty_like(bias_sums) if diagonal else None
+        bias_sums = grad_bias.new_empty(sum(counts), J * D)
+        diagonal_sums = torch.empty_like(bias_sums) if cell == "indylstm" else None
         call = _Backward(
             size,
             packed.data_ptr(),
-            *(t[rows].data_ptr() for t in (gates, cells, outputs, grad_outputs)),
-            *(None if t is None else t.data_ptr() for t in (grad_gates, previous, bias_sums, diagonal_sums)),
-            diagonal,
+            *(t[rows].data_ptr() if t.numel() else None for t in (gates, cells, outputs, grad_outputs)),
+            *(
+                None if t is None else t.data_ptr()
+                for t in (grad_gates, grad_recurrent, previous, bias_sums, diagonal_sums)
+            ),
         )
-        _library().backward(ctypes.byref(call))
+        library.backward(ctypes.byref(call))
         torch.mm(grad_gates, weight, out=grad_x[rows])
-        grad_ih.addmm_(grad_gates.t(), tokens[rows])
+        _add_product(grad_ih, grad_gates, tokens[rows])
         grad_bias += torch.stack([part.sum(0) for part in bias_sums.split(counts)])
         if diagonal_sums is not None:
             grad_hh += torch.stack([part.sum(0) for part in diagonal_sums.split(counts)])
             continue
         for s in range(S):
-            grad_hh[s].addmm_(grad_gates[:, s * 4 * D : (s + 1) * 4 * D].t(), previous[:, s * D : (s + 1) * D])
+            before = previous[:, s * D : (s + 1) * D]
+            _add_product(grad_hh[s, : recurrent * D], grad_gates[:, s * G * D :][:, : recurrent * D], before)
+            if recurrent < G:
+                _add_product(grad_hh[s, recurrent * D :], grad_recurrent[:, s * D : (s + 1) * D], before)
     return (
         grad_x.view_as(x).to(x.dtype),
         grad_ih.to(weight_ih.dtype),
         grad_hh.to(weight_hh.dtype),
-        grad_bias.to(weight_ih.dtype),
+        grad_bias.to(bias.dtype),
     )
 
 
-def _rows(x: Tensor) -> Tensor:
-    """Returns `[B, H, W, C]` as contiguous float32 `[tokens, C]`."""
-    return x.reshape(-1, x.shape[-1]).float().contiguous()
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """Adds `a^T b` to a float32 tensor."""
+    if a.dtype == torch.float32:
+        total.addmm_(a.t(), b)
+    else:
+        total += torch.mm(a.t(), b)
+
+
+def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Returns `[B, H, W, C]` as contiguous `[tokens, C]`."""
+    return x.reshape(-1, x.shape[-1]).to(dtype).contiguous()
 
 
 def _map(B: int, H: int, W: int, D: int, directions: Sequence[int]) -> _Map:
     """Describes the token map to the kernel; the tile is small enough that every thread has work, if possible."""
     threads = torch.get_num_threads()
     sequences = sum(B * (W if direction < 2 else H) for direction in directions)
-    tile = max(1, min(_library().max_tile(), sequences // threads))
+    tile = max(1, min(MAX_TILE, sequences // threads))
     codes = (_SIZE * len(directions))(*directions)
     size = _Map(B, H, W, D, len(directions), tile, threads, ctypes.cast(codes, _POINTER))
     size.keep_alive = codes  # the structure holds only their address
     return size
 
 
-def _chunks(x: Tensor, directions: Sequence[int], D: int) -> Iterator[tuple[slice, int]]:
+def _chunks(x: Tensor, directions: Sequence[int], columns: int) -> Iterator[tuple[slice, int]]:
     """Splits the batch into chunks of a few images; yields the token rows and the number of images of each.
 
-    The first chunk is the largest.
+    The first chunk is the largest. `columns` are the gate values of a token and direction.
     """
     B, H, W, _ = x.shape
     threads = torch.get_num_threads()
     sequences = sum(W if direction < 2 else H for direction in directions)
-    step = max(
-        CHUNK * threads // (H * W * len(directions) * 4 * D), -(-_library().max_tile() * threads // sequences), 1
-    )
+    step = max(CHUNK * threads // (H * W * len(directions) * columns), -(-MAX_TILE * threads // sequences), 1)
     for first in range(0, B, step):
         images = min(step, B - first)
         yield slice(first * H * W, (first + images) * H * W), images

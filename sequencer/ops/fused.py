@@ -94,7 +94,7 @@ def pack_once(weights: Sequence[Weights], cell: str, backend: str, dtype: torch.
     """Stacks the parameters for inference, cast to `dtype` and with the recurrent weights in the kernel's layout."""
     weight_ih, weight_hh, bias, _ = pack(weights, cell)
     weight_hh = weight_hh.to(dtype)
-    return Packed(weight_ih.to(dtype), weight_hh, bias.to(dtype), _BACKENDS[backend].pack(weight_hh))
+    return Packed(weight_ih.to(dtype), weight_hh, bias.to(dtype), _BACKENDS[backend].pack(weight_hh, cell))
 
 
 def run(
@@ -135,7 +135,7 @@ def scan2d(
     """Returns outputs, and the gates and cells that the backward pass reads, which are empty unless `keep`."""
     module = _BACKENDS[backend]
     with torch.autocast(x.device.type, enabled=False):
-        panels = module.pack(weight_hh) if panels is None else panels
+        panels = module.pack(weight_hh, cell) if panels is None else panels
         out, gates, cells = module.forward(x, weight_ih, panels, bias, cell, directions, keep)
     return out, x.new_empty(0) if gates is None else gates, x.new_empty(0) if cells is None else cells
 
@@ -180,7 +180,7 @@ def scan2d_backward(
     module = _BACKENDS[backend]
     with torch.autocast(x.device.type, enabled=False):
         if KEPT[cell].gates and not gates.numel():
-            _, gates, cells = module.forward(x, weight_ih, module.pack(weight_hh), bias, cell, directions, True)
+            _, gates, cells = module.forward(x, weight_ih, module.pack(weight_hh, cell), bias, cell, directions, True)
         return module.backward(grad_out, x, weight_ih, weight_hh, bias, cell, directions, out, gates, cells)
 
 

@@ -1,107 +1,29 @@
-// LSTM and IndyLSTM along the columns and rows of a token map, forward and backward through time, in float32.
+// Recurrences along the columns and rows of a token map, forward and backward through time.
 //
 // The input projection and the gradients of the weights are plain matrix products, which the caller computes with
 // torch. This file contains the scans over time. A thread processes all steps of a tile of sequences, with its state in
 // cache. The product with the recurrent weights and the activations are fused in registers. The token map is indexed in
 // place, so that no direction needs a transposed or flipped copy.
 //
-// Layouts, for S directions of D units:
-//   gates [tokens, S, 4, D], the gates in the order i, f, g, o      cells, out [tokens, S, D]
+// Compiled once for each cell and type of the arrays: -DCELL=LSTM, GRU, RNN, RNN_RELU or INDYLSTM, and -DSCALAR=float, or
+// bfloat16 for processors with instructions for its products. State, biases, sums and arithmetic are float32.
+//
+// Layouts, for S directions of D units and a cell of G gates and J biases:
+//   gates [tokens, S, G, D], in the order i, f, g, o of an LSTM or r, z, n of a GRU      cells, out [tokens, S, D]
+//   bias [S, J, D], one a gate; those of a GRU are r, z, n of the input, n of the recurrent term
 // Directions: 0 scans the columns from top to bottom, 1 from bottom to top, 2 scans the rows from left to right, 3 from
 // right to left.
 #include <algorithm>
-#include <cstddef>
-#include <cstring>
 #include <vector>
 
-// Vector registers used as accumulators in a block of a product; the rest of the 16 or 32 registers holds its operands.
-#if defined(__AVX512F__)
-constexpr int LANES = 16, REGISTERS = 24;
-#else
-constexpr int LANES = 8, REGISTERS = 12;
-#endif
-constexpr int MAX_TILE = 24;
+#include "vectors.h"
 
-typedef float vec __attribute__((vector_size(LANES * sizeof(float))));
-typedef int ivec __attribute__((vector_size(LANES * sizeof(int))));
+constexpr int MAX_TILE = 24;  // as in cpu.py
 
-static inline vec splat(float x) { return vec{} + x; }
-
-static inline vec load(const float* p, ptrdiff_t n = LANES) {
-    vec v = {};
-    if (n >= LANES) std::memcpy(&v, p, sizeof v);
-    else std::memcpy(&v, p, n * sizeof(float));
-    return v;
-}
-
-static inline void store(float* p, vec v, ptrdiff_t n = LANES) {
-    if (n >= LANES) std::memcpy(p, &v, sizeof v);
-    else std::memcpy(p, &v, n * sizeof(float));
-}
-
-// exp(x), with x clamped to [-87, 88]: reduction to [-ln 2 / 2, ln 2 / 2] and a polynomial with the coefficients of
-// Cephes' expf. NaN gives NaN.
-static inline vec exponential(vec x) {
-    const float ROUND = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-    x = x > 88.0f ? splat(88.0f) : x;
-    x = x < -87.0f ? splat(-87.0f) : x;
-    const vec shifted = x * 1.44269504f + ROUND;
-    const vec n = shifted - ROUND;
-    const vec r = x - n * 0.693359375f + n * 2.12194440e-4f;  // ln 2 in two parts
-    vec p = splat(1.9875691500e-4f);
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
-    ivec bits;
-    std::memcpy(&bits, &shifted, sizeof bits);
-    bits = (bits - 0x4B400000 + 127) << 23;  // subtract the bits of ROUND, add the exponent's bias
-    vec power;
-    std::memcpy(&power, &bits, sizeof power);
-    return p * power;
-}
-
-static inline vec sigmoid(vec x) { return 1.0f / (1.0f + exponential(-x)); }
-
-// tanh(x) as 1 - 2 / (1 + exp(2x)), which suffers from cancellation near zero; there, a polynomial with the
-// coefficients of Cephes' tanhf.
-static inline vec hyperbolic_tangent(vec x) {
-    const vec far = 1.0f - 2.0f / (1.0f + exponential(2.0f * x));
-    const vec z = x * x;
-    vec p = splat(-5.70498872745e-3f);
-    p = p * z + 2.06390887954e-2f;
-    p = p * z - 5.37397155531e-2f;
-    p = p * z + 1.33314422036e-1f;
-    p = p * z - 3.33332819422e-1f;
-    const vec near = p * z * x + x;
-    return z < 0.390625f ? near : far;
-}
-
-// acc[v][r] += sum over k of w[k][v] * x[r][k]. Only the operand of the shorter side of the block is kept in registers,
-// since AVX2 has too few for both.
-template <int V, int R>
-static inline __attribute__((always_inline)) void product(
-    vec (&acc)[V][R], const float* w, const float* x, ptrdiff_t row, ptrdiff_t depth) {
-    for (ptrdiff_t k = 0; k < depth; ++k) {
-        if constexpr (V < R) {
-            vec a[V];
-            for (int v = 0; v < V; ++v) a[v] = load(w + (k * V + v) * LANES);
-            for (int r = 0; r < R; ++r) {
-                const vec b = splat(x[r * row + k]);
-                for (int v = 0; v < V; ++v) acc[v][r] += a[v] * b;
-            }
-        } else {
-            vec b[R];
-            for (int r = 0; r < R; ++r) b[r] = splat(x[r * row + k]);
-            for (int v = 0; v < V; ++v) {
-                const vec a = load(w + (k * V + v) * LANES);
-                for (int r = 0; r < R; ++r) acc[v][r] += a * b[r];
-            }
-        }
-    }
-}
+enum Cell { LSTM, GRU, RNN, RNN_RELU, INDYLSTM };
+typedef SCALAR T;
+constexpr bool PLAIN = CELL == RNN || CELL == RNN_RELU, LSTM_LIKE = CELL == LSTM || CELL == INDYLSTM;
+constexpr int G = PLAIN ? 1 : CELL == GRU ? 3 : 4, J = PLAIN ? 1 : 4, DEPTH = Operand<T>::DEPTH;
 
 // The members of the following structures and their order must equal those of the ctypes structures in cpu.py.
 struct Map {
@@ -109,6 +31,8 @@ struct Map {
     const ptrdiff_t* directions;
 
     ptrdiff_t padded() const { return (D + LANES - 1) / LANES * LANES; }
+    // units of the previous step that a product reads: D, rounded up to what one instruction multiplies
+    ptrdiff_t depth() const { return (D + DEPTH - 1) / DEPTH * DEPTH; }
     bool vertical(ptrdiff_t s) const { return directions[s] < 2; }
     bool reverse(ptrdiff_t s) const { return directions[s] % 2; }
     ptrdiff_t steps(ptrdiff_t s) const { return vertical(s) ? H : W; }
@@ -124,20 +48,19 @@ struct Map {
 
 struct Forward {
     Map map;
-    const float* bias;    // [S, 4, D]
-    const float* weight;  // layout [S, P / LANES, D, 4, LANES] with P = padded(); or diagonals [S, 4, D]
-    float *gates, *out;   // gates: in, the projected inputs; out, the activated gates where cells is not null
-    float* cells;         // null in inference
-    bool diagonal;
+    const float* bias;
+    const void* weight;  // layout [S, P / LANES, depth() / DEPTH, G, LANES, DEPTH]; or diagonals [S, G, D], float
+    T *gates, *out;      // gates: in, the projected inputs; out, the activated gates where cells is not null
+    T* cells;            // the cell state, or the recurrent term of n of a GRU; null in inference and for a plain RNN
 };
 
 struct Backward {
     Map map;
-    const float* weight;  // layout [S, P / (V * LANES), 4 P, V, LANES] with V = vectors(D); or diagonals [S, 4, D]
-    const float *gates, *cells, *out, *grad_out;
-    float *grad_gates, *previous;      // previous: out, the outputs of each token's previous step, [tokens, S, D]
-    float *grad_bias, *grad_diagonal;  // [tiles of all directions, 4, D], partial sums, one a tile
-    bool diagonal;
+    const void* weight;  // layout [S, P / (V * LANES), G P / DEPTH, V, LANES, DEPTH], V = vectors(D); or diagonals
+    const T *gates, *cells, *out, *grad_out;
+    T *grad_gates, *grad_recurrent;     // of the projected inputs; of the recurrent term of n of a GRU, [tokens, S, D]
+    T* previous;                        // out: the outputs of each token's previous step, [tokens, S, D]
+    float *grad_bias, *grad_diagonal;   // [tiles of all directions, J, D], partial sums, one a tile
 };
 
 // Calls body(task, s, first, count) for every tile of every direction: index among all tiles, direction's position,
@@ -157,54 +80,71 @@ static void for_each_tile(const Map& m, Body body) {
 
 // Advances LANES units of R sequences by one step.
 template <int R>
-static inline __attribute__((always_inline)) void forward_block(
-    const Forward& f, ptrdiff_t s, ptrdiff_t unit, const ptrdiff_t* token, const float* h, float* h_next, float* c) {
+INLINE void forward_block(
+    const Forward& f, ptrdiff_t s, ptrdiff_t unit, const ptrdiff_t* token, const T* h, T* h_next, float* state) {
     const ptrdiff_t D = f.map.D, S = f.map.S, P = f.map.padded(), n = D - unit;
-    vec acc[4][R];
-    for (int q = 0; q < 4; ++q) {
-        const vec bias = load(f.bias + (s * 4 + q) * D + unit, n);
-        for (int r = 0; r < R; ++r) acc[q][r] = bias + load(f.gates + ((token[r] * S + s) * 4 + q) * D + unit, n);
+    T* const gates = f.gates + unit;
+    const float* bias = f.bias + s * J * D + unit;
+    vec acc[G][R];
+    for (int q = 0; q < G; ++q) {
+        const bool recurrent = CELL == GRU && q == 2;  // the reset gate scales this term before the input is added
+        const vec b = load(bias + (recurrent ? 3 : q) * D, n);
+        for (int r = 0; r < R; ++r) acc[q][r] = recurrent ? b : b + load(gates + ((token[r] * S + s) * G + q) * D, n);
     }
-    if (f.diagonal) {
-        for (int q = 0; q < 4; ++q) {
-            const vec w = load(f.weight + (s * 4 + q) * D + unit, n);
+    if constexpr (CELL == INDYLSTM) {
+        for (int q = 0; q < G; ++q) {
+            const vec w = load(static_cast<const float*>(f.weight) + (s * G + q) * D + unit, n);
             for (int r = 0; r < R; ++r) acc[q][r] += w * load(h + r * P + unit);
         }
     } else {
-        product<4, R>(acc, f.weight + (s * P + unit) * 4 * D, h, P, D);
+        const ptrdiff_t depth = f.map.depth();
+        product<T, G, R>(acc, static_cast<const T*>(f.weight) + (s * P + unit) * G * depth, h, P, depth);
     }
     for (int r = 0; r < R; ++r) {
-        const vec i = sigmoid(acc[0][r]), forget = sigmoid(acc[1][r]);
-        const vec g = hyperbolic_tangent(acc[2][r]), o = sigmoid(acc[3][r]);
-        const vec cell = forget * load(c + r * P + unit) + i * g;
-        const vec y = o * hyperbolic_tangent(cell);
-        store(c + r * P + unit, cell);
+        T* gate = gates + (token[r] * S + s) * G * D;
+        vec y, kept = {};
+        if constexpr (LSTM_LIKE) {
+            const vec i = sigmoid<T>(acc[0][r]), forget = sigmoid<T>(acc[1][r]);
+            const vec g = hyperbolic_tangent<T>(acc[2][r]), o = sigmoid<T>(acc[3][r]);
+            kept = forget * load(state + r * P + unit) + i * g;
+            y = o * hyperbolic_tangent<T>(kept);
+            store(state + r * P + unit, kept);
+            acc[0][r] = i, acc[1][r] = forget, acc[2][r] = g, acc[3][r] = o;
+        } else if constexpr (CELL == GRU) {
+            kept = acc[2][r];
+            const vec reset = sigmoid<T>(acc[0][r]), z = sigmoid<T>(acc[1][r]);
+            const vec g = hyperbolic_tangent<T>(load(gate + 2 * D, n) + load(bias + 2 * D, n) + reset * kept);
+            y = g + z * (load(state + r * P + unit) - g);
+            store(state + r * P + unit, y);
+            acc[0][r] = reset, acc[1][r] = z, acc[2][r] = g;
+        } else {
+            y = CELL == RNN ? hyperbolic_tangent<T>(acc[0][r]) : acc[0][r] < 0.0f ? vec{} : acc[0][r];
+        }
         store(h_next + r * P + unit, y);
         store(f.out + (token[r] * S + s) * D + unit, y, n);
         if (f.cells) {
-            float* gate = f.gates + (token[r] * S + s) * 4 * D + unit;
-            store(gate, i, n);
-            store(gate + D, forget, n);
-            store(gate + 2 * D, g, n);
-            store(gate + 3 * D, o, n);
-            store(f.cells + (token[r] * S + s) * D + unit, cell, n);
+            for (int q = 0; q < G; ++q) store(gate + q * D, acc[q][r], n);
+            store(f.cells + (token[r] * S + s) * D + unit, kept, n);
         }
     }
 }
 
 static void forward_tile(const Forward& f, ptrdiff_t s, ptrdiff_t first, ptrdiff_t count) {
-    constexpr int R = REGISTERS / 4;
-    const ptrdiff_t P = f.map.padded(), T = f.map.steps(s), stride = f.map.stride(s);
-    std::vector<float> state(3 * count * P);
-    float *h = state.data(), *h_next = h + count * P, *c = h_next + count * P;
+    constexpr int R = REGISTERS / G;
+    const ptrdiff_t P = f.map.padded(), steps = f.map.steps(s), stride = f.map.stride(s);
+    std::vector<T> outputs(2 * count * P);
+    std::vector<float> states(count * P);
+    T *h = outputs.data(), *h_next = h + count * P;
+    float* state = states.data();
     ptrdiff_t token[MAX_TILE];
     for (ptrdiff_t r = 0; r < count; ++r) token[r] = f.map.start(s, first + r);
-    for (ptrdiff_t t = 0; t < T; ++t) {
+    for (ptrdiff_t t = 0; t < steps; ++t) {
         for (ptrdiff_t unit = 0; unit < f.map.D; unit += LANES) {
             ptrdiff_t r = 0;
             for (; r + R <= count; r += R)
-                forward_block<R>(f, s, unit, token + r, h + r * P, h_next + r * P, c + r * P);
-            for (; r < count; ++r) forward_block<1>(f, s, unit, token + r, h + r * P, h_next + r * P, c + r * P);
+                forward_block<R>(f, s, unit, token + r, h + r * P, h_next + r * P, state + r * P);
+            for (; r < count; ++r)
+                forward_block<1>(f, s, unit, token + r, h + r * P, h_next + r * P, state + r * P);
         }
         for (ptrdiff_t r = 0; r < count; ++r) token[r] += stride;
         std::swap(h, h_next);
@@ -213,75 +153,92 @@ static void forward_tile(const Forward& f, ptrdiff_t s, ptrdiff_t first, ptrdiff
 
 // The values that the backward pass of a tile carries from a step to the previous one.
 struct Carry {
-    ptrdiff_t direction, before;     // before: token index of the previous step minus this one's; 0 at the first step
-    ptrdiff_t token[MAX_TILE];       // token of the current step of each sequence
-    float *grad, *grad_next, *cell;  // gradients of the gates of the next step and of this step, [count, 4, P]; of c
-    float *bias, *diagonal;          // partial sums of grad_bias and grad_diagonal, [4, P]
+    ptrdiff_t direction, before;  // before: token index of the previous step minus this one's; 0 at the first step
+    ptrdiff_t token[MAX_TILE];    // token of the current step of each sequence
+    T *grad, *grad_next;          // gradients of the recurrent products of the next step and this one, [count, G, P]
+    float* state;                 // what reaches the state without them: of c of an LSTM, of h of a GRU
+    float *bias, *diagonal;       // partial sums of grad_bias and grad_diagonal, [J, P]
 };
 
 // Propagates gradients through one step, for V * LANES units of R sequences starting at sequence `row` of the tile.
 template <int V, int R>
-static inline __attribute__((always_inline)) void backward_block(
-    const Backward& b, const Carry& carry, ptrdiff_t unit, ptrdiff_t row) {
+INLINE void backward_block(const Backward& b, const Carry& carry, ptrdiff_t unit, ptrdiff_t row) {
     const ptrdiff_t D = b.map.D, S = b.map.S, P = b.map.padded(), s = carry.direction;
     vec dh[V][R];
     for (int v = 0; v < V; ++v)
-        for (int r = 0; r < R; ++r)
-            dh[v][r] = load(b.grad_out + (carry.token[row + r] * S + s) * D + unit + v * LANES, D - unit - v * LANES);
-    if (!b.diagonal) product<V, R>(dh, b.weight + (s * P + unit) * 4 * P, carry.grad + row * 4 * P, 4 * P, 4 * P);
+        for (int r = 0; r < R; ++r) {
+            const ptrdiff_t at = carry.token[row + r] * S + s, u = unit + v * LANES;
+            dh[v][r] = load(b.grad_out + at * D + u, D - u);
+        }
+    if constexpr (CELL != INDYLSTM) {
+        const T* weight = static_cast<const T*>(b.weight) + (s * P + unit) * G * P;
+        product<T, V, R>(dh, weight, carry.grad + row * G * P, G * P, G * P);
+    }
     for (int v = 0; v < V; ++v) {
         const ptrdiff_t u = unit + v * LANES, n = D - u;
-        vec w[4] = {}, bias[4] = {}, diagonal[4] = {};
-        if (b.diagonal)
-            for (int q = 0; q < 4; ++q) w[q] = load(b.weight + (s * 4 + q) * D + u, n);
+        vec w[4] = {}, bias[J] = {}, diagonal[4] = {};
+        if constexpr (CELL == INDYLSTM)
+            for (int q = 0; q < G; ++q) w[q] = load(static_cast<const float*>(b.weight) + (s * G + q) * D + u, n);
         for (int r = 0; r < R; ++r) {
             const ptrdiff_t at = carry.token[row + r] * S + s, before = at + carry.before * S;
-            const float* gate = b.gates + at * 4 * D + u;
-            const vec i = load(gate, n), f = load(gate + D, n), g = load(gate + 2 * D, n), o = load(gate + 3 * D, n);
-            const vec c_before = carry.before ? load(b.cells + before * D + u, n) : vec{};
+            const T* gate = b.gates + at * G * D + u;
             const vec h_before = carry.before ? load(b.out + before * D + u, n) : vec{};
-            vec d = dh[v][r];
-            if (b.diagonal)
-                for (int q = 0; q < 4; ++q) d += w[q] * load(carry.grad + ((row + r) * 4 + q) * P + u);
-            const vec tanh_c = hyperbolic_tangent(load(b.cells + at * D + u, n));
-            const vec dc = load(carry.cell + (row + r) * P + u) + d * o * (1.0f - tanh_c * tanh_c);
-            const vec grad[4] = {
-                dc * g * i * (1.0f - i),
-                dc * c_before * f * (1.0f - f),
-                dc * i * (1.0f - g * g),
-                d * tanh_c * o * (1.0f - o),
-            };
-            store(carry.cell + (row + r) * P + u, dc * f);
-            for (int q = 0; q < 4; ++q) {
-                store(b.grad_gates + (at * 4 + q) * D + u, grad[q], n);
-                store(carry.grad_next + ((row + r) * 4 + q) * P + u, grad[q]);
-                bias[q] += grad[q];
-                if (b.diagonal) diagonal[q] += grad[q] * h_before;
+            float* state = carry.state + (row + r) * P + u;
+            vec d = dh[v][r], grad[J];  // by bias
+            if constexpr (LSTM_LIKE) {
+                if constexpr (CELL == INDYLSTM)
+                    for (int q = 0; q < G; ++q) d += w[q] * load(carry.grad + ((row + r) * G + q) * P + u);
+                const vec i = load(gate, n), f = load(gate + D, n), g = load(gate + 2 * D, n);
+                const vec o = load(gate + 3 * D, n), tanh_c = hyperbolic_tangent<T>(load(b.cells + at * D + u, n));
+                const vec c_before = carry.before ? load(b.cells + before * D + u, n) : vec{};
+                const vec dc = load(state) + d * o * (1.0f - tanh_c * tanh_c);
+                store(state, dc * f);
+                grad[0] = dc * g * i * (1.0f - i);
+                grad[1] = dc * c_before * f * (1.0f - f);
+                grad[2] = dc * i * (1.0f - g * g);
+                grad[3] = d * tanh_c * o * (1.0f - o);
+            } else if constexpr (CELL == GRU) {
+                const vec reset = load(gate, n), z = load(gate + D, n), g = load(gate + 2 * D, n);
+                d += load(state);
+                store(state, d * z);
+                grad[2] = d * (1.0f - z) * (1.0f - g * g);
+                grad[1] = d * (h_before - g) * z * (1.0f - z);
+                grad[0] = grad[2] * load(b.cells + at * D + u, n) * reset * (1.0f - reset);
+                grad[3] = grad[2] * reset;
+                store(b.grad_recurrent + at * D + u, grad[3], n);
+            } else {
+                const vec y = load(b.out + at * D + u, n);
+                grad[0] = CELL == RNN ? d * (1.0f - y * y) : y > 0.0f ? d : vec{};
             }
-            if (!b.diagonal) store(b.previous + at * D + u, h_before, n);
+            for (int q = 0; q < G; ++q) {
+                store(b.grad_gates + (at * G + q) * D + u, grad[q], n);
+                store(carry.grad_next + ((row + r) * G + q) * P + u, grad[CELL == GRU && q == 2 ? 3 : q]);
+                if constexpr (CELL == INDYLSTM) diagonal[q] += grad[q] * h_before;
+            }
+            for (int j = 0; j < J; ++j) bias[j] += grad[j];
+            if constexpr (CELL != INDYLSTM) store(b.previous + at * D + u, h_before, n);
         }
-        for (int q = 0; q < 4; ++q) {
-            float *sum = carry.bias + q * P + u, *product = carry.diagonal + q * P + u;
-            store(sum, load(sum) + bias[q]);
-            if (b.diagonal) store(product, load(product) + diagonal[q]);
-        }
+        for (int j = 0; j < J; ++j) store(carry.bias + j * P + u, load(carry.bias + j * P + u) + bias[j]);
+        if constexpr (CELL == INDYLSTM)
+            for (int q = 0; q < G; ++q) store(carry.diagonal + q * P + u, load(carry.diagonal + q * P + u) + diagonal[q]);
     }
 }
 
 template <int V>
 static void backward_tile(const Backward& b, ptrdiff_t task, ptrdiff_t s, ptrdiff_t first, ptrdiff_t count) {
     constexpr int R = REGISTERS / V;
-    const ptrdiff_t D = b.map.D, P = b.map.padded(), T = b.map.steps(s), stride = b.map.stride(s);
-    std::vector<float> memory((9 * count + 8) * P);
+    const ptrdiff_t D = b.map.D, P = b.map.padded(), steps = b.map.steps(s), stride = b.map.stride(s);
+    std::vector<T> grads(2 * G * count * P);
+    std::vector<float> memory((count + 2 * J) * P);
     Carry carry = {};
     carry.direction = s;
-    carry.grad = memory.data();
-    carry.grad_next = carry.grad + 4 * count * P;
-    carry.cell = carry.grad_next + 4 * count * P;
-    carry.bias = carry.cell + count * P;
-    carry.diagonal = carry.bias + 4 * P;
-    for (ptrdiff_t r = 0; r < count; ++r) carry.token[r] = b.map.start(s, first + r) + (T - 1) * stride;
-    for (ptrdiff_t t = T - 1; t >= 0; --t) {
+    carry.grad = grads.data();
+    carry.grad_next = carry.grad + G * count * P;
+    carry.state = memory.data();
+    carry.bias = carry.state + count * P;
+    carry.diagonal = carry.bias + J * P;
+    for (ptrdiff_t r = 0; r < count; ++r) carry.token[r] = b.map.start(s, first + r) + (steps - 1) * stride;
+    for (ptrdiff_t t = steps - 1; t >= 0; --t) {
         carry.before = t ? -stride : 0;
         for (ptrdiff_t unit = 0; unit < D; unit += V * LANES) {
             ptrdiff_t r = 0;
@@ -291,10 +248,10 @@ static void backward_tile(const Backward& b, ptrdiff_t task, ptrdiff_t s, ptrdif
         for (ptrdiff_t r = 0; r < count; ++r) carry.token[r] -= stride;
         std::swap(carry.grad, carry.grad_next);
     }
-    for (int q = 0; q < 4; ++q) {
-        std::memcpy(b.grad_bias + (task * 4 + q) * D, carry.bias + q * P, D * sizeof(float));
-        if (b.diagonal)
-            std::memcpy(b.grad_diagonal + (task * 4 + q) * D, carry.diagonal + q * P, D * sizeof(float));
+    for (int j = 0; j < J; ++j) {
+        std::memcpy(b.grad_bias + (task * J + j) * D, carry.bias + j * P, D * sizeof(float));
+        if (CELL == INDYLSTM)
+            std::memcpy(b.grad_diagonal + (task * J + j) * D, carry.diagonal + j * P, D * sizeof(float));
     }
 }
 
@@ -302,15 +259,15 @@ extern "C" {
 
 int lanes() { return LANES; }
 
-int max_tile() { return MAX_TILE; }
-
-// Checksum of several arrays of 32-bit words, by which changes of their values are detected.
-unsigned checksum(const unsigned* const* arrays, const ptrdiff_t* sizes, ptrdiff_t count, ptrdiff_t threads) {
+// Checksum of the bytes of several arrays, by which changes of their values are detected.
+unsigned checksum(const char* const* arrays, const ptrdiff_t* sizes, ptrdiff_t count, ptrdiff_t threads) {
     unsigned total = 0;
 #pragma omp parallel for schedule(dynamic) num_threads(threads) reduction(+ : total)
     for (ptrdiff_t a = 0; a < count; ++a)
-        for (ptrdiff_t i = 0; i < sizes[a]; ++i) {
-            unsigned mixed = (arrays[a][i] + unsigned(i)) * 0x9E3779B1u;  // position-dependent, spread over all bits
+        for (ptrdiff_t i = 0; i < sizes[a]; i += sizeof(unsigned)) {
+            unsigned word = 0;
+            std::memcpy(&word, arrays[a] + i, std::min<ptrdiff_t>(sizeof word, sizes[a] - i));
+            unsigned mixed = (word + unsigned(i)) * 0x9E3779B1u;  // position-dependent, spread over all bits
             mixed = (mixed ^ (mixed >> 15)) * (2 * unsigned(a) + 0x85EBCA6Bu);
             total += mixed ^ (mixed >> 13);
         }

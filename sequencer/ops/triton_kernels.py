@@ -67,7 +67,7 @@ def saved_dtype(dtype: torch.dtype) -> torch.dtype:
     return dtype
 
 
-def pack(weight_hh: Tensor) -> Tensor:
+def pack(weight_hh: Tensor, cell: str) -> Tensor:
     """Returns recurrent weights `[S, 4D, D]` or diagonals `[S, 4D]` in the layout that the kernels read: contiguous."""
     return weight_hh.contiguous()
 

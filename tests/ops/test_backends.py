@@ -37,9 +37,9 @@ def test_choice_of_backend():
     fast = "torch" if cpu.unavailable() else "fused"
     assert {cell: explain(cell).backend for cell in CELLS} == {
         "lstm": fast,
-        "gru": "torch",
-        "rnn": "torch",
-        "rnn_relu": "torch",
+        "gru": fast,
+        "rnn": fast,
+        "rnn_relu": fast,
         "peephole_lstm": "reference",
         "indylstm": "reference" if cpu.unavailable() else "fused",
         "lstm1997": "reference",
@@ -48,6 +48,7 @@ def test_choice_of_backend():
     assert explain("lstm", device="meta").backend == "torch"
     assert explain("lstm", backend="reference").backend == "reference"
     assert "serves lstm and indylstm" in explain("gru").reason
+    assert "it serves lstm, gru, rnn, rnn_relu and indylstm" in explain("lstm1997").reason
     with pytest.raises(ValueError, match="unknown cell 'lstmm'; there are lstm, gru"):
         explain("lstmm")
     with pytest.raises(ValueError, match="unknown backend 'cudnn'; there are auto, triton"):

@@ -12,7 +12,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 from sequencer.layers import RNN, RNN1d, RNN2d
-from sequencer.ops import PackedWeights, Weights, cpu, fused, rnn2d, triton_kernels
+from sequencer.ops import CELLS, PackedWeights, Weights, cpu, fused, rnn2d, triton_kernels
 
 # of the interpreter of Triton 3.6, with NumPy 2.3
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0 to a scalar:DeprecationWarning")
@@ -23,7 +23,10 @@ BACKENDS = [
 ]
 DEVICE = {"fused": "cpu", "triton": "cpu" if triton_kernels.interpreted() else "cuda"}
 ALL = [0, 1, 2, 3]
-CELLS = ("lstm", "indylstm")
+CASES = [
+    *(pytest.param("fused", cell, marks=BACKENDS[0].marks) for cell in cpu.CELLS),
+    *(pytest.param("triton", cell, marks=BACKENDS[1].marks) for cell in triton_kernels.CELLS),
+]
 
 # relative RMS error of outputs and of every gradient
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 5e-3, torch.bfloat16: 2e-2}
@@ -40,25 +43,37 @@ def poisoned():
 def problem(cell, B, H, W, D, directions=ALL, dtype=torch.float32, device="cpu", C=11):
     """Draws the inputs of a layer, `[x, *parameters of each direction]`, and the gradient of its outputs."""
     torch.manual_seed(0)
-    shape = (4 * D,) if cell == "indylstm" else (4 * D, D)
+    rows = CELLS[cell].gates * D
+    shape = (rows,) if cell == "indylstm" else (rows, D)
     x = torch.randn(B, H, W, C)
     weights = [
-        Weights(torch.randn(4 * D, C) * 0.3, torch.randn(shape) / D**0.5, torch.randn(4 * D) * 0.2) for _ in directions
+        Weights(
+            torch.randn(rows, C) * 0.3,
+            torch.randn(shape) / D**0.5,
+            *(torch.randn(rows) * 0.2 for _ in range(biases(cell))),
+        )
+        for _ in directions
     ]
     upstream = torch.randn(B, H, W, len(directions) * D)
     flat = [x, *(t for w in weights for t in w if t is not None)]
     return [t.to(device, dtype).requires_grad_() for t in flat], upstream.to(device, dtype)
 
 
-def weights_of(flat):
-    return [Weights(*flat[i : i + 3]) for i in range(1, len(flat), 3)]
+def biases(cell):
+    """Both biases of a GRU enter its outputs in different ways; of other cells one is enough."""
+    return 2 if cell == "gru" else 1
+
+
+def weights_of(flat, cell):
+    step = 2 + biases(cell)
+    return [Weights(*flat[i : i + step]) for i in range(1, len(flat), step)]
 
 
 def reference(cell, flat, upstream, directions, dtype=torch.float64):
     """Computes outputs and gradients by the reference backend."""
     flat = [t.detach().to("cpu", dtype).requires_grad_() for t in flat]
     outputs = []
-    for direction, w in zip(directions, weights_of(flat), strict=True):
+    for direction, w in zip(directions, weights_of(flat, cell), strict=True):
         x = flat[0].flip(1 if direction < 2 else 2) if direction % 2 else flat[0]
         y = rnn2d(x, *([[(w,)], None] if direction < 2 else [None, [(w,)]]), cell, backend="reference")
         outputs.append(y.flip(1 if direction < 2 else 2) if direction % 2 else y)
@@ -67,7 +82,7 @@ def reference(cell, flat, upstream, directions, dtype=torch.float64):
 
 
 def fused_results(backend, cell, flat, upstream, directions, recompute=False):
-    y = fused.run(flat[0], fused.pack(weights_of(flat), cell), cell, directions, backend, recompute)
+    y = fused.run(flat[0], fused.pack(weights_of(flat, cell), cell), cell, directions, backend, recompute)
     return [y.detach(), *torch.autograd.grad(y, flat, upstream)]
 
 
@@ -97,9 +112,19 @@ MAPS = [(3, 5, 7), (5, 1, 33), (1, 9, 1), (1, 1, 1), (2, 16, 16)]
 
 # not D=1 on the largest map: the gradient of a single weight, summed over 512 tokens, exceeds float32's precision
 @pytest.mark.parametrize(
-    ("size", "D"), [(size, D) for size in MAPS for D in (1, 8, 24, 48, 96, 100) if D > 1 or size != MAPS[-1]]
+    ("cell", "size", "D"),
+    [
+        *(
+            (cell, size, D)
+            for cell in ("lstm", "indylstm")
+            for size in MAPS
+            for D in (1, 8, 24, 48, 96, 100)
+            if D > 1 or size != MAPS[-1]
+        ),
+        *((cell, MAPS[0], D) for cell in ("gru", "rnn", "rnn_relu") for D in (3, 8, 24, 48, 100)),
+        *((cell, size, 24) for cell in ("gru", "rnn", "rnn_relu") for size in MAPS[1:]),
+    ],
 )
-@pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("backend", [BACKENDS[0]])
 def test_cpu_kernel_in_float32(backend, cell, size, D):
     flat, upstream = problem(cell, *size, D)
@@ -114,7 +139,7 @@ def test_cpu_kernel_in_float32(backend, cell, size, D):
         for size, D in [((3, 2, 5), 48), ((5, 1, 9), 8), ((1, 1, 1), 24), ((1, 2, 2), 100), ((1, 1, 2), 136)]
     ],
 )
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", triton_kernels.CELLS)
 @pytest.mark.parametrize("backend", [BACKENDS[1]])
 def test_triton_kernels(backend, cell, dtype, size, D):
     """The dtype and the hidden size decide between the resident and the streamed kernels."""
@@ -123,17 +148,27 @@ def test_triton_kernels(backend, cell, dtype, size, D):
 
 
 @pytest.mark.parametrize("directions", [[0], [1], [2], [3], [1, 2], [2, 3]])
-@pytest.mark.parametrize("cell", CELLS)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("backend", "cell"), CASES)
 def test_any_set_of_directions(backend, cell, directions):
     flat, upstream = problem(cell, 2, 3, 4, 8, directions, device=DEVICE[backend])
     check(backend, cell, flat, upstream, directions)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("size", [(*MAPS[0], 24), (*MAPS[0], 1), (*MAPS[1], 100), (1, 1, 1, 7), (*MAPS[-1], 48)])
+@pytest.mark.parametrize("cell", cpu.CELLS)
 @pytest.mark.parametrize("backend", [BACKENDS[0]])
-def test_narrow_dtypes_on_a_cpu(backend, dtype):
-    flat, upstream = problem("lstm", 3, 5, 7, 24, dtype=dtype)
+def test_bfloat16_on_a_cpu(backend, cell, size, native, monkeypatch):
+    if native and not cpu.has_bfloat16():
+        pytest.skip("the processor has no AVX512-BF16")
+    monkeypatch.setattr(cpu, "has_bfloat16", lambda: native)
+    flat, upstream = problem(cell, *size, dtype=torch.bfloat16)
+    check(backend, cell, flat, upstream)
+
+
+@pytest.mark.parametrize("backend", [BACKENDS[0]])
+def test_float16_on_a_cpu(backend):
+    flat, upstream = problem("lstm", 3, 5, 7, 24, dtype=torch.float16)
     check(backend, "lstm", flat, upstream)
 
 
@@ -144,15 +179,19 @@ def test_bfloat16_on_a_gpu(D):
     check("triton", "lstm", flat, upstream)
 
 
+@pytest.mark.parametrize("capability", ["DEFAULT", "AVX2", "AVX512"])
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
 @pytest.mark.parametrize("backend", [BACKENDS[0]])
-def test_both_vector_widths(backend, monkeypatch):
-    """The kernel for 512-bit vectors, compiled for this machine's instructions, is as exact as that for 256 bits."""
-    flat, upstream = problem("lstm", 3, 5, 7, 48)
-    monkeypatch.setattr(cpu, "FLAGS", [*cpu.FLAGS, "-D__AVX512F__", "-Wno-psabi"])
-    wide = cpu._library.__wrapped__()
-    assert wide.lanes() == 16
-    monkeypatch.setattr(cpu, "_library", lambda: wide)
-    check(backend, "lstm", flat, upstream)
+def test_every_instruction_set(backend, cell, capability, monkeypatch):
+    """The kernels for processors with less instructions than this one has are as exact."""
+    sets = ["DEFAULT", "AVX2", "AVX512"]
+    if capability not in sets[: sets.index(torch.backends.cpu.get_cpu_capability()) + 1]:
+        pytest.skip(f"the processor has no {capability}")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(cpu, "FLAGS", [*cpu.FLAGS, "-Wno-psabi"])
+    monkeypatch.setattr(cpu, "_library", cpu._library.__wrapped__)
+    assert cpu._library(cell, torch.float32).lanes() == (16 if capability == "AVX512" else 8)
+    check(backend, cell, *problem(cell, 3, 5, 7, 48))
 
 
 @pytest.mark.parametrize("backend", [BACKENDS[0]])
@@ -163,7 +202,7 @@ def test_many_images_and_threads(backend, threads, monkeypatch):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        for cell in CELLS:
+        for cell in cpu.CELLS:
             flat, upstream = problem(cell, 11, 5, 7, 8)
             check(backend, cell, flat, upstream)
     finally:
@@ -178,8 +217,7 @@ def test_strided_input_and_expanded_gradient(backend):
     check(backend, "lstm", flat, upstream)
 
 
-@pytest.mark.parametrize("cell", CELLS)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("backend", "cell"), CASES)
 def test_recompute_changes_only_memory(backend, cell):
     flat, upstream = problem(cell, 2, 3, 4, 8, device=DEVICE[backend])
     plain, again = (fused_results(backend, cell, flat, upstream, ALL, recompute) for recompute in (False, True))
@@ -188,19 +226,18 @@ def test_recompute_changes_only_memory(backend, cell):
     def kept(recompute):
         sizes = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
-            fused.run(flat[0], fused.pack(weights_of(flat), cell), cell, ALL, backend, recompute)
+            fused.run(flat[0], fused.pack(weights_of(flat, cell), cell), cell, ALL, backend, recompute)
         return sum(sizes)
 
     tokens, D = 2 * 3 * 4, 8
-    assert kept(False) - kept(True) == tokens * 4 * (4 * D + D)
+    assert kept(False) - kept(True) == tokens * 4 * sum(fused.KEPT[cell]) * D
 
 
-@pytest.mark.parametrize("cell", CELLS)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("backend", "cell"), CASES)
 def test_results_are_deterministic(backend, cell):
     size = (2, 3, 2) if triton_kernels.interpreted() and backend == "triton" else (3, 5, 7)  # the interpreter is slow
     flat, upstream = problem(cell, *size, 8, device=DEVICE[backend])
-    y = fused.run(flat[0], fused.pack(weights_of(flat), cell), cell, ALL, backend, False)
+    y = fused.run(flat[0], fused.pack(weights_of(flat, cell), cell), cell, ALL, backend, False)
     first = torch.autograd.grad(y, flat, upstream, retain_graph=True)
     second = torch.autograd.grad(y, flat, upstream)  # the backward pass may run twice on one graph
     third = fused_results(backend, cell, flat, upstream, ALL)[1:]
@@ -220,17 +257,16 @@ def test_an_empty_batch(backend):
 def test_nan_propagates_and_extremes_stay_finite(backend):
     flat, _ = problem("lstm", 1, 1, 3, 8, [2], device=DEVICE[backend])
     flat[0].data[0, 0, 1, 0] = torch.nan
-    y = fused.run(flat[0], fused.pack(weights_of(flat), "lstm"), "lstm", [2], backend, False)
+    y = fused.run(flat[0], fused.pack(weights_of(flat, "lstm"), "lstm"), "lstm", [2], backend, False)
     assert y[0, 0, 0].isfinite().all()
     assert y[0, 0, 1:].isnan().all()
     flat[0].data.fill_(1e6)
-    y = fused.run(flat[0], fused.pack(weights_of(flat), "lstm"), "lstm", [2], backend, False)
+    y = fused.run(flat[0], fused.pack(weights_of(flat, "lstm"), "lstm"), "lstm", [2], backend, False)
     assert y.isfinite().all()
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("cell", CELLS)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("backend", "cell"), CASES)
 def test_higher_derivatives(backend, cell, recompute):
     """Second and third derivatives by all tensors, the upstream gradient included, are those of the reference."""
     flat, upstream = problem(cell, 2, 3, 2, 8, device=DEVICE[backend])
@@ -245,10 +281,10 @@ def test_higher_derivatives(backend, cell, recompute):
         return [*second, *third]
 
     actual = derivatives(
-        fused.run(flat[0], fused.pack(weights_of(flat), cell), cell, ALL, backend, recompute), flat, upstream
+        fused.run(flat[0], fused.pack(weights_of(flat, cell), cell), cell, ALL, backend, recompute), flat, upstream
     )
     double = [t.detach().double().cpu().requires_grad_() for t in flat]
-    vertical, horizontal = ([tuple(weights_of(double)[first : first + 2])] for first in (0, 2))
+    vertical, horizontal = ([tuple(weights_of(double, cell)[first : first + 2])] for first in (0, 2))
     y = rnn2d(double[0], vertical, horizontal, cell, backend="reference")
     exact = derivatives(y, double, upstream.detach().double().cpu().requires_grad_())
     assert max(errors([t.detach() for t in actual], [t.detach() for t in exact])) < 1e-4
@@ -262,7 +298,7 @@ def test_second_derivatives_by_one_tensor(part):
     results = []
     for backend in ("fused", "reference"):
         tensors = [t.detach().requires_grad_(t is chosen) for t in flat]
-        vertical, horizontal = ([tuple(weights_of(tensors)[first : first + 2])] for first in (0, 2))
+        vertical, horizontal = ([tuple(weights_of(tensors, "lstm")[first : first + 2])] for first in (0, 2))
         y = rnn2d(tensors[0], vertical, horizontal, backend=backend)
         (target,) = (t for t in tensors if t.requires_grad)
         (gradient,) = torch.autograd.grad(y.square().sum(), target, create_graph=True)
@@ -273,11 +309,12 @@ def test_second_derivatives_by_one_tensor(part):
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # raised by opcheck itself
 @pytest.mark.parametrize("keep", [True, False])
-@pytest.mark.parametrize("cell", CELLS)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("backend", "cell"), CASES)
 def test_operator_passes_opcheck(backend, cell, keep):
     flat, _ = problem(cell, 1, 2, 2, 8, device=DEVICE[backend])
-    weight_ih, weight_hh, bias, _ = (None if t is None else t.detach() for t in fused.pack(weights_of(flat), cell))
+    weight_ih, weight_hh, bias, _ = (
+        None if t is None else t.detach() for t in fused.pack(weights_of(flat, cell), cell)
+    )
     tensors = [t.requires_grad_() for t in (flat[0].detach(), weight_ih, weight_hh, bias)]
     torch.library.opcheck(fused.scan2d, (*tensors, None, cell, ALL, backend, keep))
 
@@ -348,7 +385,7 @@ def test_packed_weights_follow_the_parameters(how, grad_mode, dtype):
 @pytest.mark.skipif(bool(cpu.unavailable()), reason=f"no kernel: {cpu.unavailable()}")
 def test_weights_are_packed_once(monkeypatch):
     calls = []
-    monkeypatch.setattr(cpu, "pack", lambda weight, pack=cpu.pack: calls.append(1) or pack(weight))
+    monkeypatch.setattr(cpu, "pack", lambda *args, pack=cpu.pack: calls.append(1) or pack(*args))
     layer, x = RNN2d(8, 4).eval(), torch.randn(1, 3, 4, 8)
     with torch.no_grad():
         for _ in range(3):
@@ -430,7 +467,7 @@ def test_whole_models_compile_to_one_graph():
     backends = [backend for backend, reason in missing.items() if reason is None]
     if not backends:
         pytest.skip(f"no kernel: {missing}")
-    cases = [f"{backend}:{cell}" for backend in backends for cell in CELLS]
+    cases = [f"{backend}:{cell}" for backend in backends for cell in triton_kernels.CELLS]
     subprocess.run([sys.executable, "-c", COMPILED, "aot_eager", *cases], check=True)
 
 
