@@ -34,7 +34,6 @@ INSTRUCTIONS = {"AVX2": "-march=x86-64-v3", "AVX512": "-march=x86-64-v4"}  # by 
 CELLS = ("lstm", "gru", "rnn", "rnn_relu", "indylstm")
 PLAIN = ("rnn", "rnn_relu")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-MAX_TILE = 24  # sequences that a thread processes at a time, as in recurrence.cpp
 CHUNK = 2**20  # gate values (4 MiB) a thread computes before the kernel reads them, so that they are still in cache
 
 _SIZE, _POINTER = ctypes.c_ssize_t, ctypes.c_void_p
@@ -71,15 +70,24 @@ def unavailable(cell: str = "lstm", dtype: torch.dtype = torch.float32) -> str |
     return None
 
 
-@functools.cache
 def has_bfloat16() -> bool:
     """Returns whether the processor has AVX512-BF16, and torch uses AVX-512."""
-    if torch.backends.cpu.get_cpu_capability() != "AVX512":
-        return False
+    return torch.backends.cpu.get_cpu_capability() == "AVX512" and "avx512_bf16" in _processor_flags()
+
+
+@functools.cache
+def has_tiles() -> bool:
+    """Returns whether the processor has AMX for bfloat16, and the system lets this process use it."""
+    request = (158, 0x1023, 18)  # arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA)
+    return "amx_bf16" in _processor_flags() and ctypes.CDLL(None).syscall(*request) == 0
+
+
+@functools.cache
+def _processor_flags() -> frozenset[str]:
     try:
-        return "avx512_bf16" in Path("/proc/cpuinfo").read_text().split()
+        return frozenset(Path("/proc/cpuinfo").read_text().split())
     except OSError:
-        return False
+        return frozenset()
 
 
 def compute_dtype(dtype: torch.dtype, cell: str = "lstm") -> torch.dtype:
@@ -99,7 +107,7 @@ def saved_dtype(dtype: torch.dtype) -> torch.dtype:
 @functools.cache
 def _library(cell: str, dtype: torch.dtype) -> ctypes.CDLL:
     library = ctypes.CDLL(str(_build(cell, dtype)))
-    library.vectors.argtypes = [_SIZE]
+    library.vectors.argtypes = library.depth.argtypes = [_SIZE]
     library.checksum.argtypes = [_POINTER, _POINTER, _SIZE, _SIZE]
     library.checksum.restype = ctypes.c_uint
     library.forward.argtypes = library.backward.argtypes = [_POINTER]
@@ -119,9 +127,11 @@ def _build(cell: str, dtype: torch.dtype) -> Path:
     if compiler is None:
         raise OSError("no C++ compiler on the PATH")
     instructions = INSTRUCTIONS.get(torch.backends.cpu.get_cpu_capability())
-    command = [compiler, *FLAGS, *([instructions] if instructions else [])]
-    narrow = dtype == torch.bfloat16
-    command += [f"-DCELL={cell.upper()}", *(["-DSCALAR=bfloat16", "-mavx512bf16"] if narrow else ["-DSCALAR=float"])]
+    command = [compiler, *FLAGS, f"-DCELL={cell.upper()}", *([instructions] if instructions else [])]
+    if dtype == torch.bfloat16:
+        command += ["-DSCALAR=bfloat16", "-mavx512bf16", *(["-mamx-tile", "-mamx-bf16"] if has_tiles() else [])]
+    else:
+        command += ["-DSCALAR=float"]
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
     identity = [SOURCE.read_text(), HEADER.read_text(), *command, version, platform.machine()]
     key = hashlib.sha256("\n".join(identity).encode()).hexdigest()
@@ -156,9 +166,9 @@ def pack(weight_hh: Tensor, cell: str) -> Tensor:
     dtype = compute_dtype(weight_hh.dtype, cell)
     if weight_hh.dim() == 2:
         return weight_hh.float().contiguous()
-    S, D = weight_hh.shape[0], weight_hh.shape[2]
-    lanes, pair = _library(cell, dtype).lanes(), 1 + (dtype == torch.bfloat16)
-    padded = F.pad(weight_hh.to(dtype).view(S, -1, D, D), (0, -D % pair, 0, -D % lanes))
+    S, D, library = weight_hh.shape[0], weight_hh.shape[2], _library(cell, dtype)
+    lanes, padding, pair = library.lanes(), -D % library.padding(), 1 + (dtype == torch.bfloat16)
+    padded = F.pad(weight_hh.to(dtype).view(S, -1, D, D), (0, library.depth(D) - D, 0, padding))
     blocks = padded.view(S, padded.shape[1], -1, lanes, padded.shape[3] // pair, pair)
     return blocks.permute(0, 2, 4, 1, 3, 5).contiguous()
 
@@ -166,7 +176,7 @@ def pack(weight_hh: Tensor, cell: str) -> Tensor:
 def _pack_backward(weight_hh: Tensor, cell: str) -> Tensor:
     """Converts recurrent weights `[S, GD, D]` to the layout that the backward pass reads.
 
-    Layout `[S, blocks, GP, V * lanes]`: `P` is D padded with zeros to a multiple of `lanes`, and a block is `V * lanes`
+    Layout `[S, blocks, GP, V * lanes]`: `P` is D padded with zeros, and a block is `V * lanes`
     consecutive units of the previous step (columns). Within a block, the weights of one gate row of the next step are
     contiguous; in bfloat16 pairs of rows are adjacent, `[S, blocks, GP / 2, V * lanes, 2]`. Diagonals `[S, GD]` keep
     their layout, in float32.
@@ -175,8 +185,8 @@ def _pack_backward(weight_hh: Tensor, cell: str) -> Tensor:
     if weight_hh.dim() == 2:
         return weight_hh.float().contiguous()
     S, D, library = weight_hh.shape[0], weight_hh.shape[2], _library(cell, dtype)
-    lanes, pair = library.lanes(), 1 + (dtype == torch.bfloat16)
-    padded = F.pad(weight_hh.to(dtype).view(S, -1, D, D), (0, -D % lanes, 0, -D % lanes))
+    lanes, padding, pair = library.lanes(), -D % library.padding(), 1 + (dtype == torch.bfloat16)
+    padded = F.pad(weight_hh.to(dtype).view(S, -1, D, D), (0, padding, 0, padding))
     rows = padded.shape[1] * padded.shape[2]
     return padded.view(S, rows // pair, pair, -1, library.vectors(D) * lanes).permute(0, 3, 1, 4, 2).contiguous()
 
@@ -218,13 +228,13 @@ def forward(
     gates = tokens.new_empty(B * H * W, S * G * D) if save else None
     cells = torch.empty_like(out) if save else None
     library, scratch = _library(cell, dtype), None
-    for rows, images in _chunks(x, directions, G * D):
+    for rows, images in _chunks(library, x, directions, G * D):
         if scratch is None:
             scratch = tokens.new_empty(0 if save else images * H * W, S * G * D)
         target = gates[rows] if gates is not None else scratch[: images * H * W]
         torch.mm(tokens[rows], projection, out=target)
         call = _Forward(
-            _map(images, H, W, D, directions),
+            _map(library, images, H, W, D, directions),
             bias.data_ptr(),
             packed.data_ptr(),
             target.data_ptr(),
@@ -258,8 +268,8 @@ def backward(
     grad_bias = torch.zeros_like(bias, dtype=torch.float32)
     recurrent = 2 if cell == "gru" else G  # gates whose input and recurrent terms have the same gradient
     scratch: list[Tensor] = []
-    for rows, images in _chunks(x, directions, G * D):
-        size = _map(images, H, W, D, directions)
+    for rows, images in _chunks(library, x, directions, G * D):
+        size = _map(library, images, H, W, D, directions)
         if not scratch:
             scratch = [tokens.new_empty(images * H * W, S * n * D) for n in (G, G - recurrent, 1)]
         grad_gates, grad_recurrent, previous = (buffer[: images * H * W] for buffer in scratch)
@@ -308,18 +318,18 @@ def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.reshape(-1, x.shape[-1]).to(dtype).contiguous()
 
 
-def _map(B: int, H: int, W: int, D: int, directions: Sequence[int]) -> _Map:
+def _map(library: ctypes.CDLL, B: int, H: int, W: int, D: int, directions: Sequence[int]) -> _Map:
     """Describes the token map to the kernel; the tile is small enough that every thread has work, if possible."""
     threads = torch.get_num_threads()
     sequences = sum(B * (W if direction < 2 else H) for direction in directions)
-    tile = max(1, min(MAX_TILE, sequences // threads))
+    tile = max(1, min(library.max_tile(), sequences // threads))
     codes = (_SIZE * len(directions))(*directions)
     size = _Map(B, H, W, D, len(directions), tile, threads, ctypes.cast(codes, _POINTER))
     size.keep_alive = codes  # the structure holds only their address
     return size
 
 
-def _chunks(x: Tensor, directions: Sequence[int], columns: int) -> Iterator[tuple[slice, int]]:
+def _chunks(library: ctypes.CDLL, x: Tensor, directions: Sequence[int], columns: int) -> Iterator[tuple[slice, int]]:
     """Splits the batch into chunks of a few images; yields the token rows and the number of images of each.
 
     The first chunk is the largest. `columns` are the gate values of a token and direction.
@@ -327,7 +337,7 @@ def _chunks(x: Tensor, directions: Sequence[int], columns: int) -> Iterator[tupl
     B, H, W, _ = x.shape
     threads = torch.get_num_threads()
     sequences = sum(W if direction < 2 else H for direction in directions)
-    step = max(CHUNK * threads // (H * W * len(directions) * columns), -(-MAX_TILE * threads // sequences), 1)
+    step = max(CHUNK * threads // (H * W * len(directions) * columns), -(-library.max_tile() * threads // sequences), 1)
     for first in range(0, B, step):
         images = min(step, B - first)
         yield slice(first * H * W, (first + images) * H * W), images

@@ -6,7 +6,8 @@
 // place, so that no direction needs a transposed or flipped copy.
 //
 // Compiled once for each cell and type of the arrays: -DCELL=LSTM, GRU, RNN, RNN_RELU or INDYLSTM, and -DSCALAR=float, or
-// bfloat16 for processors with instructions for its products. State, biases, sums and arithmetic are float32.
+// bfloat16 for processors with instructions for its products (AVX512-BF16; faster with AMX). State, biases, sums and
+// arithmetic are float32.
 //
 // Layouts, for S directions of D units and a cell of G gates and J biases:
 //   gates [tokens, S, G, D], in the order i, f, g, o of an LSTM or r, z, n of a GRU      cells, out [tokens, S, D]
@@ -18,21 +19,25 @@
 
 #include "vectors.h"
 
-constexpr int MAX_TILE = 24;  // as in cpu.py
 
 enum Cell { LSTM, GRU, RNN, RNN_RELU, INDYLSTM };
 typedef SCALAR T;
 constexpr bool PLAIN = CELL == RNN || CELL == RNN_RELU, LSTM_LIKE = CELL == LSTM || CELL == INDYLSTM;
 constexpr int G = PLAIN ? 1 : CELL == GRU ? 3 : 4, J = PLAIN ? 1 : 4, DEPTH = Operand<T>::DEPTH;
+#if defined(__AMX_BF16__)
+constexpr bool TILES = CELL != INDYLSTM;
+#else
+constexpr bool TILES = false;
+#endif
+constexpr int MAX_TILE = TILES ? 32 : 24, UNIT = TILES ? 32 : LANES;
 
 // The members of the following structures and their order must equal those of the ctypes structures in cpu.py.
 struct Map {
     ptrdiff_t B, H, W, D, S, tile, threads;
     const ptrdiff_t* directions;
 
-    ptrdiff_t padded() const { return (D + LANES - 1) / LANES * LANES; }
-    // units of the previous step that a product reads: D, rounded up to what one instruction multiplies
-    ptrdiff_t depth() const { return (D + DEPTH - 1) / DEPTH * DEPTH; }
+    ptrdiff_t padded() const { return (D + UNIT - 1) / UNIT * UNIT; }
+    ptrdiff_t depth() const { return TILES ? padded() : (D + DEPTH - 1) / DEPTH * DEPTH; }
     bool vertical(ptrdiff_t s) const { return directions[s] < 2; }
     bool reverse(ptrdiff_t s) const { return directions[s] % 2; }
     ptrdiff_t steps(ptrdiff_t s) const { return vertical(s) ? H : W; }
@@ -74,14 +79,40 @@ static void for_each_tile(const Map& m, Body body) {
         ptrdiff_t s = 0, tile = task;
         while (tile >= m.tiles(s)) tile -= m.tiles(s++);
         const ptrdiff_t first = tile * m.tile;
+#if defined(__AMX_BF16__)
+        configure_tiles();
+#endif
         body(task, s, first, std::min(m.tile, m.sequences(s) - first));
+#if defined(__AMX_BF16__)
+        _tile_release();
+#endif
     }
 }
 
-// Advances LANES units of R sequences by one step.
+template <int V, int R>
+INLINE void multiply(vec (&acc)[V][R], const T* w, const T* x, ptrdiff_t row, ptrdiff_t depth) {
+#if defined(__AMX_BF16__)
+    if constexpr (TILES) return product_by_tiles(acc, w, x, row, depth);
+#endif
+    product<T>(acc, w, x, row, depth);
+}
+
+// Calls body(first, rows) for the blocks of R sequences of a tile, and for the rest one by one, or as a partial block
+// where products are by tiles.
+template <int R, typename Block, typename Single>
+INLINE void for_each_block(ptrdiff_t count, Block block, Single single) {
+    ptrdiff_t r = 0;
+    for (; r + R <= count; r += R) block(r, R);
+    if (TILES && r < count) return block(r, int(count - r));
+    for (; r < count; ++r) single(r);
+}
+
+// Advances LANES units of R sequences by one step; of the first `rows` of R where the product is one by tiles.
 template <int R>
 INLINE void forward_block(
-    const Forward& f, ptrdiff_t s, ptrdiff_t unit, const ptrdiff_t* token, const T* h, T* h_next, float* state) {
+    const Forward& f, ptrdiff_t s, ptrdiff_t unit, const ptrdiff_t* token, const T* h, T* h_next, float* state,
+    int rows = R) {
+    const int count = TILES ? rows : R;
     const ptrdiff_t D = f.map.D, S = f.map.S, P = f.map.padded(), n = D - unit;
     T* const gates = f.gates + unit;
     const float* bias = f.bias + s * J * D + unit;
@@ -89,18 +120,18 @@ INLINE void forward_block(
     for (int q = 0; q < G; ++q) {
         const bool recurrent = CELL == GRU && q == 2;  // the reset gate scales this term before the input is added
         const vec b = load(bias + (recurrent ? 3 : q) * D, n);
-        for (int r = 0; r < R; ++r) acc[q][r] = recurrent ? b : b + load(gates + ((token[r] * S + s) * G + q) * D, n);
+        for (int r = 0; r < count; ++r) acc[q][r] = recurrent ? b : b + load(gates + ((token[r] * S + s) * G + q) * D, n);
     }
     if constexpr (CELL == INDYLSTM) {
         for (int q = 0; q < G; ++q) {
             const vec w = load(static_cast<const float*>(f.weight) + (s * G + q) * D + unit, n);
-            for (int r = 0; r < R; ++r) acc[q][r] += w * load(h + r * P + unit);
+            for (int r = 0; r < count; ++r) acc[q][r] += w * load(h + r * P + unit);
         }
     } else {
         const ptrdiff_t depth = f.map.depth();
-        product<T, G, R>(acc, static_cast<const T*>(f.weight) + (s * P + unit) * G * depth, h, P, depth);
+        multiply(acc, static_cast<const T*>(f.weight) + (s * P + unit) * G * depth, h, P, depth);
     }
-    for (int r = 0; r < R; ++r) {
+    for (int r = 0; r < count; ++r) {
         T* gate = gates + (token[r] * S + s) * G * D;
         vec y, kept = {};
         if constexpr (LSTM_LIKE) {
@@ -130,21 +161,23 @@ INLINE void forward_block(
 }
 
 static void forward_tile(const Forward& f, ptrdiff_t s, ptrdiff_t first, ptrdiff_t count) {
-    constexpr int R = REGISTERS / G;
-    const ptrdiff_t P = f.map.padded(), steps = f.map.steps(s), stride = f.map.stride(s);
-    std::vector<T> outputs(2 * count * P);
+    constexpr int R = TILES ? 16 : REGISTERS / G;
+    const ptrdiff_t P = f.map.padded(), rows = TILES ? (count + R - 1) / R * R : count, steps = f.map.steps(s), stride = f.map.stride(s);
+    std::vector<T> outputs(2 * rows * P);
     std::vector<float> states(count * P);
-    T *h = outputs.data(), *h_next = h + count * P;
+    T *h = outputs.data(), *h_next = h + rows * P;
     float* state = states.data();
     ptrdiff_t token[MAX_TILE];
     for (ptrdiff_t r = 0; r < count; ++r) token[r] = f.map.start(s, first + r);
     for (ptrdiff_t t = 0; t < steps; ++t) {
         for (ptrdiff_t unit = 0; unit < f.map.D; unit += LANES) {
-            ptrdiff_t r = 0;
-            for (; r + R <= count; r += R)
-                forward_block<R>(f, s, unit, token + r, h + r * P, h_next + r * P, state + r * P);
-            for (; r < count; ++r)
-                forward_block<1>(f, s, unit, token + r, h + r * P, h_next + r * P, state + r * P);
+            const auto block = [&](ptrdiff_t r, int n) {
+                forward_block<R>(f, s, unit, token + r, h + r * P, h_next + r * P, state + r * P, n);
+            };
+            for_each_block<R>(count, block, [&](ptrdiff_t r) {
+                if constexpr (!TILES)
+                    forward_block<1>(f, s, unit, token + r, h + r * P, h_next + r * P, state + r * P);
+            });
         }
         for (ptrdiff_t r = 0; r < count; ++r) token[r] += stride;
         std::swap(h, h_next);
@@ -162,24 +195,25 @@ struct Carry {
 
 // Propagates gradients through one step, for V * LANES units of R sequences starting at sequence `row` of the tile.
 template <int V, int R>
-INLINE void backward_block(const Backward& b, const Carry& carry, ptrdiff_t unit, ptrdiff_t row) {
+INLINE void backward_block(const Backward& b, const Carry& carry, ptrdiff_t unit, ptrdiff_t row, int rows = R) {
+    const int count = TILES ? rows : R;
     const ptrdiff_t D = b.map.D, S = b.map.S, P = b.map.padded(), s = carry.direction;
     vec dh[V][R];
     for (int v = 0; v < V; ++v)
-        for (int r = 0; r < R; ++r) {
+        for (int r = 0; r < count; ++r) {
             const ptrdiff_t at = carry.token[row + r] * S + s, u = unit + v * LANES;
             dh[v][r] = load(b.grad_out + at * D + u, D - u);
         }
     if constexpr (CELL != INDYLSTM) {
         const T* weight = static_cast<const T*>(b.weight) + (s * P + unit) * G * P;
-        product<T, V, R>(dh, weight, carry.grad + row * G * P, G * P, G * P);
+        multiply(dh, weight, carry.grad + row * G * P, G * P, G * P);
     }
     for (int v = 0; v < V; ++v) {
         const ptrdiff_t u = unit + v * LANES, n = D - u;
         vec w[4] = {}, bias[J] = {}, diagonal[4] = {};
         if constexpr (CELL == INDYLSTM)
             for (int q = 0; q < G; ++q) w[q] = load(static_cast<const float*>(b.weight) + (s * G + q) * D + u, n);
-        for (int r = 0; r < R; ++r) {
+        for (int r = 0; r < count; ++r) {
             const ptrdiff_t at = carry.token[row + r] * S + s, before = at + carry.before * S;
             const T* gate = b.gates + at * G * D + u;
             const vec h_before = carry.before ? load(b.out + before * D + u, n) : vec{};
@@ -226,14 +260,15 @@ INLINE void backward_block(const Backward& b, const Carry& carry, ptrdiff_t unit
 
 template <int V>
 static void backward_tile(const Backward& b, ptrdiff_t task, ptrdiff_t s, ptrdiff_t first, ptrdiff_t count) {
-    constexpr int R = REGISTERS / V;
+    constexpr int R = TILES ? 16 : REGISTERS / V;
     const ptrdiff_t D = b.map.D, P = b.map.padded(), steps = b.map.steps(s), stride = b.map.stride(s);
-    std::vector<T> grads(2 * G * count * P);
+    const ptrdiff_t rows = TILES ? (count + R - 1) / R * R : count;
+    std::vector<T> grads(2 * G * rows * P);
     std::vector<float> memory((count + 2 * J) * P);
     Carry carry = {};
     carry.direction = s;
     carry.grad = grads.data();
-    carry.grad_next = carry.grad + G * count * P;
+    carry.grad_next = carry.grad + G * rows * P;
     carry.state = memory.data();
     carry.bias = carry.state + count * P;
     carry.diagonal = carry.bias + J * P;
@@ -241,9 +276,9 @@ static void backward_tile(const Backward& b, ptrdiff_t task, ptrdiff_t s, ptrdif
     for (ptrdiff_t t = steps - 1; t >= 0; --t) {
         carry.before = t ? -stride : 0;
         for (ptrdiff_t unit = 0; unit < D; unit += V * LANES) {
-            ptrdiff_t r = 0;
-            for (; r + R <= count; r += R) backward_block<V, R>(b, carry, unit, r);
-            for (; r < count; ++r) backward_block<V, 1>(b, carry, unit, r);
+            for_each_block<R>(
+                count, [&](ptrdiff_t r, int n) { backward_block<V, R>(b, carry, unit, r, n); },
+                [&](ptrdiff_t r) { if constexpr (!TILES) backward_block<V, 1>(b, carry, unit, r); });
         }
         for (ptrdiff_t r = 0; r < count; ++r) carry.token[r] -= stride;
         std::swap(carry.grad, carry.grad_next);
@@ -259,24 +294,39 @@ extern "C" {
 
 int lanes() { return LANES; }
 
+// Units are padded to a multiple of this number.
+int padding() { return UNIT; }
+
+// Units of the previous step that a product reads.
+int depth(ptrdiff_t D) { return Map{0, 0, 0, D}.depth(); }
+
+int max_tile() { return MAX_TILE; }
+
 // Checksum of the bytes of several arrays, by which changes of their values are detected.
 unsigned checksum(const char* const* arrays, const ptrdiff_t* sizes, ptrdiff_t count, ptrdiff_t threads) {
     unsigned total = 0;
 #pragma omp parallel for schedule(dynamic) num_threads(threads) reduction(+ : total)
-    for (ptrdiff_t a = 0; a < count; ++a)
-        for (ptrdiff_t i = 0; i < sizes[a]; i += sizeof(unsigned)) {
-            unsigned word = 0;
-            std::memcpy(&word, arrays[a] + i, std::min<ptrdiff_t>(sizeof word, sizes[a] - i));
+    for (ptrdiff_t a = 0; a < count; ++a) {
+        const auto mix = [a](unsigned word, ptrdiff_t i) {
             unsigned mixed = (word + unsigned(i)) * 0x9E3779B1u;  // position-dependent, spread over all bits
             mixed = (mixed ^ (mixed >> 15)) * (2 * unsigned(a) + 0x85EBCA6Bu);
-            total += mixed ^ (mixed >> 13);
+            return mixed ^ (mixed >> 13);
+        };
+        const unsigned* words = reinterpret_cast<const unsigned*>(arrays[a]);
+        const ptrdiff_t whole = sizes[a] / 4;
+        for (ptrdiff_t i = 0; i < whole; ++i) total += mix(words[i], i);
+        if (sizes[a] % 4) {
+            unsigned rest = 0;
+            std::memcpy(&rest, words + whole, sizes[a] % 4);
+            total += mix(rest, whole);
         }
+    }
     return total;
 }
 
 // Vectors of units in a block of the backward pass: the largest of 3, 2 and 1 that divides the number of vectors.
 int vectors(ptrdiff_t D) {
-    const ptrdiff_t blocks = (D + LANES - 1) / LANES;
+    const ptrdiff_t blocks = (D + UNIT - 1) / UNIT * (UNIT / LANES);
     return blocks % 3 == 0 ? 3 : blocks % 2 == 0 ? 2 : 1;
 }
 

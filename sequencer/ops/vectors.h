@@ -38,7 +38,7 @@ struct bfloat16 {
     unsigned short bits;
 };
 
-INLINE __mmask16 first(ptrdiff_t n) { return n >= LANES ? 0xFFFF : (1u << n) - 1; }
+INLINE __mmask16 first(ptrdiff_t n) { return n >= LANES ? 0xFFFF : n > 0 ? (1u << n) - 1 : 0; }
 
 INLINE vec load(const bfloat16* p, ptrdiff_t n = LANES) {
     return vec(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first(n), p)), 16));
@@ -60,15 +60,26 @@ INLINE vec reciprocal(vec x) {
 #endif
 }
 
-// exp(x), with x clamped to [-87, 88]: reduction to [-ln 2 / 2, ln 2 / 2] and a polynomial with the coefficients of
-// Cephes' expf, of degree 4 for bfloat16. NaN gives NaN.
+// Returns power, a power of two, and rest with exp(x) = power * (1 + rest), where x is clamped to [-limit, limit] and
+// limit is at most 87: reduction to [-ln 2 / 2, ln 2 / 2] and a polynomial with the coefficients of Cephes' expf, of
+// degree 4 for bfloat16. NaN gives NaN.
 template <typename T>
-INLINE vec exponential(vec x) {
+INLINE vec exponential(vec x, float limit, vec& rest) {
+#if defined(__AVX512F__)
+    x = vec(_mm512_max_ps(_mm512_set1_ps(-limit), _mm512_min_ps(_mm512_set1_ps(limit), __m512(x))));  // x where it is NaN
+    const vec n = vec(_mm512_roundscale_ps(__m512(x * 1.44269504f), 0));
+    const vec power = vec(_mm512_scalef_ps(_mm512_set1_ps(1.0f), __m512(n)));
+#else
     const float ROUND = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-    x = x > 88.0f ? splat(88.0f) : x;
-    x = x < -87.0f ? splat(-87.0f) : x;
-    const vec shifted = x * 1.44269504f + ROUND;
-    const vec n = shifted - ROUND;
+    x = x > limit ? splat(limit) : x;
+    x = x < -limit ? splat(-limit) : x;
+    const vec shifted = x * 1.44269504f + ROUND, n = shifted - ROUND;
+    ivec bits;
+    std::memcpy(&bits, &shifted, sizeof bits);
+    bits = (bits - 0x4B400000 + 127) << 23;  // subtract the bits of ROUND, add the exponent's bias
+    vec power;
+    std::memcpy(&power, &bits, sizeof power);
+#endif
     const vec r = x - n * 0.693359375f + n * 2.12194440e-4f;  // ln 2 in two parts
     vec p = splat(4.1665795894e-2f);
     if (std::is_same<T, float>::value) {
@@ -79,33 +90,24 @@ INLINE vec exponential(vec x) {
     }
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
-    ivec bits;
-    std::memcpy(&bits, &shifted, sizeof bits);
-    bits = (bits - 0x4B400000 + 127) << 23;  // subtract the bits of ROUND, add the exponent's bias
-    vec power;
-    std::memcpy(&power, &bits, sizeof power);
-    return p * power;
+    rest = p * r * r + r;
+    return power;
 }
 
 template <typename T>
 INLINE vec sigmoid(vec x) {
-    return reciprocal<T>(1.0f + exponential<T>(-x));
+    vec rest;
+    const vec power = exponential<T>(-x, 87.0f, rest);
+    return reciprocal<T>(power * rest + power + 1.0f);
 }
 
-// tanh(x) as 1 - 2 / (1 + exp(2x)), which suffers from cancellation near zero; there, a polynomial with the
-// coefficients of Cephes' tanhf.
+// tanh(x) as e / (e + 2) with e = exp(2x) - 1, which is computed without cancellation near zero.
 template <typename T>
 INLINE vec hyperbolic_tangent(vec x) {
-    const vec far = 1.0f - 2.0f * reciprocal<T>(1.0f + exponential<T>(2.0f * x));
-    const vec z = x * x;
-    vec p = splat(-5.70498872745e-3f);
-    p = p * z + 2.06390887954e-2f;
-    p = p * z - 5.37397155531e-2f;
-    p = p * z + 1.33314422036e-1f;
-    p = p * z - 3.33332819422e-1f;
-    const vec near = p * z * x + x;
-    return z < 0.390625f ? near : far;
+    vec rest;
+    const vec power = exponential<T>(2.0f * x, 40.0f, rest);
+    const vec e = power * rest + (power - 1.0f);
+    return e * reciprocal<T>(e + 2.0f);
 }
 
 // The operands of a product: DEPTH consecutive elements of a row are multiplied by one instruction.
@@ -161,3 +163,48 @@ INLINE void product(vec (&acc)[V][R], const T* w, const T* x, ptrdiff_t row, ptr
         }
     }
 }
+
+#if defined(__AMX_BF16__)
+// What was written is in memory: the intrinsics that read it do not say so to the compiler.
+#define MEMORY_BARRIER __asm__ volatile("" ::: "memory")
+
+// Configures the eight tile registers of a thread, each of 16 rows of 64 bytes.
+INLINE void configure_tiles() {
+    struct alignas(64) {
+        unsigned char palette = 1, start_row = 0, reserved[14] = {};
+        unsigned short bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+        unsigned char rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+    } configuration;
+    MEMORY_BARRIER;
+    _tile_loadconfig(&configuration);
+}
+
+// The same product by tiles, for R = 16 rows, at most 4 vectors and a depth that is a multiple of 32: tiles 0 to 3 hold
+// the sums, 4 holds x, and 5 to 7 the weights.
+template <int V>
+INLINE void product_by_tiles(vec (&acc)[V][16], const bfloat16* w, const bfloat16* x, ptrdiff_t row, ptrdiff_t depth) {
+#define FOR_EACH_TILE(action) \
+    action(0, 5); \
+    if constexpr (V > 1) action(1, 6); \
+    if constexpr (V > 2) action(2, 7); \
+    if constexpr (V > 3) action(3, 5)
+#define LOAD_SUM(v, b) _tile_loadd(v, acc[v], sizeof(vec))
+#define ADD_PRODUCT(v, b) \
+    { \
+        _tile_loadd(b, w + (k * V + v * 2) * LANES, V * 2 * LANES * sizeof(bfloat16)); \
+        _tile_dpbf16ps(v, 4, b); \
+    }
+#define STORE_SUM(v, b) _tile_stored(v, acc[v], sizeof(vec))
+    MEMORY_BARRIER;
+    FOR_EACH_TILE(LOAD_SUM);
+    for (ptrdiff_t k = 0; k < depth; k += 32) {
+        _tile_loadd(4, x + k, row * sizeof(bfloat16));
+        FOR_EACH_TILE(ADD_PRODUCT);
+    }
+    FOR_EACH_TILE(STORE_SUM);
+#undef FOR_EACH_TILE
+#undef LOAD_SUM
+#undef ADD_PRODUCT
+#undef STORE_SUM
+}
+#endif

@@ -154,14 +154,16 @@ def test_any_set_of_directions(backend, cell, directions):
     check(backend, cell, flat, upstream, directions)
 
 
-@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("instructions", ["AMX", "AVX512-BF16", "none"])
 @pytest.mark.parametrize("size", [(*MAPS[0], 24), (*MAPS[0], 1), (*MAPS[1], 100), (1, 1, 1, 7), (*MAPS[-1], 48)])
 @pytest.mark.parametrize("cell", cpu.CELLS)
 @pytest.mark.parametrize("backend", [BACKENDS[0]])
-def test_bfloat16_on_a_cpu(backend, cell, size, native, monkeypatch):
-    if native and not cpu.has_bfloat16():
-        pytest.skip("the processor has no AVX512-BF16")
-    monkeypatch.setattr(cpu, "has_bfloat16", lambda: native)
+def test_bfloat16_on_a_cpu(backend, cell, size, instructions, monkeypatch):
+    if not {"AMX": cpu.has_tiles(), "AVX512-BF16": cpu.has_bfloat16(), "none": True}[instructions]:
+        pytest.skip(f"the processor has no {instructions}")
+    monkeypatch.setattr(cpu, "has_bfloat16", lambda: instructions != "none")
+    monkeypatch.setattr(cpu, "has_tiles", lambda: instructions == "AMX")
+    monkeypatch.setattr(cpu, "_library", cpu._library.__wrapped__)
     flat, upstream = problem(cell, *size, dtype=torch.bfloat16)
     check(backend, cell, flat, upstream)
 
