@@ -3,11 +3,34 @@
 import torch
 import torch.nn as nn
 from jaxtyping import Float
-from timm.layers import DropPath, Mlp
+from timm.layers import DropPath
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from sequencer.layers.linear import Linear
+
 LAYER_NORM_EPS = 1e-6
+
+
+class Mlp(nn.Module):
+    """Two linear layers with a GELU between them, with the parameter names of `timm.layers.Mlp`.
+
+    Args:
+        dim: Channels `C`.
+        hidden_size: Channels between the layers.
+        drop: Dropout probability after each layer.
+    """
+
+    def __init__(self, dim: int, hidden_size: int, drop: float = 0.0) -> None:
+        super().__init__()
+        self.fc1 = Linear(dim, hidden_size)
+        self.act = nn.GELU()
+        self.drop1 = nn.Dropout(drop)
+        self.fc2 = Linear(hidden_size, dim)
+        self.drop2 = nn.Dropout(drop)
+
+    def forward(self, x: Float[Tensor, "... C"]) -> Float[Tensor, "... C"]:
+        return self.drop2(self.fc2(self.drop1(self.act(self.fc1(x)))))
 
 
 class SequencerBlock(nn.Module):

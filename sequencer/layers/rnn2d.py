@@ -12,6 +12,7 @@ from jaxtyping import Float
 from timm.layers import register_notrace_module
 from torch import Tensor
 
+from sequencer.layers.linear import Linear
 from sequencer.ops import CELLS, Layers, PackedWeights, Weights, rnn1d, rnn2d
 
 UNIONS = ("cat", "add", "vertical", "horizontal")
@@ -170,7 +171,7 @@ class RNN2d(nn.Module):
             )
 
         # registered first, as in timm, so that the state dicts have the same order
-        self.fc = nn.Linear(joined, input_size) if with_fc else nn.Identity()
+        self.fc = Linear(joined, input_size) if with_fc else nn.Identity()
         sizes = (input_size, hidden_size, cell, num_layers, bidirectional)
         self.rnn_v = RNN(*sizes) if union != "horizontal" else None
         self.rnn_h = RNN(*sizes) if union != "vertical" else None

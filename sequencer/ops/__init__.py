@@ -3,6 +3,7 @@
 from sequencer.ops.backends import BACKENDS, Backend, Choice, Inputs, add_backend, configure, explain
 from sequencer.ops.bilstm2d import rnn1d, rnn2d
 from sequencer.ops.packing import PackedWeights
+from sequencer.ops.products import linear
 from sequencer.ops.reference import CELLS, Cell, Layers, Trace, Weights, trace
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "add_backend",
     "configure",
     "explain",
+    "linear",
     "rnn1d",
     "rnn2d",
     "trace",

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sequencer import names
-from sequencer.ops import cpu, reference, torch_rnn, triton_kernels
+from sequencer.ops import cpu, products, reference, torch_rnn, triton_kernels
 from sequencer.ops.reference import CELLS, Layers
 
 log = logging.getLogger("sequencer")
@@ -150,8 +150,16 @@ def explain(
     Raises:
         ValueError: The cell or the backend is unknown, or `backend` does not support the inputs.
     """
+    found = choose(cell, hidden_size, dtype, torch.device(device).type, backend)
+    if found.backend != "fused":
+        return found
+    return Choice("fused", f"{found.reason}; {products.describe(dtype)}")
+
+
+def choose(cell: str, hidden_size: int, dtype: torch.dtype, device: str, backend: str | None) -> Choice:
+    """Returns what `explain` does, without the matrix products; `device` is a type of devices."""
     preferred = Settings.backend or os.environ.get("SEQUENCER_BACKEND", "auto")
-    return _choose(cell, hidden_size, dtype, torch.device(device).type, preferred, backend)
+    return _choose(cell, hidden_size, dtype, device, preferred, backend)
 
 
 @functools.cache

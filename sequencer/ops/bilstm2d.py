@@ -9,17 +9,17 @@ from collections.abc import Callable
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from sequencer.ops import fused, torch_rnn
-from sequencer.ops.backends import BACKENDS, Settings, explain
+from sequencer.ops.backends import BACKENDS, Settings, choose
 from sequencer.ops.packing import PackedWeights
+from sequencer.ops.products import is_transforming
 from sequencer.ops.reference import CELLS, Layers, autocast_dtype
 
 
 @torch.compiler.assume_constant_result  # the choice is made when a graph is traced
 def _backend(cell: str, hidden_size: int, dtype: torch.dtype, device: str, backend: str | None) -> str:
-    return explain(cell, hidden_size, dtype, device, backend).backend
+    return choose(cell, hidden_size, dtype, device, backend).backend
 
 
 def rnn1d(
@@ -94,7 +94,7 @@ def rnn2d(
         name = "torch" if cell in torch_rnn.FUNCTIONS else "reference"  # these run without this package
     elif torch.compiler.is_compiling():
         name = "reference" if name == "torch" else name  # inductor fails on oneDNN's LSTM primitive
-    elif _is_transforming():
+    elif is_transforming():
         if backend not in (None, "auto", "reference"):
             raise ValueError(
                 f"the {backend} backend does not support torch.func and forward-mode derivatives: use the reference"
@@ -124,15 +124,6 @@ def _check(x: Tensor, axes: dict[int, Layers]) -> None:
     for tensor in (t for layers in axes.values() for directions in layers for w in directions for t in w):
         if tensor is not None and tensor.device != x.device:
             raise RuntimeError(f"weights of a recurrence are on {tensor.device}, its inputs on {x.device}")
-
-
-def _is_transforming() -> bool:
-    """Whether a transform of torch.func or forward-mode differentiation is active.
-
-    The kernels of the other backends have no rules for them, and would silently drop a tangent. Both checks are private
-    interfaces of torch, as read in 2.14.
-    """
-    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
 def _run_axis(x: Tensor, axis: int, layers: Layers, cell: str, rnn: Callable[[Tensor, Layers, str], Tensor]) -> Tensor:

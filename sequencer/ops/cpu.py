@@ -1,4 +1,4 @@
-"""Recurrences on a CPU: matrix products by torch, the scans over time by the kernel in `recurrence.cpp`.
+"""Recurrences on a CPU: products by `sequencer.ops.products`, scans over time by the kernel in `recurrence.cpp`.
 
 The kernel is compiled in 2 s by the C++ compiler on the PATH, or the one named by `CXX`. The library is kept in the
 user's cache folder (`XDG_CACHE_HOME`), one file for each combination of source, compiler, instruction set, cell and
@@ -12,7 +12,6 @@ gates of the cell, `J` biases of a unit. Direction codes are those of `sequencer
 
 import ctypes
 import functools
-import hashlib
 import os
 import platform
 import shutil
@@ -25,7 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sequencer.ops import reference
+from sequencer.ops import products, reference
+from sequencer.ops.cache import cache_folder, digest, processor_flags
 
 SOURCE = Path(__file__).with_name("recurrence.cpp")
 HEADER = Path(__file__).with_name("vectors.h")
@@ -72,22 +72,14 @@ def unavailable(cell: str = "lstm", dtype: torch.dtype = torch.float32) -> str |
 
 def has_bfloat16() -> bool:
     """Returns whether the processor has AVX512-BF16, and torch uses AVX-512."""
-    return torch.backends.cpu.get_cpu_capability() == "AVX512" and "avx512_bf16" in _processor_flags()
+    return torch.backends.cpu.get_cpu_capability() == "AVX512" and "avx512_bf16" in processor_flags()
 
 
 @functools.cache
 def has_tiles() -> bool:
     """Returns whether the processor has AMX for bfloat16, and the system lets this process use it."""
     request = (158, 0x1023, 18)  # arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA)
-    return "amx_bf16" in _processor_flags() and ctypes.CDLL(None).syscall(*request) == 0
-
-
-@functools.cache
-def _processor_flags() -> frozenset[str]:
-    try:
-        return frozenset(Path("/proc/cpuinfo").read_text().split())
-    except OSError:
-        return frozenset()
+    return "amx_bf16" in processor_flags() and ctypes.CDLL(None).syscall(*request) == 0
 
 
 def compute_dtype(dtype: torch.dtype, cell: str = "lstm") -> torch.dtype:
@@ -134,8 +126,7 @@ def _build(cell: str, dtype: torch.dtype) -> Path:
         command += ["-DSCALAR=float"]
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
     identity = [SOURCE.read_text(), HEADER.read_text(), *command, version, platform.machine()]
-    key = hashlib.sha256("\n".join(identity).encode()).hexdigest()
-    library = cache_folder() / f"recurrence-{key[:16]}.so"
+    library = cache_folder() / f"recurrence-{digest(*identity)}.so"
     if not library.exists():
         library.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=library.parent) as scratch:  # several processes may build it at a time
@@ -143,11 +134,6 @@ def _build(cell: str, dtype: torch.dtype) -> Path:
             subprocess.run([*command, str(SOURCE), "-o", str(built)], capture_output=True, text=True, check=True)
             built.replace(library)
     return library
-
-
-def cache_folder() -> Path:
-    """Returns the folder in which compiled kernels are kept."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sequencer"
 
 
 def pack(weight_hh: Tensor, cell: str) -> Tensor:
@@ -223,16 +209,23 @@ def forward(
     B, H, W, _ = x.shape
     S, G, dtype = len(directions), reference.CELLS[cell].gates, compute_dtype(x.dtype, cell)
     D, save = weight_ih.shape[0] // S // G, save and cell not in PLAIN
-    tokens, projection, bias = _rows(x, dtype), weight_ih.to(dtype).t(), bias.float().contiguous()
+    tokens, weight, bias = _rows(x, dtype), weight_ih.to(dtype), bias.float().contiguous()
     out = tokens.new_empty(B * H * W, S * D)
-    gates = tokens.new_empty(B * H * W, S * G * D) if save else None
+    project = products.choice(dtype).outputs
+    in_place = project == "torch"  # other products write to new tensors
+    gates = None
+    if save:
+        gates = tokens.new_empty(B * H * W, S * G * D) if in_place else products.PRODUCTS[project](tokens, weight, None)
     cells = torch.empty_like(out) if save else None
     library, scratch = _library(cell, dtype), None
     for rows, images in _chunks(library, x, directions, G * D):
         if scratch is None:
-            scratch = tokens.new_empty(0 if save else images * H * W, S * G * D)
+            scratch = tokens.new_empty(images * H * W if in_place and not save else 0, S * G * D)
         target = gates[rows] if gates is not None else scratch[: images * H * W]
-        torch.mm(tokens[rows], projection, out=target)
+        if in_place:
+            torch.mm(tokens[rows], weight.t(), out=target)
+        elif not save:
+            target = products.PRODUCTS[project](tokens[rows], weight, None)
         call = _Forward(
             _map(library, images, H, W, D, directions),
             bias.data_ptr(),
@@ -266,6 +259,7 @@ def backward(
     grad_x, grad_ih = torch.empty_like(tokens), torch.zeros_like(weight, dtype=torch.float32)
     grad_hh = torch.zeros_like(weight_hh, dtype=torch.float32)
     grad_bias = torch.zeros_like(bias, dtype=torch.float32)
+    chosen = products.choice(dtype)
     recurrent = 2 if cell == "gru" else G  # gates whose input and recurrent terms have the same gradient
     scratch: list[Tensor] = []
     for rows, images in _chunks(library, x, directions, G * D):
@@ -286,17 +280,20 @@ def backward(
             ),
         )
         library.backward(ctypes.byref(call))
-        torch.mm(grad_gates, weight, out=grad_x[rows])
-        _add_product(grad_ih, grad_gates, tokens[rows])
+        if chosen.inputs == "torch":
+            torch.mm(grad_gates, weight, out=grad_x[rows])
+        else:
+            grad_x[rows] = products.PRODUCTS[chosen.inputs](grad_gates, weight.t(), None)
+        _add_product(grad_ih, grad_gates, tokens[rows], chosen.weights)
         grad_bias += torch.stack([part.sum(0) for part in bias_sums.split(counts)])
         if diagonal_sums is not None:
             grad_hh += torch.stack([part.sum(0) for part in diagonal_sums.split(counts)])
             continue
         for s in range(S):
             before = previous[:, s * D : (s + 1) * D]
-            _add_product(grad_hh[s, : recurrent * D], grad_gates[:, s * G * D :][:, : recurrent * D], before)
+            _add_product(grad_hh[s, : recurrent * D], grad_gates[:, s * G * D :][:, : recurrent * D], before, "torch")
             if recurrent < G:
-                _add_product(grad_hh[s, recurrent * D :], grad_recurrent[:, s * D : (s + 1) * D], before)
+                _add_product(grad_hh[s, recurrent * D :], grad_recurrent[:, s * D : (s + 1) * D], before, "torch")
     return (
         grad_x.view_as(x).to(x.dtype),
         grad_ih.to(weight_ih.dtype),
@@ -305,12 +302,12 @@ def backward(
     )
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+def _add_product(total: Tensor, a: Tensor, b: Tensor, product: str) -> None:
     """Adds `a^T b` to a float32 tensor."""
-    if a.dtype == torch.float32:
+    if product == "torch" and a.dtype == torch.float32:
         total.addmm_(a.t(), b)
     else:
-        total += torch.mm(a.t(), b)
+        total += products.PRODUCTS[product](a.t(), b.t(), None)
 
 
 def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:
