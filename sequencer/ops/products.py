@@ -162,8 +162,8 @@ def linear(x: Float[Tensor, "... K"], weight: Float[Tensor, "N K"], bias: Float[
     dtype = autocast_dtype(x) or x.dtype
     if x.numel() * len(weight) < SMALLEST or choice(dtype) == DEFAULT:
         return F.linear(x, weight, bias)
-    a, w, b = (t if t is None else t.to(dtype) for t in (x, weight, bias))
-    y = _Linear.apply(a.reshape(-1, a.shape[-1]), w, b)
+    rows = x.to(dtype).reshape(-1, x.shape[-1])
+    y = _Linear.apply(rows, weight.to(dtype), bias if bias is None else bias.to(dtype))
     return y.view(*x.shape[:-1], len(weight))
 
 
