@@ -9,8 +9,8 @@
 
 `benchmark.py WHAT --help` lists the options of each. The first four check the outputs first: weights and the gradient
 of the output are drawn at random, and the outputs and every gradient are compared with float64. Then all contenders
-take turns. `of floor` is the least time that the operations or bytes need, at the rates of a large matrix product and a
-large copy in the same run, divided by the measured time.
+take turns. `of floor` is the least time that the operations or bytes need, at the rates of the fastest matrix product
+and a large copy in the same run, divided by the measured time.
 """
 
 import time

@@ -1,4 +1,4 @@
-"""Time, memory and peak rates of the machine."""
+"""Time, memory and description of the machine."""
 
 import ctypes
 import os
@@ -51,17 +51,6 @@ def _status(key: str) -> int:
     """A size from /proc/self/status, in bytes."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key + ":"))
     return int(line.split()[1]) * 1024
-
-
-def peak_rates(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
-    """FLOP/s of a large matrix product, and bytes/s of a large copy (read and written)."""
-    n, length = (8192, 2**28) if device.type == "cuda" else (2048, 2**25)
-    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    source = torch.zeros(length, device=device)
-    target = torch.zeros_like(source)
-    products = [timed(lambda: torch.mm(a, b), device) for _ in range(8)]
-    copies = [timed(lambda: target.copy_(source), device) for _ in range(8)]
-    return 2 * n**3 / min(products), 2 * 4 * length / min(copies)
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:

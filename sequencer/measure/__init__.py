@@ -1,6 +1,6 @@
 """Measurements: the forecast of a run, the throughput of its loop and loader, and the comparison with peers."""
 
-from sequencer.machine import describe_machine, peak_rates
+from sequencer.machine import describe_machine
 from sequencer.measure.benchmarks import (
     Comparison,
     Settings,
@@ -11,6 +11,7 @@ from sequencer.measure.benchmarks import (
 )
 from sequencer.measure.contenders import check_model, check_peers, choose_backends
 from sequencer.measure.forecast import plan
+from sequencer.measure.peak import peak_rates
 from sequencer.measure.plan_result import Plan
 from sequencer.measure.throughput import measure_loader, measure_loops
 
