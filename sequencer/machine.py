@@ -11,6 +11,8 @@ from typing import Any
 import timm
 import torch
 
+from sequencer.processor import processor_name
+
 
 def now(device: torch.device) -> float:
     """Seconds of a monotonic clock, read after the work queued on a GPU is done."""
@@ -55,15 +57,8 @@ def _status(key: str) -> int:
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
     """The device, the CPU's instruction set, cores and threads, and the versions of torch, timm and Python."""
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = [
-            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
-        ]
-        cpu = names[0] if names else cpu
     return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),

@@ -28,13 +28,15 @@ def test_layers(script, tmp_path, capsys):
     written = json.loads((tmp_path / "found" / "benchmark.json").read_text())
     assert written["machine"]["torch"] == torch.__version__
     contenders = ["timm", "timm, packed", "lstm, torch", "lstm, reference", "lstm, torch, recompute", "indylstm, torch"]
+    contenders += ["gru, torch", "gru, reference"]
     assert [r["contender"] for r in written["results"]] == 2 * 2 * 2 * contenders
     for record in written["results"]:
         assert record["relative_error"] < 1e-6
         assert 0 < record["p20_s"] <= record["median_s"] <= record["p80_s"]
         tokens, D, C = record["batch"] * record["H"] * record["W"], record["D"], record["C"]
-        recurrent = 4 * D if record["contender"].startswith("indylstm") else 4 * D * D
-        products = 2 * tokens * (4 * (4 * D * C + recurrent) + 4 * D * C)
+        gates = 3 if record["contender"].startswith("gru") else 4
+        recurrent = 4 * D if record["contender"].startswith("indylstm") else gates * D * D
+        products = 2 * tokens * (4 * (gates * D * C + recurrent) + 4 * D * C)
         if record["mode"] == "inference" and not record["contender"].startswith("indylstm"):
             assert record["flops"] == products
 

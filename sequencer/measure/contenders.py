@@ -138,7 +138,7 @@ def randomise(module: nn.Module) -> nn.Module:
 def layer_contenders(
     C: int, D: int, backends: Sequence[str], peers: Sequence[str], compiled: bool, device: torch.device
 ) -> list[Contender]:
-    """BiLSTM2D layers with the same weights, the peers first, and an IndyLSTM layer with its own.
+    """BiLSTM2D layers with the same weights, the peers first, and layers of IndyLSTM and GRU with their own.
 
     Args:
         C: Channels.
@@ -152,7 +152,8 @@ def layer_contenders(
     ours = RNN2d(C, D).to(device)
     ours.load_state_dict(theirs.state_dict())
     indy = randomise(RNN2d(C, D, "indylstm")).to(device)
-    exact, exact_indy = (copy.deepcopy(module).double() for module in (ours, indy))
+    gru = randomise(RNN2d(C, D, "gru")).to(device)
+    exact, exact_indy, exact_gru = (copy.deepcopy(module).double() for module in (ours, indy, gru))
     found = []
     if "timm" in peers:
         found.append(Contender("timm", theirs, exact=exact))
@@ -169,6 +170,8 @@ def layer_contenders(
     if compiled:
         found.append(Contender(f"lstm, {fastest}, compiled", copy.deepcopy(ours), fastest, compiled=True, exact=exact))
     found.append(Contender(f"indylstm, {fastest}", indy, fastest, exact=exact_indy))
+    for backend in backends:
+        found.append(Contender(f"gru, {backend}", copy.deepcopy(gru), backend, exact=exact_gru))
     return found
 
 

@@ -25,7 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sequencer.ops import products, reference
-from sequencer.ops.cache import cache_folder, digest, processor_flags
+from sequencer.ops.cache import cache_folder, digest
+from sequencer.processor import processor_flags
 
 SOURCE = Path(__file__).with_name("recurrence.cpp")
 HEADER = Path(__file__).with_name("vectors.h")
@@ -71,15 +72,27 @@ def unavailable(cell: str = "lstm", dtype: torch.dtype = torch.float32) -> str |
 
 
 def has_bfloat16() -> bool:
-    """Returns whether the processor has AVX512-BF16, and torch uses AVX-512."""
-    return torch.backends.cpu.get_cpu_capability() == "AVX512" and "avx512_bf16" in processor_flags()
+    """Returns whether torch uses AVX-512, and processor and compiler have AVX512-BF16."""
+    narrow = "avx512_bf16" in processor_flags() and _compiles(os.environ.get("CXX", "c++"), "-mavx512bf16")
+    return narrow and torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 @functools.cache
 def has_tiles() -> bool:
-    """Returns whether the processor has AMX for bfloat16, and the system lets this process use it."""
+    """Returns whether processor and compiler have AMX for bfloat16, and the system lets this process use it."""
+    if "amx_bf16" not in processor_flags() or not _compiles(os.environ.get("CXX", "c++"), "-mamx-bf16"):
+        return False
     request = (158, 0x1023, 18)  # arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA)
-    return "amx_bf16" in processor_flags() and ctypes.CDLL(None).syscall(*request) == 0
+    return ctypes.CDLL(None).syscall(*request) == 0
+
+
+@functools.cache
+def _compiles(compiler: str, option: str) -> bool:
+    """Returns whether a compiler knows an option."""
+    command = [compiler, option, "-fsyntax-only", "-x", "c++", "-"]
+    return (
+        shutil.which(compiler) is not None and subprocess.run(command, input=b"", capture_output=True).returncode == 0
+    )
 
 
 def compute_dtype(dtype: torch.dtype, cell: str = "lstm") -> torch.dtype:

@@ -28,10 +28,11 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _disable_current_modes
-from torch.utils.flop_counter import register_flop_formula
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 
-from sequencer.ops.cache import cache_folder, digest, processor_name
+from sequencer.ops.cache import cache_folder, digest
 from sequencer.ops.reference import autocast_dtype
+from sequencer.processor import processor_name
 
 SHAPES = ((4096, 192, 768), (2048, 384, 1152))  # M, K, N, of sequencer2d_s
 ROUNDS = 8  # of every product, after one that is not counted
@@ -130,7 +131,7 @@ def _write_first(path: Path, make: Callable[[], dict[str, Any]]) -> None:
 def _measure(names: list[str], dtype: torch.dtype) -> Choice:
     """Returns the fastest product of each kind, by the sum of the least times of all shapes."""
     seconds = [dict.fromkeys(names, 0.0) for _ in DEFAULT]
-    # a tensor that counts operations, or a transform, sees nothing of it
+    # modes that count or replace operations do not see these
     with _disable_current_modes(), torch.inference_mode(), torch.autocast("cpu", enabled=False):
         for M, K, N in SHAPES:
             x, w, g = (torch.full(shape, 0.5, dtype=dtype) for shape in ((M, K), (N, K), (M, N)))
@@ -197,8 +198,10 @@ def is_transforming() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
-if hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+def _flops(a: Any, b: Any, *_: Any, **__: Any) -> int:
+    return 2 * a[0] * a[1] * b[0]
 
-    @register_flop_formula(torch.ops.mkldnn._linear_pointwise)
-    def _flops(a: Any, b: Any, *_: Any, **__: Any) -> int:
-        return 2 * a[0] * a[1] * b[0]
+
+_operator = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+if _operator is not None and _operator not in flop_registry:
+    register_flop_formula(_operator)(_flops)

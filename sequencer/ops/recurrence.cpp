@@ -5,9 +5,9 @@
 // cache. The product with the recurrent weights and the activations are fused in registers. The token map is indexed in
 // place, so that no direction needs a transposed or flipped copy.
 //
-// Compiled once for each cell and type of the arrays: -DCELL=LSTM, GRU, RNN, RNN_RELU or INDYLSTM, and -DSCALAR=float, or
-// bfloat16 for processors with instructions for its products (AVX512-BF16; faster with AMX). State, biases, sums and
-// arithmetic are float32.
+// Compiled once for each cell and type of the arrays: -DCELL=LSTM, GRU, RNN, RNN_RELU or INDYLSTM, and -DSCALAR=float or
+// bfloat16. The latter needs instructions for its products: AVX512-BF16, and AMX where there is one. State, biases, sums
+// and arithmetic are float32.
 //
 // Layouts, for S directions of D units and a cell of G gates and J biases:
 //   gates [tokens, S, G, D], in the order i, f, g, o of an LSTM or r, z, n of a GRU      cells, out [tokens, S, D]
@@ -19,16 +19,11 @@
 
 #include "vectors.h"
 
-
 enum Cell { LSTM, GRU, RNN, RNN_RELU, INDYLSTM };
 typedef SCALAR T;
 constexpr bool PLAIN = CELL == RNN || CELL == RNN_RELU, LSTM_LIKE = CELL == LSTM || CELL == INDYLSTM;
 constexpr int G = PLAIN ? 1 : CELL == GRU ? 3 : 4, J = PLAIN ? 1 : 4, DEPTH = Operand<T>::DEPTH;
-#if defined(__AMX_BF16__)
-constexpr bool TILES = CELL != INDYLSTM;
-#else
-constexpr bool TILES = false;
-#endif
+constexpr bool TILES = HAVE_TILES && CELL != INDYLSTM;  // recurrent products by the tile registers of AMX
 constexpr int MAX_TILE = TILES ? 32 : 24, UNIT = TILES ? 32 : LANES;
 
 // The members of the following structures and their order must equal those of the ctypes structures in cpu.py.
@@ -79,22 +74,16 @@ static void for_each_tile(const Map& m, Body body) {
         ptrdiff_t s = 0, tile = task;
         while (tile >= m.tiles(s)) tile -= m.tiles(s++);
         const ptrdiff_t first = tile * m.tile;
-#if defined(__AMX_BF16__)
-        configure_tiles();
-#endif
+        if constexpr (TILES) configure_tiles();
         body(task, s, first, std::min(m.tile, m.sequences(s) - first));
-#if defined(__AMX_BF16__)
-        _tile_release();
-#endif
+        if constexpr (TILES) release_tiles();
     }
 }
 
 template <int V, int R>
 INLINE void multiply(vec (&acc)[V][R], const T* w, const T* x, ptrdiff_t row, ptrdiff_t depth) {
-#if defined(__AMX_BF16__)
-    if constexpr (TILES) return product_by_tiles(acc, w, x, row, depth);
-#endif
-    product<T>(acc, w, x, row, depth);
+    if constexpr (TILES) product_by_tiles(acc, w, x, row, depth);
+    else product<T>(acc, w, x, row, depth);
 }
 
 // Calls body(first, rows) for the blocks of R sequences of a tile, and for the rest one by one, or as a partial block
@@ -120,7 +109,10 @@ INLINE void forward_block(
     for (int q = 0; q < G; ++q) {
         const bool recurrent = CELL == GRU && q == 2;  // the reset gate scales this term before the input is added
         const vec b = load(bias + (recurrent ? 3 : q) * D, n);
-        for (int r = 0; r < count; ++r) acc[q][r] = recurrent ? b : b + load(gates + ((token[r] * S + s) * G + q) * D, n);
+        for (int r = 0; r < count; ++r) {
+            const T* gate = gates + ((token[r] * S + s) * G + q) * D;
+            acc[q][r] = recurrent ? b : b + load(gate, n);
+        }
     }
     if constexpr (CELL == INDYLSTM) {
         for (int q = 0; q < G; ++q) {
@@ -162,7 +154,8 @@ INLINE void forward_block(
 
 static void forward_tile(const Forward& f, ptrdiff_t s, ptrdiff_t first, ptrdiff_t count) {
     constexpr int R = TILES ? 16 : REGISTERS / G;
-    const ptrdiff_t P = f.map.padded(), rows = TILES ? (count + R - 1) / R * R : count, steps = f.map.steps(s), stride = f.map.stride(s);
+    const ptrdiff_t P = f.map.padded(), steps = f.map.steps(s), stride = f.map.stride(s);
+    const ptrdiff_t rows = TILES ? (count + R - 1) / R * R : count;  // a product by tiles reads whole blocks
     std::vector<T> outputs(2 * rows * P);
     std::vector<float> states(count * P);
     T *h = outputs.data(), *h_next = h + rows * P;
@@ -254,7 +247,10 @@ INLINE void backward_block(const Backward& b, const Carry& carry, ptrdiff_t unit
         }
         for (int j = 0; j < J; ++j) store(carry.bias + j * P + u, load(carry.bias + j * P + u) + bias[j]);
         if constexpr (CELL == INDYLSTM)
-            for (int q = 0; q < G; ++q) store(carry.diagonal + q * P + u, load(carry.diagonal + q * P + u) + diagonal[q]);
+            for (int q = 0; q < G; ++q) {
+                float* sum = carry.diagonal + q * P + u;
+                store(sum, load(sum) + diagonal[q]);
+            }
     }
 }
 

@@ -66,7 +66,8 @@ INLINE vec reciprocal(vec x) {
 template <typename T>
 INLINE vec exponential(vec x, float limit, vec& rest) {
 #if defined(__AVX512F__)
-    x = vec(_mm512_max_ps(_mm512_set1_ps(-limit), _mm512_min_ps(_mm512_set1_ps(limit), __m512(x))));  // x where it is NaN
+    // minimum and maximum return their second operand where it is NaN
+    x = vec(_mm512_max_ps(_mm512_set1_ps(-limit), _mm512_min_ps(_mm512_set1_ps(limit), __m512(x))));
     const vec n = vec(_mm512_roundscale_ps(__m512(x * 1.44269504f), 0));
     const vec power = vec(_mm512_scalef_ps(_mm512_set1_ps(1.0f), __m512(n)));
 #else
@@ -165,6 +166,8 @@ INLINE void product(vec (&acc)[V][R], const T* w, const T* x, ptrdiff_t row, ptr
 }
 
 #if defined(__AMX_BF16__)
+constexpr bool HAVE_TILES = true;
+
 // What was written is in memory: the intrinsics that read it do not say so to the compiler.
 #define MEMORY_BARRIER __asm__ volatile("" ::: "memory")
 
@@ -178,6 +181,8 @@ INLINE void configure_tiles() {
     MEMORY_BARRIER;
     _tile_loadconfig(&configuration);
 }
+
+INLINE void release_tiles() { _tile_release(); }
 
 // The same product by tiles, for R = 16 rows, at most 4 vectors and a depth that is a multiple of 32: tiles 0 to 3 hold
 // the sums, 4 holds x, and 5 to 7 the weights.
@@ -207,4 +212,10 @@ INLINE void product_by_tiles(vec (&acc)[V][16], const bfloat16* w, const bfloat1
 #undef ADD_PRODUCT
 #undef STORE_SUM
 }
+#else
+constexpr bool HAVE_TILES = false;
+
+INLINE void configure_tiles() {}
+
+INLINE void release_tiles() {}
 #endif

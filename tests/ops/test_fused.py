@@ -385,6 +385,16 @@ def test_packed_weights_follow_the_parameters(how, grad_mode, dtype):
 
 
 @pytest.mark.skipif(bool(cpu.unavailable()), reason=f"no kernel: {cpu.unavailable()}")
+@pytest.mark.parametrize("position", range(7))
+def test_every_value_counts_in_a_checksum(position):
+    """Seven bfloat16 values are no whole number of words."""
+    values = torch.arange(7, dtype=torch.bfloat16)
+    before = cpu.checksum([values], "rnn", torch.float32)
+    values[position] += 1
+    assert cpu.checksum([values], "rnn", torch.float32) != before
+
+
+@pytest.mark.skipif(bool(cpu.unavailable()), reason=f"no kernel: {cpu.unavailable()}")
 def test_weights_are_packed_once(monkeypatch):
     calls = []
     monkeypatch.setattr(cpu, "pack", lambda *args, pack=cpu.pack: calls.append(1) or pack(*args))
