@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from sequencer.layers import RNN, RNN2d
-from sequencer.ops import CELLS, backends, configure, cpu, explain, rnn1d, rnn2d, triton_kernels
+from sequencer.ops import CELLS, backends, configure, cpu, cpu_kernel, explain, rnn1d, rnn2d, triton_kernels
 from sequencer.ops.torch_rnn import FUNCTIONS
 
 TOLERANCE = {torch.float64: {"rtol": 1e-9, "atol": 1e-11}, torch.float32: {"rtol": 1e-4, "atol": 1e-5}}
@@ -25,7 +25,7 @@ def settings():
 @pytest.fixture
 def forget_kernel():
     """Discards what the process knows about the CPU kernel, before and after a test."""
-    caches = [cpu._library, cpu.unavailable, backends._warn_once, backends._choose]
+    caches = [cpu_kernel.library, cpu.unavailable, backends._warn_once, backends._choose]
     for cached in caches:
         cached.cache_clear()
     yield

@@ -12,7 +12,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 from sequencer.layers import RNN, RNN1d, RNN2d
-from sequencer.ops import CELLS, PackedWeights, Weights, cpu, fused, rnn2d, triton_kernels
+from sequencer.ops import CELLS, PackedWeights, Weights, cpu, cpu_kernel, fused, rnn2d, triton_kernels
 
 # of the interpreter of Triton 3.6, with NumPy 2.3
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0 to a scalar:DeprecationWarning")
@@ -159,11 +159,11 @@ def test_any_set_of_directions(backend, cell, directions):
 @pytest.mark.parametrize("cell", cpu.CELLS)
 @pytest.mark.parametrize("backend", [BACKENDS[0]])
 def test_bfloat16_on_a_cpu(backend, cell, size, instructions, monkeypatch):
-    if not {"AMX": cpu.has_tiles(), "AVX512-BF16": cpu.has_bfloat16(), "none": True}[instructions]:
+    if not {"AMX": cpu_kernel.has_tiles(), "AVX512-BF16": cpu_kernel.has_bfloat16(), "none": True}[instructions]:
         pytest.skip(f"the processor has no {instructions}")
-    monkeypatch.setattr(cpu, "has_bfloat16", lambda: instructions != "none")
-    monkeypatch.setattr(cpu, "has_tiles", lambda: instructions == "AMX")
-    monkeypatch.setattr(cpu, "_library", cpu._library.__wrapped__)
+    monkeypatch.setattr(cpu_kernel, "has_bfloat16", lambda: instructions != "none")
+    monkeypatch.setattr(cpu_kernel, "has_tiles", lambda: instructions == "AMX")
+    monkeypatch.setattr(cpu_kernel, "library", cpu_kernel.library.__wrapped__)
     flat, upstream = problem(cell, *size, dtype=torch.bfloat16)
     check(backend, cell, flat, upstream)
 
@@ -190,9 +190,9 @@ def test_every_instruction_set(backend, cell, capability, monkeypatch):
     if capability not in sets[: sets.index(torch.backends.cpu.get_cpu_capability()) + 1]:
         pytest.skip(f"the processor has no {capability}")
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    monkeypatch.setattr(cpu, "FLAGS", [*cpu.FLAGS, "-Wno-psabi"])
-    monkeypatch.setattr(cpu, "_library", cpu._library.__wrapped__)
-    assert cpu._library(cell, torch.float32).lanes() == (16 if capability == "AVX512" else 8)
+    monkeypatch.setattr(cpu_kernel, "FLAGS", [*cpu_kernel.FLAGS, "-Wno-psabi"])
+    monkeypatch.setattr(cpu_kernel, "library", cpu_kernel.library.__wrapped__)
+    assert cpu_kernel.library(cell, torch.float32).lanes() == (16 if capability == "AVX512" else 8)
     check(backend, cell, *problem(cell, 3, 5, 7, 48))
 
 
