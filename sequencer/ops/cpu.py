@@ -22,7 +22,9 @@ from sequencer.ops.cpu_kernel import POINTER, SIZE
 CELLS = ("lstm", "gru", "rnn", "rnn_relu", "indylstm")
 PLAIN = ("rnn", "rnn_relu")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-CHUNK = 2**20  # gate values (4 MiB) a thread computes before the kernel reads them, so that they are still in cache
+# Gate values that a thread computes before the kernel reads them: few enough to be in cache still, and many enough that
+# a product, which is faster in bfloat16, takes long compared with the reordering of its weights.
+CHUNK = {torch.float32: 2**20, torch.bfloat16: 2**22}
 
 
 @functools.cache
@@ -133,7 +135,7 @@ def forward(
         gates = tokens.new_empty(B * H * W, S * G * D) if in_place else products.PRODUCTS[project](tokens, weight, None)
     cells = torch.empty_like(out) if save else None
     library, scratch = cpu_kernel.library(cell, dtype), None
-    for rows, images in _chunks(library, x, directions, G * D):
+    for rows, images in _chunks(library, x, directions, CHUNK[dtype] // (G * D)):
         if scratch is None:
             scratch = tokens.new_empty(images * H * W if in_place and not save else 0, S * G * D)
         target = gates[rows] if gates is not None else scratch[: images * H * W]
@@ -177,7 +179,7 @@ def backward(
     chosen = products.choice(dtype)
     recurrent = 2 if cell == "gru" else G  # gates whose input and recurrent terms have the same gradient
     scratch: list[Tensor] = []
-    for rows, images in _chunks(library, x, directions, G * D):
+    for rows, images in _chunks(library, x, directions, CHUNK[dtype] // (G * D)):
         size = _map(library, images, H, W, D, directions)
         if not scratch:
             scratch = [tokens.new_empty(images * H * W, S * n * D) for n in (G, G - recurrent, 1)]
@@ -241,15 +243,15 @@ def _map(library: ctypes.CDLL, B: int, H: int, W: int, D: int, directions: Seque
     return size
 
 
-def _chunks(library: ctypes.CDLL, x: Tensor, directions: Sequence[int], columns: int) -> Iterator[tuple[slice, int]]:
+def _chunks(library: ctypes.CDLL, x: Tensor, directions: Sequence[int], rows: int) -> Iterator[tuple[slice, int]]:
     """Splits the batch into chunks of a few images; yields the token rows and the number of images of each.
 
-    The first chunk is the largest. `columns` are the gate values of a token and direction.
+    The first chunk is the largest. `rows` are the tokens of one direction that a thread takes at most, if possible.
     """
     B, H, W, _ = x.shape
     threads = torch.get_num_threads()
     sequences = sum(W if direction < 2 else H for direction in directions)
-    step = max(CHUNK * threads // (H * W * len(directions) * columns), -(-library.max_tile() * threads // sequences), 1)
+    step = max(rows * threads // (H * W * len(directions)), -(-library.max_tile() * threads // sequences), 1)
     for first in range(0, B, step):
         images = min(step, B - first)
         yield slice(first * H * W, (first + images) * H * W), images

@@ -200,7 +200,7 @@ def test_every_instruction_set(backend, cell, capability, monkeypatch):
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_many_images_and_threads(backend, threads, monkeypatch):
     """The batch is processed in several chunks, and the number of tiles is no multiple of the number of threads."""
-    monkeypatch.setattr(cpu, "CHUNK", 4096)
+    monkeypatch.setitem(cpu.CHUNK, torch.float32, 4096)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
