@@ -6,11 +6,13 @@
     python scripts/benchmark.py export --batch 1 8       # our ONNX graph and timm's, in onnxruntime on the CPU
     python scripts/benchmark.py loop --rounds 10         # a run of ours and a bare loop, on CIFAR-10's shapes
     python scripts/benchmark.py data data=cifar10 data.root=WHERE    # the loader and the model
+    python scripts/benchmark.py kernels                  # the GPU kernels' machine code; needs no GPU
+    python scripts/benchmark.py all --device cuda        # a page: correctness, ops, model, growth and loop
 
-`benchmark.py WHAT --help` lists the options of each. The first four check the outputs first: weights and the gradient
-of the output are drawn at random, and the outputs and every gradient are compared with float64. Then all contenders
-take turns. `of floor` is the least time that the operations or bytes need, at the rates of the fastest matrix product
-and a large copy in the same run, divided by the measured time.
+`benchmark.py WHAT --help` lists the options of each. `ops`, `model`, `growth`, `export` and `all` check the outputs
+first: weights and the gradient of the output are drawn at random, and the outputs and every gradient are compared with
+float64. Then all contenders take turns. `of floor` is the least time that the operations or bytes need, at the rates of
+the fastest matrix product and a large copy in the same run, divided by the measured time.
 """
 
 import time
@@ -20,13 +22,13 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from _cli import Parser, created, integer, need_packages, pick_device, run
+from _benchmark_options import options
+from _cli import Parser, created, need_packages, pick_device, run
 from rich.console import Console
 from rich.table import Table
 
 from sequencer.config import compose
 from sequencer.files import write_json
-from sequencer.names import LARGEST_IMAGE
 from sequencer.printing import printable
 
 if TYPE_CHECKING:
@@ -34,8 +36,20 @@ if TYPE_CHECKING:
 
     from sequencer.measure import Comparison, Settings
 
-MODEL_PEERS = ["timm", "convnext_tiny", "swin_tiny_patch4_window7_224", "resnet50"]
 LOOPS = {"cpu": ("cifar10_cpu", 60), "cuda": ("cifar10_gpu", 80)}  # recipe and batches per epoch
+KERNEL_COLUMNS = (
+    "layer",
+    "kernel",
+    "tile/warps/stages",
+    "registers",
+    "shared",
+    "programs",
+    "MMA",
+    "loop",
+    "barriers",
+    "copies",
+    "faults",
+)
 COLUMNS = ("contender", "mode", "median ms", "p20-p80", "images/s", "times peer", "of floor", "peak MiB", "error")
 
 
@@ -47,8 +61,9 @@ def main(argv: list[str] | None = None) -> int:
 def parse(argv: list[str] | None) -> Namespace:
     parser = Parser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="what", metavar="WHAT", required=True)
-    for work, text, options in measurements():
-        command = commands.add_parser(work.__name__, help=text, description=f"Measures {text}.", parents=options)
+    for name, parents in options().items():
+        work, text = MEASUREMENTS[name]
+        command = commands.add_parser(name, help=text, description=f"Measures {text}.", parents=parents)
         command.set_defaults(work=work)
     commands.choices["export"].set_defaults(device="cpu", dtype="float32", mode=["inference"])
     args, unknown = parser.parse_known_args(argv)
@@ -58,73 +73,6 @@ def parse(argv: list[str] | None) -> Namespace:
     if unknown:
         commands.choices[args.what].error(f"unrecognized arguments: {' '.join(unknown)}")
     return args
-
-
-def measurements() -> list[tuple[Callable[[Namespace], None], str, list[Parser]]]:
-    """What can be measured: the function, which names the sub-command, a description, and the options."""
-    names: dict[str, Any] = {"nargs": "+", "metavar": "NAME"}
-    number: dict[str, Any] = {"type": integer(1), "metavar": "N"}
-    layer_peers = option(
-        "--peer",
-        **names,
-        choices=("timm", "packed"),
-        default=["timm"],
-        help="timm, or packed: timm's layer on packed sequences; default: timm",
-    )
-    peers = f"timm: its model of the same name; or any timm model; default: {' '.join(MODEL_PEERS)}"
-    which_model = [
-        option("--model", default="sequencer2d_s", metavar="NAME", help="default: sequencer2d_s"),
-        option(
-            "--img-size",
-            type=integer(1, LARGEST_IMAGE),
-            metavar="N",
-            default=224,
-            help="height and width of the images; default: 224",
-        ),
-    ]
-    backends = option("--backend", **names, help="backends of our model; default: the automatic choice, and torch")
-    backend = option("--backend", nargs=1, metavar="NAME", help="backend of our layer; default: the automatic choice")
-    batches = option("--batch", **number | {"nargs": "+"}, default=[8], help="batch sizes; default: 8")
-    batch = option("--batch", **number, default=8, help="batch size; default: 8")
-    compiled = option("--compile", action="store_true", help="add compiled contenders")
-    device = option(
-        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto, a GPU if there is one"
-    )
-    modes = ("train", "inference")
-    dtypes = ("float32", "bfloat16", "float16")
-    setting = [
-        device,
-        option(
-            "--dtype", choices=dtypes, default="float32", help="float32, or the dtype of autocast; default: float32"
-        ),
-        option("--mode", nargs="+", choices=modes, default=list(modes), help="default: both"),
-    ]
-    debug = option("--debug", action="store_true", help="show the traceback of an error")
-    passes = option("--rounds", type=integer(2), default=10, metavar="N", help="passes of each contender; default: 10")
-    contest = [passes, option("--output", type=Path, metavar="DIR", help="default: outputs/benchmark/WHAT_TIME"), debug]
-    epochs = option("--rounds", type=integer(2), metavar="N", default=10, help="epochs of each; default: 10")
-    seconds = option("--seconds", **number, default=10, help="duration of each measurement; default: 10")
-    overrides = option("overrides", nargs="*", metavar="KEY=VALUE", help="overrides of train.py that describe the run")
-    model_peers = option("--peer", **names, default=MODEL_PEERS, help=peers)
-    return [
-        (ops, "the BiLSTM2D layer and timm's", [layer_peers, backends, batches, compiled, *setting, *contest]),
-        (
-            model,
-            "a model, timm's, and others",
-            [*which_model, model_peers, backends, batches, compiled, *setting, *contest],
-        ),
-        (growth, "the cost of a layer by batch, steps and hidden size", [backend, batch, *setting, *contest]),
-        (export, "our ONNX graph and timm's, in onnxruntime on the CPU", [*which_model, backends, batches, *contest]),
-        (loop, "a run of cifar10_cpu (on a GPU cifar10_gpu) and a bare loop, on noise", [epochs, device, debug]),
-        (data, "the loader of a run and its model, each alone", [overrides, seconds, device, debug]),
-    ]
-
-
-def option(name: str, **settings: Any) -> Parser:
-    """A parser with one argument, for the `parents` of a sub-command."""
-    parser = Parser(add_help=False)
-    parser.add_argument(name, **settings)
-    return parser
 
 
 def ops(args: Namespace) -> None:
@@ -256,6 +204,59 @@ def data(args: Namespace) -> None:
     print(f"loader {loader:>12,.0f} images/s\nmodel  {model:>12,.0f} images/s")
     verdict = "starves the model: add workers, or store smaller images" if loader < model else "keeps up with the model"
     print(f"the loader is {loader / model:.2f} times as fast as the model: it {verdict}")
+
+
+def kernels(args: Namespace) -> int:
+    need_packages("the check of the kernels", "triton")
+    from sequencer.measure.kernel_check import ALL_LAYERS, check_kernels
+
+    faults = 0
+    for capability in args.capability:
+        found = Table(*KERNEL_COLUMNS, title=f"sm_{capability}", title_justify="left")
+        for layer in ALL_LAYERS:
+            for kernel in check_kernels(capability, layer):
+                found.add_row(layer.title, *map(str, kernel.row()), ", ".join(kernel.faults) or "none")
+                faults += len(kernel.faults)
+        Console(width=160).print(found)
+    print(f"{faults} faults")
+    return 1 if faults else 0
+
+
+def everything(args: Namespace) -> int:
+    from sequencer.measure import Page
+
+    device = pick_device(args.device)
+    narrow = ["bfloat16", "float16"] if device.type == "cuda" else ["bfloat16"]
+    dtypes, batches = args.dtype or ["float32", *narrow], list(map(str, args.batch))
+    output = args.output or Path("outputs/benchmark") / f"all_{time.strftime('%Y-%m-%d_%H-%M-%S')}"
+    common = ["--device", device.type, "--rounds", str(args.rounds)]
+    sized = ["--model", args.model, "--img-size", str(args.img_size), "--batch", *batches]
+    with created(output):
+        page = Page(output / "performance.md", print_machine(device))
+        page.check(device, dtypes)
+        for dtype in dtypes:
+            of_dtype = [*common, "--dtype", dtype, "--compile"]
+            for what, options in (("ops", ["--batch", *batches]), ("model", sized)):
+                folder = output / f"{what}_{dtype}"
+                work = [what, *options, *of_dtype, "--peer", "timm", "packed", "--output", str(folder)]
+                page.measure(f"{what}, {dtype}", work, main, folder)
+        growth = output / "growth"
+        page.measure("growth", ["growth", *common, "--dtype", dtypes[-1], "--output", str(growth)], main, growth)
+        page.measure("loop", ["loop", *common], main)
+    print(f"written to {printable(output)}")
+    return 1 if page.failures else 0
+
+
+MEASUREMENTS: dict[str, tuple[Callable[[Namespace], int | None], str]] = {
+    "ops": (ops, "the BiLSTM2D layer and timm's"),
+    "model": (model, "a model, timm's, and others"),
+    "growth": (growth, "the cost of a layer by batch, steps and hidden size"),
+    "export": (export, "our ONNX graph and timm's, in onnxruntime on the CPU"),
+    "loop": (loop, "a run of cifar10_cpu (on a GPU cifar10_gpu) and a bare loop, on noise"),
+    "data": (data, "the loader of a run and its model, each alone"),
+    "kernels": (kernels, "the machine code of the GPU kernels, compiled without a GPU"),
+    "all": (everything, "all that concerns a device, after a check of correctness, and writes a page"),
+}
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from sequencer.config import compose
-from sequencer.measure import benchmarks
+from sequencer.measure import benchmarks, correctness
+from sequencer.measure.machine_code import MachineCode
 from sequencer.ops import backends, triton_kernels
 
 
@@ -131,6 +132,8 @@ def test_wrong_requests(script, tmp_path, capsys, monkeypatch, arguments, messag
         (["data", "--output", "x"], "unrecognized arguments: --output"),
         (["ops", "--batch", "0"], "0 is less than 1"),
         (["ops", "--rounds", "many"], "many is not an integer"),
+        (["kernels", "--capability", "75"], "invalid choice: 75"),
+        (["all", "--backend", "torch"], "unrecognized arguments: --backend torch"),
     ],
 )
 def test_wrong_arguments(script, capsys, arguments, message):
@@ -163,3 +166,89 @@ def test_loop_beside_a_bare_one(script, capsys, monkeypatch):
     assert "cifar10_cpu: 3 steps per round, 2 rounds in turns" in printed
     assert "time of Lightning / time of the bare loop: " in printed
     assert "(median of 2 pairs)" in printed
+
+
+@pytest.fixture
+def small_script(script, monkeypatch):
+    """The script with small shapes, images and runs, for all measurements of a device."""
+    monkeypatch.setattr(script, "LOOPS", {"cpu": ("cifar10_cpu", 2)})
+    small = ["data.batch_size=2", "model.kwargs={layers: [1], patch_sizes: [4], embed_dims: [8], hidden_sizes: [2]}"]
+    monkeypatch.setattr(script, "compose", lambda overrides: compose([*overrides, *small]))
+    monkeypatch.setattr(torch, "compile", lambda module: module)  # compiling takes minutes
+    monkeypatch.setattr(correctness, "HIDDEN_SIZES", (8,))
+    monkeypatch.setattr(correctness, "MAPS", [(2, 2, 3)])
+    return script
+
+
+ALL = ["all", "--device", "cpu", "--rounds", "2", "--batch", "1", "--img-size", "28", "--dtype", "float32"]
+
+
+def test_all_measurements(small_script, tmp_path, capsys):
+    assert small_script.main([*ALL, "--output", "found"]) == 0
+    printed = capsys.readouterr().out
+    page = (tmp_path / "found" / "performance.md").read_text()
+    headings = [line.removeprefix("## ") for line in page.splitlines() if line.startswith("## ")]
+    assert headings == ["Summary", "Correctness", "ops, float32", "model, float32", "growth", "loop"]
+    assert "correct: float32, " in printed
+    assert "| ops, float32 | shape small, batch 1 | train | " in page
+    assert "| model, float32 | batch 1 | inference | " in page
+    assert "| growth | quantity hidden size, value 8, batch 8 | train | " in page
+    assert page.count("timm, packed") == 2 * 2 * 2 + 2 * 2  # in ops twice as many shapes
+    assert "time of Lightning / time of the bare loop: " in page
+    assert (tmp_path / "found" / "ops_float32" / "benchmark.json").is_file()
+
+
+@pytest.mark.parametrize("fault", ["wrong", "not reproducible"])
+def test_nothing_is_measured_where_results_are_wrong(small_script, monkeypatch, tmp_path, capsys, fault):
+    def wrong(contenders, case):
+        raise RuntimeError("outputs or gradients are wrong")
+
+    if fault == "wrong":
+        monkeypatch.setattr(correctness, "check_outputs", wrong)
+    else:
+        monkeypatch.setattr(correctness.Case, "train", lambda case, module: [torch.rand(3)])
+        monkeypatch.setattr(correctness, "check_outputs", lambda contenders, case: {"lstm": 1e-7})
+    assert small_script.main([*ALL, "--output", "found"]) == 1
+    error = capsys.readouterr().err
+    expected = {"wrong": "outputs or gradients are wrong", "not reproducible": "differs from pass to pass"}
+    assert f"D 8, 2 x 2 x 3 tokens: {'' if fault == 'wrong' else 'lstm, '}" in error
+    assert expected[fault] in error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_measurement_that_fails_leaves_the_page_of_the_others(small_script, monkeypatch, tmp_path, capsys):
+    def fail(*args):
+        raise RuntimeError("out of memory")
+
+    for name in ("compare_models", "measure_loops"):
+        monkeypatch.setattr(f"sequencer.measure.{name}", fail)
+    assert small_script.main([*ALL, "--output", "found"]) == 1
+    page = (tmp_path / "found" / "performance.md").read_text()
+    assert page.count("error: out of memory") == 2
+    assert "| ops, float32 | shape small, batch 1 | train | " in page
+    assert "| growth | " in page
+
+
+def test_the_kernels_without_a_gpu(script, monkeypatch, capsys):
+    kernel_check = pytest.importorskip("sequencer.measure.kernel_check", reason="triton is not installed")
+    code = MachineCode(146, 0, 9, 0, 33, 1085, 12, 12, 24)
+    found = [kernel_check.Kernel("forward_panels", "64/4/2", 57_344, 3, code, [])]
+    monkeypatch.setattr(kernel_check, "check_kernels", lambda capability, layer: found)
+    assert script.main(["kernels", "--capability", "90"]) == 0
+    printed = capsys.readouterr().out
+    assert "sm_90" in printed
+    assert "sm_80" not in printed
+    assert " lstm, D 48, bfloat16 " in printed
+    assert "0 faults" in printed
+    found[0].faults.append("spills registers (4)")
+    assert script.main(["kernels", "--capability", "80", "90"]) == 1
+    printed = capsys.readouterr().out
+    assert "spills registers (4)" in printed
+    assert f"{2 * len(kernel_check.ALL_LAYERS)} faults" in printed
+
+
+def test_the_kernels_under_the_interpreter(script, capsys, monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(triton_kernels, "interpreted", lambda: True)
+    assert script.main(["kernels", "--capability", "90"]) == 2
+    assert "TRITON_INTERPRET=1 has Triton interpret its kernels instead of compiling them" in capsys.readouterr().err

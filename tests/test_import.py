@@ -6,6 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
+
+from sequencer.config import DataConfig
+from tests.helpers import save_run
 
 PACKAGE = Path(__file__).parents[1] / "sequencer"
 SUBPACKAGES = sorted(path.parent.name for path in PACKAGE.glob("*/__init__.py"))
@@ -80,3 +84,43 @@ def test_the_import_is_cheap(name):
     modules = python("-c", code).stdout.split()
     assert name in modules
     assert not {"torch", "timm", "torchvision", "pytorch_lightning", "numpy", "wandb"} & set(modules)
+
+
+# Runs each command in a process forked from one that has imported torch and timm, and prints what it imports.
+RUN_COMMANDS = """
+import json, os, runpy, sys
+import timm, torch
+for arguments in json.loads(sys.argv[1]):
+    if os.fork() == 0:
+        sys.argv, before = arguments, set(sys.modules)
+        sys.path.insert(0, os.path.dirname(arguments[0]))
+        try:
+            runpy.run_path(arguments[0], run_name="__main__")
+        except SystemExit as exit:
+            assert not exit.code, exit.code
+        print("IMPORTED", *{name.partition(".")[0] for name in set(sys.modules) - before}, flush=True)
+        os._exit(0)
+    assert os.wait()[1] == 0
+"""
+
+
+def test_commands_import_no_more_than_they_need(tmp_path):
+    """Training, plots and trackers take seconds to import. timm imports W&B itself where that is installed."""
+    data = DataConfig(name="imagefolder", root=str(tmp_path), img_size=8, in_chans=3)
+    run = str(save_run(tmp_path / "run", data, ["cat", "dog"]))
+    for folder in ("val/cat", "val/dog"):
+        (tmp_path / folder).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / folder / "0.png")
+    scripts, images, output = PACKAGE.parent / "scripts", str(tmp_path / "val"), str(tmp_path / "export")
+    commands = [
+        [str(scripts / "predict.py"), run, images],
+        [str(scripts / "evaluate.py"), run, "--split", "val"],
+        [str(scripts / "export.py"), run, "--format", "torch_export", "--output", output],
+    ]
+    result = python("-c", RUN_COMMANDS, json.dumps(commands))
+    assert result.returncode == 0, result.stderr
+    imported = [set(line.split()) for line in result.stdout.splitlines() if line.startswith("IMPORTED")]
+    assert len(imported) == len(commands)
+    for modules in imported:
+        assert "sequencer" in modules
+        assert not {"pytorch_lightning", "matplotlib", "sklearn", "wandb", "tensorboard"} & modules

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Iterator
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -91,10 +92,10 @@ def real_images(config: DataConfig, own_set: bool) -> tuple[Float[Tensor, "N C H
 
 def _crops(number: int) -> Iterator[Image.Image]:
     """Yields random square crops of scikit-learn's photographs; the same ones at every call."""
-    from sklearn.datasets import load_sample_images
-
+    package = find_spec("sklearn").origin  # type: ignore[union-attr]  # not imported, which takes a second
+    folder = Path(package).parent / "datasets" / "images"  # type: ignore[arg-type]
+    photographs = [np.asarray(Image.open(folder / name)) for name in ("china.jpg", "flower.jpg")]
     random = np.random.RandomState(0)
-    photographs = load_sample_images().images
     for index in range(number):
         photograph = photographs[index % len(photographs)]
         size = random.randint(100, photograph.shape[0])

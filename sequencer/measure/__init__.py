@@ -11,12 +11,14 @@ from sequencer.measure.benchmarks import (
 )
 from sequencer.measure.contenders import check_model, check_peers, choose_backends
 from sequencer.measure.forecast import plan
+from sequencer.measure.page import Page
 from sequencer.measure.peak import peak_rates
 from sequencer.measure.plan_result import Plan
 from sequencer.measure.throughput import measure_loader, measure_loops
 
 __all__ = [
     "Comparison",
+    "Page",
     "Plan",
     "Settings",
     "check_model",

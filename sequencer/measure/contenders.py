@@ -114,13 +114,13 @@ def check_model(name: str, img_size: int) -> None:
 
 
 def check_peers(names: Sequence[str]) -> None:
-    """Checks that every peer of a model is `timm` or the name of a timm model.
+    """Checks that every peer of a model is `timm`, `packed` or the name of a timm model.
 
     Raises:
-        RequestError: A peer is neither.
+        RequestError: A peer is none of them.
     """
     for name in names:
-        if name != "timm" and not timm.is_model(name):
+        if name not in ("timm", "packed") and not timm.is_model(name):
             raise RequestError(f"--peer {name}: timm has no such model")
 
 
@@ -183,7 +183,8 @@ def model_contenders(
     Args:
         name: A key of `TIMM_MODELS`.
         backends: Backends of our model.
-        peers: Names of timm models; `timm` is its model of the same name, with the same weights.
+        peers: Names of timm models; `timm` is its model of the same name, with the same weights, and `packed` this
+            model with packed sequences.
         compiled: Add compiled contenders.
         device: Where the models are.
     """
@@ -191,12 +192,17 @@ def model_contenders(
     exact = copy.deepcopy(ours).double()
     found = []
     for peer in peers:
-        if peer != "timm":
+        if peer not in ("timm", "packed"):
             found.append(Contender(peer, timm.create_model(peer).to(device)))
             continue
         # the stochastic depth of timm's model, which differs from ours, does not matter: the rate is 0 in both
         theirs = TIMM_MODELS[name]().to(device)
         theirs.load_state_dict(ours.state_dict())
+        if peer == "packed":
+            for layer in [module for module in theirs.modules() if type(module) is LSTM2d]:
+                layer.__class__ = PackedLSTM2d
+            found.append(Contender("timm, packed", theirs, exact=exact))
+            continue
         found.append(Contender("timm", theirs, exact=exact))
         if compiled:
             found.append(Contender("timm, compiled", copy.deepcopy(theirs), compiled=True, exact=exact))
