@@ -43,9 +43,9 @@ class Page:
         for name in dtypes:
             dtype = getattr(torch, name)
             backend = choose_backends(None, device, dtype)[0]
-            for title, error in check_layers(device, dtype, backend):
-                print(f"correct: {name}, {backend}, {title}, error {error:.1e}")
-                rows.append(f"| {name} | {backend} | {title.removeprefix('D ')} | {error:.1e} |")
+            for hidden_size, error in check_layers(device, dtype, backend):
+                print(f"correct: {name}, {backend}, D {hidden_size}, error {error:.1e}")
+                rows.append(f"| {name} | {backend} | {hidden_size} | {error:.1e} |")
         self._add("Correctness", "\n".join(rows))
 
     def measure(

@@ -9,7 +9,7 @@ panel.
 """
 
 import functools
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, NamedTuple
 
 import triton
 
@@ -97,11 +97,11 @@ PANELS: dict[int, dict[int, tuple[Tile, ...]]] = {
     },
 }
 # by generation and `P`; forward, backward
-_SMALL = {
+_SMALL: dict[int, tuple[Tile, ...]] = {
     16: (Tile(32, 4, 3, 11_264, 4), Tile(32, 4, 2, 10_240, 4)),
     32: (Tile(32, 4, 3, 26_624, 3), Tile(32, 4, 2, 22_528, 3)),
 }
-_LARGE = {
+_LARGE: dict[int, tuple[Tile, ...]] = {
     64: (Tile(32, 8, 3, 69_632, 2), Tile(32, 8, 2, 77_824, 2)),
     128: (Tile(32, 16, 2, 172_032, 1), Tile(16, 8, 2, 176_128, 1)),
 }
@@ -117,7 +117,7 @@ RESIDENT: dict[int, dict[int, tuple[Tile, ...]]] = {
     100: _SMALL | _LARGE,
 }
 # of diagonal weights, by `P`, for every generation; forward, backward
-DIAGONAL = {
+DIAGONAL: dict[int, tuple[Tile, ...]] = {
     16: (Tile(32, 4, 2, 8_192, 4), Tile(32, 4, 2, 12_288, 4)),
     32: (Tile(32, 4, 2, 16_384, 4), Tile(32, 4, 2, 24_576, 4)),
     64: (Tile(32, 8, 2, 32_768, 2), Tile(32, 8, 2, 49_152, 2)),
@@ -127,7 +127,7 @@ DIAGONAL = {
 # by bytes of an element
 STREAMED = {2: Tile(16, 4, 1, 34_816, 2), 4: Tile(16, 4, 1, 4_096, 2)}
 # by bytes of an element, in order of preference
-SUMS = {
+SUMS: dict[int, tuple[Tile, ...]] = {
     2: (Tile(128, 8, 2, 51_200, 2), Tile(64, 8, 2, 26_624, 2)),
     4: (Tile(32, 8, 2, 16_384, 1),),
 }
@@ -148,7 +148,7 @@ def choose_plan(device: Device, cell: str, D: int, itemsize: int, precision: str
     P, diagonal = max(SMALLEST_DOT, triton.next_power_of_2(D)), cell == "indylstm"
     generation, narrow = _generation(device), itemsize == 2
     approximate = {"APPROXIMATE": narrow}
-    if narrow and not diagonal and _fits(device, tiles := PANELS[generation].get(D)):
+    if narrow and not diagonal and _fits(device, tiles := PANELS[generation].get(D, ())):
         forward, backward, tile = tiles
         panel = {"Q": D // 3}
         return Plan(
@@ -161,7 +161,7 @@ def choose_plan(device: Device, cell: str, D: int, itemsize: int, precision: str
     constants = {"DIAGONAL": diagonal, "PRECISION": precision, "BLOCK": block}
     tile = next((tile for tile in SUMS[itemsize] if _fits(device, (tile,))), SUMS[itemsize][-1])
     sums = _sums(triton_sums.sums, tile, constants, blocks)
-    tiles = DIAGONAL[P] if diagonal else RESIDENT[generation].get(P) if narrow else None
+    tiles = DIAGONAL[P] if diagonal else RESIDENT[generation].get(P, ()) if narrow else ()
     if diagonal and not _fits(device, tiles):  # without loads ahead, which take the shared memory
         tiles = tuple(tile._replace(stages=1, shared=0, programs=1) for tile in DIAGONAL[P])
     if _fits(device, tiles):
@@ -191,10 +191,10 @@ def _generation(device: Device) -> int:
     return 80 if device.shared_memory >= 166_912 else 86
 
 
-def _fits(device: Device, tiles: tuple[Tile, ...] | None) -> TypeGuard[tuple[Tile, ...]]:
+def _fits(device: Device, tiles: tuple[Tile, ...]) -> bool:
     """Returns whether there are tiles, and the shared memory of a multiprocessor holds the programs of each."""
     available = device.shared_memory + SHARED_PER_PROGRAM
-    return tiles is not None and all(tile.programs * (tile.shared + SHARED_PER_PROGRAM) <= available for tile in tiles)
+    return bool(tiles) and all(tile.programs * (tile.shared + SHARED_PER_PROGRAM) <= available for tile in tiles)
 
 
 def _scan(kernel: Any, tile: Tile, constants: dict[str, Any]) -> Launch:
