@@ -45,13 +45,18 @@ def test_layers(script, tmp_path, capsys):
 def test_whole_models(script, tmp_path, capsys):
     arguments = ["model", "--device", "cpu", "--rounds", "2", "--batch", "1", "--img-size", "42", "--output", "found"]
     assert (
-        script.main([*arguments, "--peer", "timm", "test_convnext", "--backend", "torch", "--mode", "inference"]) == 0
+        script.main(
+            [*arguments, "--peer", "timm", "test_convnext", "packed", "--backend", "torch", "--mode", "inference"]
+        )
+        == 0
     )
     results = json.loads((tmp_path / "found" / "benchmark.json").read_text())["results"]
     assert results[0]["contender"] == "timm"
     assert results[1]["contender"] == "test_convnext"
     assert results[1]["relative_error"] is results[1]["share_of_floor"] is None
-    assert all(r["relative_error"] < 1e-5 and r["contender"].startswith("sequencer2d_s, ") for r in results[2:])
+    assert results[2]["contender"] == "timm, packed"
+    assert results[2]["relative_error"] < 1e-5
+    assert all(r["relative_error"] < 1e-5 and r["contender"].startswith("sequencer2d_s, ") for r in results[3:])
     assert [r["speed_over_first"] for r in results] == [results[0]["median_s"] / r["median_s"] for r in results]
 
 
@@ -174,7 +179,11 @@ def small_script(script, monkeypatch):
     monkeypatch.setattr(script, "LOOPS", {"cpu": ("cifar10_cpu", 2)})
     small = ["data.batch_size=2", "model.kwargs={layers: [1], patch_sizes: [4], embed_dims: [8], hidden_sizes: [2]}"]
     monkeypatch.setattr(script, "compose", lambda overrides: compose([*overrides, *small]))
-    monkeypatch.setattr(torch, "compile", lambda module: module)  # compiling takes minutes
+    monkeypatch.setattr(torch, "compile", lambda module: module)  # compiling takes minutes, and models seconds
+    monkeypatch.setattr(
+        "sequencer.measure.compare_models",
+        lambda settings, name, size, *rest: benchmarks.compare_layers(settings, *rest),
+    )
     monkeypatch.setattr(correctness, "HIDDEN_SIZES", (8,))
     monkeypatch.setattr(correctness, "MAPS", [(2, 2, 3)])
     return script
@@ -191,9 +200,9 @@ def test_all_measurements(small_script, tmp_path, capsys):
     assert headings == ["Summary", "Correctness", "ops, float32", "model, float32", "growth", "loop"]
     assert "correct: float32, " in printed
     assert "| ops, float32 | shape small, batch 1 | train | " in page
-    assert "| model, float32 | batch 1 | inference | " in page
+    assert "| model, float32 | shape small, batch 1 | inference | " in page
     assert "| growth | quantity hidden size, value 8, batch 8 | train | " in page
-    assert page.count("timm, packed") == 2 * 2 * 2 + 2 * 2  # in ops twice as many shapes
+    assert page.count("timm, packed") == 2 * 2 * 2
     assert "time of Lightning / time of the bare loop: " in page
     assert (tmp_path / "found" / "ops_float32" / "benchmark.json").is_file()
 
