@@ -17,7 +17,7 @@ from argparse import ArgumentTypeError, Namespace, RawDescriptionHelpFormatter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from _cli import Parser, add_model_options, created, integer, load, named_model, pick_device, run
+from _cli import Parser, add_model_options, created, import_torch, integer, load, named_model, pick_device, run
 from _labelled import ROOT, add_data_options, check_named_data, need_data
 
 from sequencer.config.errors import RequestError
@@ -75,6 +75,7 @@ def work(args: Namespace) -> None:
     need_data(args.model, args)
     args.model = named_model(args.model, args)
     check_named_data(args.model, args)
+    import_torch()
     from sequencer import distributed
     from sequencer.data import has_test_split
     from sequencer.evaluation import describe_setting, evaluate_model, evaluation_data, write_evaluation

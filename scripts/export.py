@@ -13,7 +13,17 @@ from argparse import Namespace, RawDescriptionHelpFormatter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from _cli import Parser, add_model_options, integer, load_original, named_model, need_packages, prepared, run
+from _cli import (
+    Parser,
+    add_model_options,
+    import_torch,
+    integer,
+    load_original,
+    named_model,
+    need_packages,
+    prepared,
+    run,
+)
 
 from sequencer.config.errors import RequestError
 from sequencer.files import write_json
@@ -64,6 +74,7 @@ def parse(argv: list[str] | None) -> Namespace:
 
 def work(args: Namespace) -> None:
     args.model = named_model(args.model, args)
+    import_torch()
     from sequencer.export import export_graph, export_weights, loads_with_timm, push
 
     if args.format == "onnx":

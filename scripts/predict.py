@@ -21,7 +21,18 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from _cli import Parser, add_model_options, created, integer, load, named_model, need_packages, pick_device, run
+from _cli import (
+    Parser,
+    add_model_options,
+    created,
+    import_torch,
+    integer,
+    load,
+    named_model,
+    need_packages,
+    pick_device,
+    run,
+)
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TimeRemainingColumn
 
@@ -101,6 +112,7 @@ def work(args: Namespace) -> int:
 
 
 def predictions(args: Namespace) -> "Iterator[Prediction]":
+    import_torch()
     from sequencer.data import eval_transform, resized_side
     from sequencer.evaluation import find_images, input_config, predict, readable_names
 

@@ -124,3 +124,5 @@ def test_commands_import_no_more_than_they_need(tmp_path):
     for modules in imported:
         assert "sequencer" in modules
         assert not {"pytorch_lightning", "matplotlib", "sklearn", "wandb", "tensorboard"} & modules
+    for modules in (imported[0], imported[2]):  # evaluation reads the configuration of the run
+        assert not {"hydra", "omegaconf"} & modules

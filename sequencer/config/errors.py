@@ -1,5 +1,8 @@
 """Errors that a command reports in one or two lines."""
 
+import difflib
+from collections.abc import Iterable
+
 from sequencer.printing import printable
 
 
@@ -30,3 +33,10 @@ def show(value: object, longest: int = 200) -> str:
     """Returns a value of a request as it is shown in messages: printable, on one line, and not too long."""
     text = printable(value)
     return text if len(text) <= longest else f"{text[:longest]}..."
+
+
+def did_you_mean(value: object, choices: Iterable[str]) -> str:
+    """Returns the hint "did you mean X? There are X, Y, Z" for a value that is none of the choices."""
+    choices = list(choices)
+    nearest = difflib.get_close_matches(str(value), choices, n=1)
+    return f"{f'did you mean {nearest[0]}? ' if nearest else ''}There are {', '.join(choices)}"

@@ -2,7 +2,7 @@
 
 import dataclasses
 import difflib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from typing import Any
 
@@ -10,7 +10,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override
 from hydra.errors import OverrideParseException
 
-from sequencer.config.errors import RequestError
+from sequencer.config.errors import RequestError, did_you_mean
 from sequencer.config.preflight import may_be_model
 from sequencer.config.schema import Config
 
@@ -103,13 +103,6 @@ def to_line(override: Override, value: Any = None) -> str:
 def quoted(text: str) -> str:
     """Quotes a text in Hydra's grammar."""
     return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
-
-
-def did_you_mean(value: object, choices: Iterable[str]) -> str:
-    """Returns the hint "did you mean X? There are X, Y, Z" for a value that is none of the choices."""
-    choices = list(choices)
-    nearest = difflib.get_close_matches(str(value), choices, n=1)
-    return f"{f'did you mean {nearest[0]}? ' if nearest else ''}There are {', '.join(choices)}"
 
 
 def _check_choice(override: Override, choices: list[str]) -> None:

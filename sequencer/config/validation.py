@@ -7,8 +7,7 @@ import os
 import unicodedata
 from typing import Any
 
-from sequencer.config.errors import RequestError, show
-from sequencer.config.overrides import did_you_mean
+from sequencer.config.errors import RequestError, did_you_mean, show
 from sequencer.config.schema import LARGEST_INTEGER, Config
 from sequencer.names import LOADING_ARGUMENTS
 

@@ -11,9 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from sequencer.config.errors import RequestError
+from sequencer.config.errors import RequestError, did_you_mean
 from sequencer.config.file_lists import check_suffix, columns, find_columns
-from sequencer.config.overrides import did_you_mean
 from sequencer.config.schema import DataConfig
 from sequencer.data.files import FileSplit
 from sequencer.data.split import Split, SplitName, stratified_split

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sequencer import distributed
-from sequencer.config import DataConfig, RequestError, compose
+from sequencer.config import DataConfig, RequestError
 from sequencer.data import Quarantine, eval_transform, has_test_split, open_split
 from sequencer.evaluation.inputs import at_img_size, data_section, data_settings
 from sequencer.evaluation.loop import FlipAveraged, evaluate
@@ -68,6 +68,8 @@ def evaluation_data(loaded: LoadedModel, name: str | None = None, **changes: Any
     if section is None or name not in (None, section.name):
         if name is None:
             raise RequestError(f"the data set that {loaded.arch} was trained on is not known: name one (--data NAME)")
+        from sequencer.config import compose  # Hydra takes a moment to import
+
         section = replace(compose([f"data={name}"]).data, **data_settings(loaded.pretrained_cfg))
     elif "://" in section.root and changes.get("root") is None:  # the file may be that of somebody else
         raise RequestError(

@@ -38,7 +38,7 @@ CEILINGS = {
     "sums_panels": (42, 740),
     "forward_resident": (20, 1690),
     "backward_resident": (22, 1100),
-    "sums": (18, 750),
+    "sums": (18, 860),
     "forward_streamed": (62, 1850),
     "backward_streamed": (100, 1050),
 }

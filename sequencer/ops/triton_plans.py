@@ -85,7 +85,7 @@ PANELS: dict[int, dict[int, tuple[Tile, ...]]] = {
     },
     86: {
         48: (Tile(32, 4, 2, 38_912, 2), Tile(32, 4, 2, 40_960, 2), Tile(64, 4, 3, 22_528, 4)),
-        96: (Tile(16, 4, 2, 90_112, 1), Tile(16, 4, 2, 100_352, 1), Tile(64, 8, 2, 32_768, 2)),
+        96: (Tile(16, 4, 2, 90_112, 1), Tile(16, 4, 2, 100_352, 1), Tile(64, 8, 2, 32_768, 1)),
     },
     90: {
         48: (Tile(64, 4, 2, 57_344, 3), Tile(64, 4, 2, 63_488, 2), Tile(64, 4, 3, 35_328, 6)),
@@ -101,20 +101,17 @@ _SMALL: dict[int, tuple[Tile, ...]] = {
     16: (Tile(32, 4, 3, 11_264, 4), Tile(32, 4, 2, 10_240, 4)),
     32: (Tile(32, 4, 3, 26_624, 3), Tile(32, 4, 2, 22_528, 3)),
 }
-_LARGE: dict[int, tuple[Tile, ...]] = {
-    64: (Tile(32, 8, 3, 69_632, 2), Tile(32, 8, 2, 77_824, 2)),
-    128: (Tile(32, 16, 2, 172_032, 1), Tile(16, 8, 2, 176_128, 1)),
-}
+_MEDIUM: dict[int, tuple[Tile, ...]] = {64: (Tile(32, 8, 3, 69_632, 2), Tile(32, 8, 2, 77_824, 2))}
 RESIDENT: dict[int, dict[int, tuple[Tile, ...]]] = {
     0: {},
     80: {
         **_SMALL,
-        64: (Tile(32, 8, 3, 80_000, 1), Tile(32, 8, 2, 77_824, 1)),
+        64: (Tile(32, 8, 3, 69_632, 1), Tile(32, 8, 2, 77_824, 1)),
         128: (Tile(16, 8, 2, 151_552, 1), Tile(16, 8, 1, 151_552, 1)),
     },
-    86: {**_SMALL, 64: (Tile(32, 8, 3, 80_000, 1), Tile(32, 8, 2, 77_824, 1))},
-    90: _SMALL | _LARGE,
-    100: _SMALL | _LARGE,
+    86: {**_SMALL, 64: (Tile(32, 8, 3, 69_632, 1), Tile(32, 8, 2, 77_824, 1))},
+    90: {**_SMALL, **_MEDIUM, 128: (Tile(32, 16, 2, 172_032, 1), Tile(16, 8, 2, 176_128, 1))},
+    100: {**_SMALL, **_MEDIUM, 128: (Tile(16, 8, 2, 151_552, 1), Tile(16, 8, 2, 176_128, 1))},
 }
 # of diagonal weights, by `P`, for every generation; forward, backward
 DIAGONAL: dict[int, tuple[Tile, ...]] = {
@@ -128,7 +125,7 @@ DIAGONAL: dict[int, tuple[Tile, ...]] = {
 STREAMED = {2: Tile(16, 4, 1, 34_816, 2), 4: Tile(16, 4, 1, 4_096, 2)}
 # by bytes of an element, in order of preference
 SUMS: dict[int, tuple[Tile, ...]] = {
-    2: (Tile(128, 8, 2, 51_200, 2), Tile(64, 8, 2, 26_624, 2)),
+    2: (Tile(128, 8, 2, 67_600, 2), Tile(64, 8, 2, 26_624, 2)),
     4: (Tile(32, 8, 2, 16_384, 1),),
 }
 BLOCK = {2: 64, 4: 32}  # the most units of a block of `sums` and the streamed kernels, by bytes of an element
@@ -174,11 +171,11 @@ def choose_plan(device: Device, cell: str, D: int, itemsize: int, precision: str
         )
     tile = STREAMED[itemsize]
     constants = {"PRECISION": precision, "BLOCK": block, "TILE": tile.size}
-    forward, backward = (
-        Launch(kernel, tile, constants)
-        for kernel in (triton_streamed.forward_streamed, triton_streamed.backward_streamed)
+    return Plan(
+        Launch(triton_streamed.forward_streamed, tile, constants),
+        Launch(triton_streamed.backward_streamed, tile, constants),
+        sums,
     )
-    return Plan(forward, backward, sums)
 
 
 def _generation(device: Device) -> int:

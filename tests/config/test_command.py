@@ -10,7 +10,8 @@ from omegaconf import OmegaConf
 
 import train
 from sequencer.config import RequestError, compose, conf_dir
-from sequencer.config.command import check_environment, parse_command
+from sequencer.config.command import parse_command
+from sequencer.config.environment import check_environment
 from sequencer.config.request import Request, refuse_sweep, resume_request
 from sequencer.config.sources import Sources
 from sequencer.config.sweep import prepare_sweep
