@@ -10,7 +10,7 @@ from typing import Any
 
 from sequencer.names import BACKENDS, DATA_SETS, LARGEST_IMAGE, MOST_CLASSES
 
-MISSING: Any = "???"  # omegaconf.MISSING, whose import takes as long as all else that evaluation needs
+MISSING: Any = "???"  # that of omegaconf, which takes a moment to import
 MOST_WORKERS = 1024
 LARGEST_INTEGER = 2**31 - 1  # of values without another bound; PyTorch counts with it everywhere
 
