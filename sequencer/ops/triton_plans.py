@@ -104,11 +104,7 @@ _SMALL: dict[int, tuple[Tile, ...]] = {
 _MEDIUM: dict[int, tuple[Tile, ...]] = {64: (Tile(32, 8, 3, 69_632, 2), Tile(32, 8, 2, 77_824, 2))}
 RESIDENT: dict[int, dict[int, tuple[Tile, ...]]] = {
     0: {},
-    80: {
-        **_SMALL,
-        64: (Tile(32, 8, 3, 69_632, 1), Tile(32, 8, 2, 77_824, 1)),
-        128: (Tile(16, 8, 2, 151_552, 1), Tile(16, 8, 1, 151_552, 1)),
-    },
+    80: {**_SMALL, **_MEDIUM, 128: (Tile(16, 8, 2, 151_552, 1), Tile(16, 8, 1, 151_552, 1))},
     86: {**_SMALL, 64: (Tile(32, 8, 3, 69_632, 1), Tile(32, 8, 2, 77_824, 1))},
     90: {**_SMALL, **_MEDIUM, 128: (Tile(32, 16, 2, 172_032, 1), Tile(16, 8, 2, 176_128, 1))},
     100: {**_SMALL, **_MEDIUM, 128: (Tile(16, 8, 2, 151_552, 1), Tile(16, 8, 2, 176_128, 1))},
@@ -123,12 +119,10 @@ DIAGONAL: dict[int, tuple[Tile, ...]] = {
 }
 # by bytes of an element
 STREAMED = {2: Tile(16, 4, 1, 34_816, 2), 4: Tile(16, 4, 1, 4_096, 2)}
-# by bytes of an element, in order of preference
-SUMS: dict[int, tuple[Tile, ...]] = {
-    2: (Tile(128, 8, 2, 67_600, 2), Tile(64, 8, 2, 26_624, 2)),
-    4: (Tile(32, 8, 2, 16_384, 1),),
-}
-BLOCK = {2: 64, 4: 32}  # the most units of a block of `sums` and the streamed kernels, by bytes of an element
+# by bytes of an element; in two bytes, generations that have more shared memory take more tokens
+SUMS = {2: Tile(64, 8, 2, 26_624, 2), 4: Tile(32, 8, 2, 16_384, 1)}
+LARGE_SUMS = {90: Tile(128, 8, 2, 51_200, 2), 100: Tile(128, 8, 2, 67_600, 2)}
+BLOCK = {2: 64, 4: 32}  # the most units of a block, by bytes of an element
 
 
 @functools.cache
@@ -156,7 +150,9 @@ def choose_plan(device: Device, cell: str, D: int, itemsize: int, precision: str
     block = min(P, BLOCK[itemsize])
     blocks = 4 * triton.cdiv(D, block) ** (1 if diagonal else 2)
     constants = {"DIAGONAL": diagonal, "PRECISION": precision, "BLOCK": block}
-    tile = next((tile for tile in SUMS[itemsize] if _fits(device, (tile,))), SUMS[itemsize][-1])
+    tile = LARGE_SUMS.get(generation, SUMS[2])
+    if not narrow or not _fits(device, (tile,)):
+        tile = SUMS[itemsize]
     sums = _sums(triton_sums.sums, tile, constants, blocks)
     tiles = DIAGONAL[P] if diagonal else RESIDENT[generation].get(P, ()) if narrow else ()
     if diagonal and not _fits(device, tiles):  # without loads ahead, which take the shared memory
@@ -170,10 +166,10 @@ def choose_plan(device: Device, cell: str, D: int, itemsize: int, precision: str
             sums,
         )
     tile = STREAMED[itemsize]
-    constants = {"PRECISION": precision, "BLOCK": block, "TILE": tile.size}
+    constants = {"PRECISION": precision, "TILE": tile.size}
     return Plan(
-        Launch(triton_streamed.forward_streamed, tile, constants),
-        Launch(triton_streamed.backward_streamed, tile, constants),
+        Launch(triton_streamed.forward_streamed, tile, constants | {"BLOCK": block}),
+        Launch(triton_streamed.backward_streamed, tile, constants | {"BLOCK": min(P, BLOCK[4])}),  # 64 spill registers
         sums,
     )
 
