@@ -160,7 +160,7 @@ def judge(code: MachineCode, shared: int, programs: int, launch: Launch, device:
         f"{shared} bytes of shared memory, planned {tile.shared}": shared > tile.shared,
         f"spills registers ({code.spills})": code.spills > 0,
         "no matrix instruction": layer.cell != "indylstm" and not code.matrix_products,
-        f"{code.narrow_loads} loads of 16 bits": aligned and code.narrow_loads > 0,
+        f"{code.narrow_loads} loads of 16 bits in the loop": aligned and code.narrow_loads > 0,
         "no vector loads": aligned and not code.vector_loads,
         "no asynchronous copy in the loop": name in ("forward_panels", "forward_resident") and not code.loop_copies,
         "asynchronous copies of what other threads write": streamed and code.copies > 0,

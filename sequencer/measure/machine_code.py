@@ -17,9 +17,9 @@ class MachineCode(NamedTuple):
         registers: Registers of a thread.
         spills: Bytes of the stack and instructions that access it; 0 if all values stay in registers.
         matrix_products: Matrix instructions.
-        narrow_loads: Loads of 16 bits from global memory.
+        narrow_loads: Loads of 16 bits from global memory in the longest loop, that over time steps or tokens.
         vector_loads: Loads of 64 or 128 bits from global memory, asynchronous copies included.
-        loop_instructions: Instructions of the longest loop, that over time steps or tokens.
+        loop_instructions: Instructions of this loop.
         loop_barriers: Barriers in this loop.
         loop_copies: Asynchronous copies from global to shared memory in this loop.
         copies: Asynchronous copies in the whole kernel.
@@ -59,7 +59,7 @@ def read_machine_code(binary: bytes, cuobjdump: str) -> MachineCode:
         registers=int(found[1]),
         spills=int(found[2]) + sum(name.split(".")[0] in ("LDL", "STL") for name in names),
         matrix_products=sum(bool(MATRIX_PRODUCT.match(name)) for name in names),
-        narrow_loads=sum(name.startswith("LDG.") and name.endswith(("U16", "S16")) for name in names),
+        narrow_loads=sum(name.startswith("LDG.") and name.endswith(("U16", "S16")) for name in loop),
         vector_loads=sum(name.startswith("LDG") and name.endswith((".64", ".128")) for name in names),
         loop_instructions=len(loop),
         loop_barriers=sum(name.startswith("BAR") for name in loop),

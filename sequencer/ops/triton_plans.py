@@ -119,9 +119,9 @@ DIAGONAL: dict[int, tuple[Tile, ...]] = {
 }
 # by bytes of an element
 STREAMED = {2: Tile(16, 4, 1, 34_816, 2), 4: Tile(16, 4, 1, 4_096, 2)}
-# by bytes of an element; in two bytes, generations that have more shared memory take more tokens
-SUMS = {2: Tile(64, 8, 2, 26_624, 2), 4: Tile(32, 8, 2, 16_384, 1)}
-LARGE_SUMS = {90: Tile(128, 8, 2, 51_200, 2), 100: Tile(128, 8, 2, 67_600, 2)}
+# by bytes of an element; for two bytes and generations whose code is another, by generation
+SUMS = {2: Tile(128, 8, 2, 34_816, 1), 4: Tile(32, 8, 2, 16_384, 1)}
+OTHER_SUMS = {90: Tile(128, 8, 2, 51_200, 2), 100: Tile(128, 8, 2, 67_600, 2)}
 BLOCK = {2: 64, 4: 32}  # the most units of a block, by bytes of an element
 
 
@@ -150,9 +150,7 @@ def choose_plan(device: Device, cell: str, D: int, itemsize: int, precision: str
     block = min(P, BLOCK[itemsize])
     blocks = 4 * triton.cdiv(D, block) ** (1 if diagonal else 2)
     constants = {"DIAGONAL": diagonal, "PRECISION": precision, "BLOCK": block}
-    tile = LARGE_SUMS.get(generation, SUMS[2])
-    if not narrow or not _fits(device, (tile,)):
-        tile = SUMS[itemsize]
+    tile = OTHER_SUMS.get(generation, SUMS[2]) if narrow else SUMS[4]
     sums = _sums(triton_sums.sums, tile, constants, blocks)
     tiles = DIAGONAL[P] if diagonal else RESIDENT[generation].get(P, ()) if narrow else ()
     if diagonal and not _fits(device, tiles):  # without loads ahead, which take the shared memory

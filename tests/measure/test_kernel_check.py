@@ -68,7 +68,7 @@ FAULTS = {
     "300000 bytes of shared memory, the device has 232448": ({}, {"shared": 300_000, "planned": 300_000}),
     "spills registers (4)": ({"spills": 4}, {}),
     "no matrix instruction": ({"matrix_products": 0}, {}),
-    "1 loads of 16 bits": ({"narrow_loads": 1}, {}),
+    "1 loads of 16 bits in the loop": ({"narrow_loads": 1}, {}),
     "no vector loads": ({"vector_loads": 0}, {}),
     "no asynchronous copy in the loop": ({"loop_copies": 0}, {}),
     "47 barriers in the loop, at most 46": ({"loop_barriers": 47}, {}),
@@ -121,10 +121,11 @@ def test_reading_machine_code(tmp_path):
 [ "$1" = -sass ] || { echo " REG:40 STACK:8 SHARED:0"; exit; }
 cat <<'END'
         /*0000*/                   LDG.E.U16 R4, desc[UR4][R2.64] ;   /* 0x0000000402047981 */
+        /*0008*/                   LDG.E.U16 R4, desc[UR4][R2.64] ;
         /*0010*/              @P0  LDGSTS.E.BYPASS.LTC128B.128 [R11], desc[UR10][R2.64] ;
         /*0020*/                   HGMMA.64x64x16.F32.BF16 R24, gdesc[UR4], R24 ;
         /*0030*/                   STL [R1], R4 ;
-        /*0040*/              @!P1 BRA 0x10 ;
+        /*0040*/              @!P1 BRA 0x8 ;
         /*0050*/                   EXIT ;
 END
 """)
@@ -135,7 +136,7 @@ END
         matrix_products=1,
         narrow_loads=1,
         vector_loads=1,
-        loop_instructions=4,
+        loop_instructions=5,
         loop_barriers=0,
         loop_copies=1,
         copies=1,
