@@ -164,6 +164,7 @@ def choose_plan(device: Device, cell: str, D: int, itemsize: int, precision: str
             sums,
         )
     tile = STREAMED[itemsize]
+    block = 16 if generation == 86 and not narrow else block  # 32 spill registers
     constants = {"PRECISION": precision, "TILE": tile.size}
     return Plan(
         Launch(triton_streamed.forward_streamed, tile, constants | {"BLOCK": block}),
