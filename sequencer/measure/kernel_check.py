@@ -211,7 +211,7 @@ def _run(layer: Layer, inference: bool) -> None:
     cell, directions, D = layer.cell, [0, 1, 2, 3], layer.D
     x, weight_ih, bias = empty(layer.B, layer.H, layer.H, layer.C), empty(16 * D, layer.C), empty(4, 4 * D)
     weight_hh = empty(4, 4 * D) if cell == "indylstm" else empty(4, 4 * D, D)
-    packed = triton_kernels.pack(weight_hh)
+    packed = triton_kernels.pack(weight_hh, cell)
     if inference:
         triton_kernels.forward(x, weight_ih, packed, bias, cell, directions, False)
     out, gates, cells = triton_kernels.forward(x, weight_ih, packed, bias, cell, directions, True)
