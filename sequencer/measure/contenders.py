@@ -54,7 +54,8 @@ class Contender:
     def __post_init__(self) -> None:
         self.countable = self.origin or self.module
         if self.compiled:
-            self.module = torch.compile(self.module)  # type: ignore[assignment]
+            # layers of different sizes share code, for which inductor fails in 2.14 where it takes sizes for variable
+            self.module = torch.compile(self.module, dynamic=False)  # type: ignore[assignment]
 
     @contextlib.contextmanager
     def settings(self) -> Iterator[nn.Module]:

@@ -30,6 +30,7 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
+from sequencer.files import to_json
 from sequencer.ops.cache import cache_folder, digest
 from sequencer.ops.reference import autocast_dtype
 from sequencer.processor import processor_name
@@ -104,7 +105,7 @@ def _choice(dtype: torch.dtype, threads: int) -> Choice:
         "threads": threads,
         "dtype": str(dtype),
     }
-    path = cache_folder() / f"products-{digest(json.dumps(about))}.json"
+    path = cache_folder() / f"products-{digest(to_json(about))}.json"
     try:
         if not path.exists():
             _write_first(path, lambda: about | {"choice": _measure(names, dtype)._asdict()})
@@ -122,7 +123,7 @@ def _write_first(path: Path, make: Callable[[], dict[str, Any]]) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".json") as file:
-        file.write(json.dumps(make(), indent=2))
+        file.write(to_json(make(), indent=2))
         file.flush()
         with contextlib.suppress(FileExistsError):
             os.link(file.name, path)
