@@ -179,7 +179,7 @@ def small_script(script, monkeypatch):
     monkeypatch.setattr(script, "LOOPS", {"cpu": ("cifar10_cpu", 2)})
     small = ["data.batch_size=2", "model.kwargs={layers: [1], patch_sizes: [4], embed_dims: [8], hidden_sizes: [2]}"]
     monkeypatch.setattr(script, "compose", lambda overrides: compose([*overrides, *small]))
-    monkeypatch.setattr(torch, "compile", lambda module: module)  # compiling takes minutes, and models seconds
+    monkeypatch.setattr(torch, "compile", lambda module, dynamic: module)  # compiling takes minutes, and models seconds
     monkeypatch.setattr(
         "sequencer.measure.compare_models",
         lambda settings, name, size, *rest: benchmarks.compare_layers(settings, *rest),
