@@ -53,9 +53,8 @@ def check_named_data(model: str, args: Namespace) -> None:
     """Checks the place of the data that the request or the run folder names, before torch is imported.
 
     Raises:
-        RequestError: There is nothing, or a timm name is given without a data set.
+        RequestError: There is nothing.
     """
-    need_data(model, args)
     try:
         data = compose([f"data={args.data}"]).data if args.data else to_config(load_run(Path(model))).data
     except RequestError:  # no run folder, or one of another version

@@ -18,9 +18,9 @@ resolution and robustness evaluate models on labelled images.
 from argparse import Namespace, RawDescriptionHelpFormatter
 
 from _analyses import attribution, knock_out, memory, receptive_field, resolution, robustness, symmetry
-from _analyses.common import add_options
+from _analyses.common import add_options, models_of
 from _cli import Parser, named_model, run
-from _labelled import need_data
+from _labelled import check_named_data, need_data
 
 COMMANDS = {
     "evidence": (attribution.evidence, attribution, "where in the image the evidence for a class lies"),
@@ -58,13 +58,17 @@ def parse(argv: list[str] | None) -> Namespace:
 
 
 def work(args: Namespace) -> int:
-    if hasattr(args, "data") and not getattr(args, "variant", None):  # a variant has a folder in place of a data set
-        for model in [args.model] if isinstance(args.model, str) else args.model:
+    is_labelled = hasattr(args, "data") and not getattr(args, "variant", None)  # a variant has a folder instead
+    if is_labelled:
+        for model in models_of(args):
             need_data(model, args)
     if isinstance(args.model, str):
         args.model = named_model(args.model, args)
     elif not getattr(args, "cells", None):  # MODEL names architectures, of which no weights are read
         args.model = [named_model(model, args) for model in args.model]
+    if is_labelled:
+        for model in models_of(args):
+            check_named_data(model, args)
     return args.analyze(args)
 
 

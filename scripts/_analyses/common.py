@@ -4,6 +4,7 @@ import os
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -136,10 +137,8 @@ class Subject:
         self.args = args
         self.device = pick_device(args.device)
         loaded = load_original(args.model, args)
-        try:
+        with naming(args.model):
             self.model: nn.Module = check_decomposable(loaded.model).to(self.device)
-        except ValueError as error:
-            raise RequestError(f"{args.model}: {error}") from error
         num_classes: int = loaded.model.num_classes  # type: ignore[assignment]  # torch types attributes as modules
         if num_classes < 2:
             raise RequestError(f"{args.model} has one class: there is no runner-up")
@@ -186,9 +185,25 @@ def labels(sources: list[str]) -> list[str]:
     return [printable(name if names.count(name) == 1 else path) for name, path in zip(names, paths, strict=True)]
 
 
+def models_of(args: Namespace) -> list[str]:
+    """Each MODEL of an analysis, of which one takes one and another several."""
+    return [args.model] if isinstance(args.model, str) else args.model
+
+
+@contextmanager
+def naming(model: str) -> Iterator[None]:
+    """Names the model before a ValueError that is raised inside, as a RequestError; a RequestError stays as it is."""
+    try:
+        yield
+    except RequestError:  # a ValueError as well
+        raise
+    except ValueError as error:
+        raise RequestError(f"{model}: {error}") from error
+
+
 def output_folder(args: Namespace) -> Path:
     """The folder of the results: that of --output, or below the run if the one model is that of a run."""
-    models = [args.model] if isinstance(args.model, str) else args.model
+    models = models_of(args)
     is_run = len(models) == 1 and (Path(models[0]) / "config.yaml").is_file()
     return args.output or (Path(models[0]) if is_run else Path("outputs")) / "analysis"
 

@@ -3,11 +3,10 @@
 from argparse import ArgumentParser, Namespace
 
 from _cli import created, load_original, pick_device
-from _labelled import LabelledImages, check_named_data
+from _labelled import LabelledImages
 
-from _analyses.common import finish, output_folder
+from _analyses.common import finish, naming, output_folder
 from _analyses.labelled import HEADER, add_labelled_arguments, change_cells, shown_change
-from sequencer.config.errors import RequestError
 from sequencer.console import table_lines
 from sequencer.files import write_csv
 from sequencer.printing import printable
@@ -22,7 +21,6 @@ def add_arguments(command: ArgumentParser) -> None:
 
 def knock_out(args: Namespace) -> int:
     """Writes knock-out.png, the changes as a heat map, and knock-out.csv, a row for each direction of each block."""
-    check_named_data(args.model, args)
     from sequencer.analysis.change_plots import plot_knock_outs
     from sequencer.analysis.knock_out import check_scanning
     from sequencer.analysis.knock_out import knock_out as measure
@@ -30,10 +28,8 @@ def knock_out(args: Namespace) -> int:
     output = output_folder(args)
     device = pick_device(args.device)
     loaded = load_original(args.model, args)
-    try:
+    with naming(args.model):
         model = check_scanning(loaded.model).to(device)
-    except ValueError as error:
-        raise RequestError(f"{args.model}: {error}") from error
     images = LabelledImages(loaded, args, device)
     with created(output):
         found = measure(model, images)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from _cli import created, integer, load_original, pick_device
 
-from _analyses.common import Images, add_image_options, finish, labels, output_folder
+from _analyses.common import Images, add_image_options, finish, labels, naming, output_folder
 from sequencer.config.errors import RequestError
 from sequencer.config.preflight import check_model_name
 from sequencer.console import table_lines
@@ -69,12 +69,8 @@ def memory(args: Namespace) -> int:
             model, config = source.build()
             config = replace(config, img_size=args.img_size or config.img_size)
             images = Images(args, config, unreadable)
-            try:
+            with naming(source.label):
                 scans = measure_memory(model.to(device), images.tracked(source.label, device))
-            except RequestError:  # a ValueError as well
-                raise
-            except ValueError as error:
-                raise RequestError(f"{source.label}: {error}") from error
             pixels = None if args.noise or images.first is None else to_pixels(images.first, config)[0]
             measured.append(Measured(source.label, source.is_trained, source.group, scans, pixels))
         _write_numbers(measured, output)

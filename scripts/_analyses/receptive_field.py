@@ -6,11 +6,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from _cli import created, load_original, pick_device
 
-from _analyses.common import Images, add_image_options, finish, labels, output_folder
-from sequencer.config.errors import RequestError
+from _analyses.common import Images, add_image_options, finish, labels, naming, output_folder
 from sequencer.console import table_lines
 from sequencer.files import write_arrays, write_csv
-from sequencer.printing import printable
 
 if TYPE_CHECKING:
     from sequencer.models import LoadedModel
@@ -43,13 +41,9 @@ def receptive_field(args: Namespace) -> int:
         models: dict[str, Any] = {}
         for name, each in zip(names, loaded, strict=True):
             images = Images(args, input_config(each), unreadable)
-            try:
-                batches = images.tracked(f"gradients of {name}", device)
+            batches = images.tracked(f"gradients of {name}", device)
+            with naming(name):
                 models[name] = receptive_fields(each.model.to(device), batches, args.preset)
-            except RequestError:  # a ValueError as well
-                raise
-            except ValueError as error:
-                raise RequestError(f"{printable(name)}: {error}") from error
         described = f"{images.seen:,} image{'s' * (images.seen > 1)}{' of noise' * bool(args.noise)}"
         percent = [f"{share * 100:.0f}" for share in SHARES]
         measured = [(name, field, measure(field)) for name, fields in models.items() for field in fields]
@@ -89,8 +83,6 @@ def load_checked(source: str, args: Namespace) -> "LoadedModel":
     from sequencer.analysis.receptive_field import check_stages
 
     loaded = load_original(source, args)
-    try:
+    with naming(source):
         check_stages(loaded.model)
-    except ValueError as error:
-        raise RequestError(f"{source}: {error}") from error
     return loaded

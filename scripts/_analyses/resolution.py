@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from _cli import created, integer, pick_device
-from _labelled import LabelledImages, check_named_data
+from _labelled import LabelledImages
 
 from _analyses.common import finish, labels, output_folder
 from _analyses.labelled import HEADER, add_labelled_arguments, change_cells, open_models, shown_change
@@ -50,8 +50,6 @@ def _sizes(text: str) -> list[int]:
 
 def resolution(args: Namespace) -> int:
     """Writes resolution.png, resolution.csv with a row for each model and size, and resolution_states.csv."""
-    for model in args.model:
-        check_named_data(model, args)
     names = labels(args.model)
     import torch
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from _cli import created, integer, load_original, need_packages, pick_device
-from _labelled import LabelledImages, check_named_data
+from _labelled import LabelledImages
 
 from _analyses.common import finish, output_folder
 from _analyses.labelled import add_labelled_arguments
@@ -71,7 +71,6 @@ def robustness(args: Namespace) -> int:
         need_packages("--corruptions imagenet", "imagecorruptions")
     if args.attacks:
         need_packages("--attacks", "captum")
-    check_named_data(args.model, args)
     return _corrupted(args, kind)
 
 
@@ -86,6 +85,7 @@ def _corrupted(args: Namespace, kind: str) -> int:
         read_stored_labels,
         stored_corruptions,
     )
+    from sequencer.analysis.corruptions import SEVERITIES
     from sequencer.analysis.pieces import Ledger
     from sequencer.analysis.robustness import (
         Normalised,
@@ -106,13 +106,13 @@ def _corrupted(args: Namespace, kind: str) -> int:
         config, split = labelled.data, labelled.split
         if not isinstance(split, IndexedSplit):
             raise RequestError(f"data={config.name}: its images cannot be read one by one, as corruptions need")
-        split = split.subset(np.arange(min(len(split), labelled.limit)))
+        split = split.subset(np.arange(len(split))[: args.limit])
         ledger = Ledger(output / "robustness.json", _identify(loaded))
         model = Normalised(loaded.model, config).to(device)
         base: Setting = {"images": split.fingerprint, "img_size": config.img_size, "crop_pct": config.crop_pct}
         wanted: dict[str, Setting] = {"clean": base}
         names = stored_corruptions(args.stored) if kind == "stored" else KINDS[kind][0] if kind != "none" else []
-        pieces = {f"{kind} {name} {level}": (name, level) for name in names for level in range(1, 6)}
+        pieces = {f"{kind} {name} {level}": (name, level) for name in names for level in SEVERITIES}
         own = {"stored": str(args.stored.resolve()), "limit": args.limit} if kind == "stored" else {"seed": args.seed}
         wanted |= dict.fromkeys(pieces, base | own)
         wanted |= {attack: base | ({"seed": args.seed} if attack == "pgd" else {}) for attack in args.attacks}
@@ -137,17 +137,19 @@ def _corrupted(args: Namespace, kind: str) -> int:
         top1 = {key: ledger.pieces[piece].top1 for piece, key in pieces.items()}
         others = {name: ledger.pieces[name].top1 for name in ("clean", *args.attacks)}
         caption = f"{loaded.arch} on {config.name}, {ledger.pieces['clean'].images:,} images. {CAPTIONS[kind]}"
-        caption += f"\n{ATTACK_CAPTION}" if args.attacks else ""
+        caption += f" {ATTACK_CAPTION}" if args.attacks else ""
         plot_robustness(top1, {_title(name): value for name, value in others.items()}, caption, output / FILES[0])
         ledger.write_csv(output / "robustness.csv")
     errors = corruption_errors(top1) if kind == "imagenet" else {}
-    lines = [[_title(name), f"{value:.2%}", *[""] * (5 if pieces else 0)] for name, value in others.items()]
+    lines = [
+        [_title(name), f"{value:.2%}", *[""] * (len(SEVERITIES) if pieces else 0)] for name, value in others.items()
+    ]
     for name in names:
-        values = [top1[name, level] for level in range(1, 6)]
-        lines.append([name, f"{sum(values) / 5:.2%}", *(f"{value:.2%}" for value in values)])
+        values = [top1[name, level] for level in SEVERITIES]
+        lines.append([name, f"{sum(values) / len(values):.2%}", *(f"{value:.2%}" for value in values)])
         if kind == "imagenet":
             lines[-1].append(f"{100 * errors[name]:.1f}")
-    severities = [f"severity {level}" for level in range(1, 6)] if pieces else []
+    severities = [f"severity {level}" for level in SEVERITIES] if pieces else []
     header = ["", "top-1", *severities, *(["CE"] if errors else [])]
     shown = table_lines(header, [row + [""] * (len(header) - len(row)) for row in lines])
     if top1:
@@ -215,9 +217,7 @@ def _natural(args: Namespace) -> int:
             splits = {clean: split, variant.title: split}
         elif args.clean_root:
             splits = {clean: of_classes(open_folder(args.clean_root, "--clean-root")[0], classes)} | splits
-        splits = {
-            name: split.subset(np.arange(min(len(split), args.limit or len(split)))) for name, split in splits.items()
-        }
+        splits = {name: split.subset(np.arange(len(split))[: args.limit]) for name, split in splits.items()}
         ledger = Ledger(output / "robustness.json", _identify(loaded))
         shared: Setting = {"img_size": config.img_size, "crop_pct": config.crop_pct, "classes": len(classes)}
         keys = {name: f"{args.variant} {name}" for name in splits}
@@ -225,7 +225,7 @@ def _natural(args: Namespace) -> int:
         model = Normalised(loaded.model, config).to(device)
 
         def compute(piece: str, description: str) -> tuple[int, int, int]:
-            name = next(name for name, key in keys.items() if key == piece)
+            name = piece.removeprefix(f"{args.variant} ")
             images = splits[name]
             loader = piece_loader(images, Clean(config), args.batch_size, workers)
             found = predict_classes(classifier(model), loader, device, description, classes)

@@ -4,7 +4,6 @@ from argparse import ArgumentParser, Namespace
 from typing import Any
 
 from _cli import created, pick_device
-from _labelled import check_named_data
 
 from _analyses.common import finish, labels, output_folder
 from _analyses.labelled import HEADER, add_labelled_arguments, change_cells, open_models, shown_change
@@ -22,8 +21,6 @@ def add_arguments(command: ArgumentParser) -> None:
 
 def symmetry(args: Namespace) -> int:
     """Writes symmetry.png, accuracies under each change, and symmetry.csv, a row for each model and change."""
-    for model in args.model:
-        check_named_data(model, args)
     names = labels(args.model)
     from sequencer.analysis.change_plots import describe_level, plot_symmetry
     from sequencer.analysis.symmetry import CONDITIONS

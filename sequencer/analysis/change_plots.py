@@ -104,10 +104,7 @@ def plot_symmetry(found: Mapping[str, Symmetry], title: str, output: Path) -> Fi
     turns.set_ylim(0, min(1.0, 1.08 * max(top.high for top in tops)))
     for axes in (*upper, *lower[1:]):
         axes.tick_params(labelleft=False)
-    names = [shorten(name, LONGEST_NAME) for name in found]
-    handles = [Line2D([], [], color=colour_of(i), marker=marker_of(i), label=name) for i, name in enumerate(names)]
-    figure.legend(handles=handles, loc="outside upper right", ncols=min(len(names), 4))
-    figure.suptitle(drawable(title), x=0.01, ha="left", fontsize=11, fontweight="bold")
+    add_heading(figure, title, list(found))
     caption = (
         "Bars: 95% intervals (Wilson's score). Dashed: unchanged images. Filled marks: the accuracy differs from that "
         f"on unchanged images ({TEST}, for each model over all conditions). Shifts are circular. Covered patches have "
@@ -118,6 +115,14 @@ def plot_symmetry(found: Mapping[str, Symmetry], title: str, output: Path) -> Fi
     add_caption(figure, caption)
     save(figure, output)
     return figure
+
+
+def add_heading(figure: Figure, title: str, models: list[str]) -> None:
+    """Writes a title above a figure, and beside it the names of the models with their colours and markers."""
+    names = [shorten(name, LONGEST_NAME) for name in models]
+    handles = [Line2D([], [], color=colour_of(i), marker=marker_of(i), label=name) for i, name in enumerate(names)]
+    figure.legend(handles=handles, loc="outside upper right", ncols=min(len(names), 4))
+    figure.suptitle(drawable(title), x=0.01, ha="left", fontsize=11, fontweight="bold")
 
 
 def _draw_turns(axes: Axes, models: list[Symmetry]) -> None:

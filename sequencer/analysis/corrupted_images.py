@@ -14,15 +14,15 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from torchvision.transforms import CenterCrop, Compose, Resize
 
-from sequencer.analysis.corruptions import CORRUPTIONS, SEVERITIES, corrupt
+from sequencer.analysis.corruptions import CORRUPTIONS, SEVERITIES, corrupt, to_pil
 from sequencer.analysis.robustness import ALEXNET_ERRORS
 from sequencer.config.errors import RequestError
 from sequencer.config.schema import DataConfig
-from sequencer.data import UnreadableImage, eval_transform
-from sequencer.data.indexed import IndexedSplit, collate_readable
+from sequencer.data import eval_transform
+from sequencer.data.indexed import IndexedSplit, ReadableSet, collate_readable
 from sequencer.data.split import limit_workers, make_loader
 from sequencer.data.transforms import to_8bit, to_channels
 from sequencer.printing import printable
@@ -62,7 +62,7 @@ class CifarC:
         pixels = np.asarray(CenterCrop(min(stored.size))(stored) if small else to_8bit(self.transform(stored)))
         pixels = pixels.reshape(*pixels.shape[:2], -1)
         corrupted = corrupt(pixels, self.name, self.severity, self.seed, index)
-        return self.transform(Image.fromarray(corrupted[..., 0] if corrupted.shape[2] == 1 else corrupted))
+        return self.transform(to_pil(corrupted))
 
 
 class ImageNetC:
@@ -104,24 +104,16 @@ def seeded_numpy(seed: int) -> Iterator[None]:
         np.random.set_state(state)
 
 
-class PieceSet(Dataset[Any]):
-    """Items `(image, label, index)` of the readable images of a split, prepared for a piece."""
+class PieceSet(ReadableSet):
+    """The readable images of a split, prepared for a piece."""
 
     def __init__(self, split: IndexedSplit, prepare: Prepare) -> None:
-        self.split, self.prepare = split, prepare
+        super().__init__(split)
+        self.prepare = prepare
 
-    def __len__(self) -> int:
-        return len(self.split)
-
-    def __getitems__(self, indices: Sequence[int]) -> list[Any]:
-        items = []
-        for index in indices:
-            try:
-                image, label = self.split.decode(index)
-            except UnreadableImage:
-                continue
-            items.append((self.prepare(image, index), label, index))
-        return items
+    def item(self, index: int) -> tuple[Tensor, int]:
+        image, label = self.split.decode(index)
+        return self.prepare(image, index), label
 
 
 class StoredSplit(IndexedSplit):

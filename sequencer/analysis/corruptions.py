@@ -147,13 +147,13 @@ def _elastic_transform(image: Pixels, constants: tuple[float, float, float], gen
 
 def _pixelate(image: Pixels, factor: float, generator: np.random.Generator) -> Pixels:
     height, width = image.shape[:2]
-    small = _to_pil(image).resize((max(1, int(width * factor)), max(1, int(height * factor))), Image.Resampling.BOX)
+    small = to_pil(image).resize((max(1, int(width * factor)), max(1, int(height * factor))), Image.Resampling.BOX)
     return np.asarray(small.resize((width, height), Image.Resampling.BOX)).reshape(image.shape)
 
 
 def _jpeg_compression(image: Pixels, quality: int, generator: np.random.Generator) -> Pixels:
     buffer = io.BytesIO()
-    _to_pil(image).save(buffer, "JPEG", quality=quality)
+    to_pil(image).save(buffer, "JPEG", quality=quality)
     with Image.open(buffer) as stored:
         return np.asarray(stored).reshape(image.shape)
 
@@ -196,7 +196,8 @@ def _luma(x: Floats) -> Floats:
     return (x @ LUMA)[..., None] if x.shape[-1] == 3 else x
 
 
-def _to_pil(image: Pixels) -> Image.Image:
+def to_pil(image: Pixels) -> Image.Image:
+    """Converts an array `H W C`, of one channel or three."""
     return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
 
 

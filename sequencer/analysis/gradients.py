@@ -13,16 +13,13 @@ def image_gradients(
 ) -> list[Float[Tensor, "B C H W"]]:
     """Computes the gradient of each of several scalars with respect to images.
 
-    The parameters of the model are frozen meanwhile, which saves their part of the backward pass.
-
     Args:
         model: In eval mode.
         images: The images; they get no gradient themselves.
         scalars: Computes the scalars from a copy of the images, by the model.
     """
     leaf = images.detach().clone().requires_grad_()
-    # cuDNN has no backward pass of recurrent layers in eval mode
-    with torch.enable_grad(), torch.backends.cudnn.flags(enabled=False), _frozen(model):
+    with torch.enable_grad(), for_image_gradients(model):
         values = scalars(leaf)
         return [
             torch.autograd.grad(value, leaf, retain_graph=number < len(values))[0]
@@ -31,13 +28,18 @@ def image_gradients(
 
 
 @contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """Switches off the gradients of the parameters that have some."""
+def for_image_gradients(model: nn.Module) -> Iterator[None]:
+    """Prepares a model in eval mode for gradients with respect to its images, inside the block.
+
+    Its parameters are frozen, which saves their part of the backward pass, and cuDNN, which has no backward pass of
+    recurrent layers in eval mode, is not used.
+    """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trained:
         parameter.requires_grad_(False)
     try:
-        yield
+        with torch.backends.cudnn.flags(enabled=False):
+            yield
     finally:
         for parameter in trained:
             parameter.requires_grad_()

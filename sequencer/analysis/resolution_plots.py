@@ -12,9 +12,9 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator, PercentFormatter
 
-from sequencer.analysis.change_plots import LONGEST_NAME, TEST, colour_of, draw_points, marker_of
+from sequencer.analysis.change_plots import TEST, add_heading, colour_of, draw_points, marker_of
 from sequencer.analysis.memory import MOST_SEQUENCES, SATURATED
-from sequencer.analysis.plots import INK, STYLE, add_caption, drawable, save, shorten
+from sequencer.analysis.plots import INK, STYLE, add_caption, save
 from sequencer.analysis.resolution import STATE_IMAGES, Resolution
 
 STAGES: tuple[Any, ...] = ("-", "--", "-.", ":")  # lines of the stages, which repeat
@@ -55,10 +55,7 @@ def plot_resolution(found: Mapping[str, Resolution], title: str, speed: str, out
         axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
     if has_states:
         _draw_states(panels[1], list(found.values()))
-    names = [shorten(name, LONGEST_NAME) for name in found]
-    handles = [Line2D([], [], color=colour_of(i), marker=marker_of(i), label=name) for i, name in enumerate(names)]
-    figure.legend(handles=handles, loc="outside upper right", ncols=min(len(names), 4))
-    figure.suptitle(drawable(title), x=0.01, ha="left", fontsize=11, fontweight="bold")
+    add_heading(figure, title, list(found))
     caption = (
         "Images are resized and cropped for each size by the preprocessing of the model. Ringed and dashed: the size "
         "of the model. Bars: 95% intervals (Wilson's score). Filled marks: the accuracy differs from that at the size "

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from sequencer.analysis.corruptions import SEVERITIES
+from sequencer.analysis.gradients import for_image_gradients
 from sequencer.config.errors import RequestError
 from sequencer.config.schema import DataConfig
 from sequencer.data import channel_statistics
@@ -113,9 +114,7 @@ def attacked(model: Normalised, attack: str, seed: int) -> Classify:
         nonlocal batches
         devices = [images.device] if images.device.type == "cuda" else []
         images.requires_grad_()
-        # cuDNN refuses the backward pass of a recurrence in eval mode
-        unfused = torch.backends.cudnn.flags(enabled=False)
-        with unfused, torch.random.fork_rng(devices), warnings.catch_warnings():
+        with for_image_gradients(model), torch.random.fork_rng(devices), warnings.catch_warnings():
             torch.manual_seed(seed + batches)
             warnings.filterwarnings("ignore", "Input Tensor 0 did not already require gradients")  # of each step
             if attack == "fgsm":

@@ -11,7 +11,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import PercentFormatter
 
 from sequencer.analysis.corruptions import SEVERITIES
-from sequencer.analysis.plots import BLUE, GREY, INK, STYLE, VERMILION, save
+from sequencer.analysis.plots import BLUE, GREY, STYLE, VERMILION, add_caption, save
 
 MAP = "cividis"  # distinguishable with all common types of colour vision
 
@@ -44,7 +44,7 @@ def plot_robustness(
         if found := [corrupted[name, severity] for name in names if (name, severity) in corrupted]:
             values[f"severity {severity}"] = float(np.mean(found))
     _draw_bars(bars, values, len(others))
-    figure.supxlabel(caption, fontsize=8, color=INK)
+    add_caption(figure, caption)
     save(figure, output)
     return figure
 

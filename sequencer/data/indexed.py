@@ -144,10 +144,14 @@ class ReadableSet(Dataset[Any]):
         items = []
         for index in indices:
             try:
-                items.append((*self.split[index], index))
+                items.append((*self.item(index), index))
             except UnreadableImage:
                 continue
         return items
+
+    def item(self, index: int) -> tuple[Any, int]:
+        """The image `index` as it is loaded, and its label."""
+        return self.split[index]
 
 
 def collate_readable(items: list[Any]) -> list[Tensor]:

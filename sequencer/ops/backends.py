@@ -57,11 +57,9 @@ def _fused_refusal(inputs: Inputs) -> str | None:
         return f"it serves {', '.join(cpu.CELLS[:-1])} and {cpu.CELLS[-1]}"
     if inputs.device != "cpu":
         return "it runs on a CPU"
-    return (
-        f"it has no {inputs.dtype}"
-        if inputs.dtype not in cpu.DTYPES
-        else _warn_once(cpu.unavailable(inputs.cell, inputs.dtype))
-    )
+    if inputs.dtype not in cpu.DTYPES:
+        return f"it has no {inputs.dtype}"
+    return _warn_once(cpu.unavailable(inputs.cell, inputs.dtype))
 
 
 def _triton_refusal(inputs: Inputs) -> str | None:

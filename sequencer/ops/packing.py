@@ -42,8 +42,7 @@ class PackedWeights:
         tensors = [tensor for w in weights for tensor in w if tensor is not None]
         if any(tensor.is_inference() for tensor in tensors):  # these have no version counter
             return fused.pack(weights, cell)
-        contiguous = [tensor.contiguous() for tensor in tensors]
-        bits = cpu.checksum(contiguous, cell, dtype) if backend == "fused" else None
+        bits = cpu.checksum([t.contiguous() for t in tensors], cell, dtype) if backend == "fused" else None
         # without a checksum the parameters' memory is kept, lest new parameters get the same address; computed ones,
         # as those of torch.nn.utils.parametrize, are new at each call
         owners = [tensor.detach() for tensor in tensors] if bits is None else []
