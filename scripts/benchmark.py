@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
     from sequencer.measure import Comparison, Settings
 
-LOOPS = {"cpu": ("cifar10_cpu", 60), "cuda": ("cifar10_gpu", 80)}  # recipe and batches per epoch
+LOOPS = {"cpu": ("cifar10_cpu", 20), "cuda": ("cifar10_gpu", 80)}  # recipe and batches per epoch
 KERNEL_COLUMNS = (
     "layer",
     "kernel",

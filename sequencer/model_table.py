@@ -66,6 +66,11 @@ VARIANTS = {
         img_size=8,
         in_chans=1,
     ),
+    "sequencer2d_p4_32": Variant(  # one stage on patches of 4 pixels, for a CPU
+        "Sequencer2d",
+        {"layers": (4,), "patch_sizes": (4,), "embed_dims": (128,), "hidden_sizes": (32,)},
+        img_size=32,
+    ),
     "sequencer2d_t_32": Variant("Sequencer2d", TINY | {"patch_sizes": (2, 2)}, img_size=32),
     "sequencer2d_t_64": Variant("Sequencer2d", TINY | {"patch_sizes": (4, 2)}, img_size=64),
 }

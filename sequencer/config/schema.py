@@ -65,6 +65,12 @@ class AugmentConfig:
     hflip: float = knob(0.0, "probability of a horizontal flip", low=0.0, high=1.0)
     color_jitter: float = knob(0.0, "strength of brightness, contrast and saturation jitter", low=0.0, high=100.0)
     auto_augment: str | None = knob(None, "timm policy, e.g. rand-m9-mstd0.5-inc1 (RandAugment)")
+    sizes: list[int] | None = knob(
+        None,
+        "heights and widths that training images are reduced to, one after another in equal parts of the epochs, e.g. "
+        "[16, 24, 32]; null keeps img_size, at which the model is evaluated in any case",
+        low=1,
+    )
     reprob: float = knob(0.0, "probability of random erasing", low=0.0, high=1.0)
     remode: str = knob("pixel", "fill of erased rectangles", choices=("const", "rand", "pixel"))
     mixup: float = knob(0.0, "alpha of mixup; 0 turns it off", low=0.0)

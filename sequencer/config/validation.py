@@ -147,6 +147,11 @@ def _check_images(config: Config) -> None:
                 f"data.augment.{key}={getattr(data.augment, key)} is out of range: it must be 0 or at least "
                 f"{SMALLEST_ALPHA:g}"
             )
+    sizes = data.augment.sizes
+    if sizes == []:
+        raise RequestError("data.augment.sizes=[]: give one size or more, or null for data.img_size")
+    if sizes and max(sizes) > data.img_size:
+        raise RequestError(f"data.augment.sizes={sizes}: {max(sizes)} is more than data.img_size={data.img_size}")
     if data.augment.crop_padding > data.img_size:
         raise RequestError(
             f"data.augment.crop_padding={data.augment.crop_padding} is more than data.img_size={data.img_size}: crops "

@@ -30,6 +30,7 @@ from sequencer.measure.problems import (
 from sequencer.measure.progress import stages
 from sequencer.measure.size import Size, count_parameters, estimate_size
 from sequencer.training.launch import launch, training_device, uses_gpu
+from sequencer.training.module import training_size
 from sequencer.training.optim import build_optimizer, build_schedule
 from sequencer.training.result import limited
 from sequencer.training.setup import Parts, build_data, build_parts
@@ -83,6 +84,7 @@ def plan(config: Config, sources: Sources, trials: int = 1, started: float | Non
         show("timing training steps")
         measured = measure(config, Path(folder), batches, val_batches, data, size, available, deadline)
     epochs = updates / per_epoch
+    share = _share_of_pixels(config)
     result = Plan(
         batches=batches,
         updates=updates,
@@ -92,7 +94,7 @@ def plan(config: Config, sources: Sources, trials: int = 1, started: float | Non
         rates=rates,
         measured=measured,
         train_s=measured.start_s
-        + epochs * (batches * measured.step_s + val_batches * measured.val_s + measured.rest_s),
+        + epochs * (batches * measured.step_s * share + val_batches * measured.val_s + measured.rest_s),
         test_s=test_batches * measured.val_s,
         flops=size.flops,
         problems=problems + find_disk_problems(Path(config.run_dir), trials * measured.disk),
@@ -120,6 +122,15 @@ def _count_updates(config: Config, batches: int) -> tuple[int, int]:
     if config.trainer.max_steps >= 0:
         updates = min(updates, config.trainer.max_steps)
     return updates, per_epoch
+
+
+def _share_of_pixels(config: Config) -> float:
+    """Pixels of all training images over those that they would have at the full size; a step costs as much."""
+    sizes, count = config.data.augment.sizes, config.trainer.max_epochs
+    if not sizes:
+        return 1.0
+    used = [training_size(sizes, epoch, count) for epoch in range(count)]
+    return sum(size**2 for size in used) / count / config.data.img_size**2
 
 
 def _sample_rates(config: Config, model: nn.Module, updates: int, per_epoch: int) -> list[float]:

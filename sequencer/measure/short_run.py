@@ -13,7 +13,7 @@ from sequencer.machine import now
 
 
 def without_end(config: Config, run_dir: Path, **trainer: Any) -> Config:
-    """The configuration of a silent run in `run_dir` that nothing ends early.
+    """The configuration of a silent run in `run_dir` that nothing ends early, on images of the full size.
 
     Args:
         config: The run to imitate.
@@ -22,7 +22,9 @@ def without_end(config: Config, run_dir: Path, **trainer: Any) -> Config:
     """
     ends = {"max_steps": -1, "early_stopping_patience": None, "max_loss": math.inf, "enable_progress_bar": False}
     section = dataclasses.replace(config.trainer, **ends | trainer)
-    return dataclasses.replace(config, run_dir=str(run_dir), trainer=section)
+    augment = dataclasses.replace(config.data.augment, sizes=None)
+    data = dataclasses.replace(config.data, augment=augment)
+    return dataclasses.replace(config, run_dir=str(run_dir), data=data, trainer=section)
 
 
 class Clock(Callback):

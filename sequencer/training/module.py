@@ -7,6 +7,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from timm.scheduler.scheduler import Scheduler
@@ -82,6 +83,8 @@ class Classifier(pl.LightningModule):
         images, targets = batch
         if self.mix is not None:
             images, targets = self.mix(images, targets)  # to soft targets, smoothed
+        if sizes := self.config.data.augment.sizes:
+            images = reduce(images, training_size(sizes, self.current_epoch, self.trainer.max_epochs or 1))
         logits = self(images)
         loss = self.criterion(logits, targets)
         if self.teacher is not None:
@@ -223,6 +226,21 @@ class Classifier(pl.LightningModule):
         elif not distributed.is_first():  # another number of ranks than before: rank 0 takes the sums of all
             totals = [0.0] * len(self._train_totals)
         self._train_totals = torch.tensor(totals, dtype=torch.float64)
+
+
+def training_size(sizes: Sequence[int], epoch: int, epochs: int) -> int:
+    """Returns the size of the training images of an epoch, counted from 0, see `data.augment.sizes`.
+
+    The last of `epochs` has the last size; where they are fewer than the sizes, the first ones are left out.
+    """
+    return sizes[-1 - max(epochs - 1 - epoch, 0) * len(sizes) // epochs]
+
+
+def reduce(images: Float[Tensor, "B C H W"], size: int) -> Float[Tensor, "B C S S"]:
+    """Reduces images to `size` pixels by bilinear interpolation with antialiasing, as PIL does."""
+    if images.shape[-2:] == (size, size):
+        return images
+    return F.interpolate(images, (size, size), mode="bilinear", antialias=True)
 
 
 def parameters_of(model: nn.Module) -> int:

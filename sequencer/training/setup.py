@@ -6,6 +6,7 @@ import sys
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from sequencer.training.divergence import DivergenceGuard
 from sequencer.training.ema import WeightEma
 from sequencer.training.launch import trainer_settings, training_device
 from sequencer.training.loss import Teacher, build_teacher
-from sequencer.training.module import Classifier, parameters_of
+from sequencer.training.module import Classifier, parameters_of, training_size
 from sequencer.training.optim import build_optimizer, describe_groups, describe_phases, try_optimizer
 from sequencer.training.progress import EpochBar
 from sequencer.training.report import EpochReport
@@ -95,6 +96,7 @@ def build_parts(config: Config, *callbacks: Callback, data: DataModule | None = 
         f"{data.num_classes:,} classes",
         *([] if resumed else describe_start(config)),
         _describe_batch(config),
+        *_describe_sizes(config),
         *describe_phases(config),
         *([f"teacher: {config.optim.distill_from}, {config.optim.distill_weight:g} of the loss"] if teacher else []),
         *([f"kernels: {', '.join(dict.fromkeys(name for name, _ in kernels))}"] if kernels else []),
@@ -155,7 +157,7 @@ def build_model(config: Config, num_classes: int, resumed: bool = False) -> nn.M
 
 
 def _try_model(config: Config, model: nn.Module, num_classes: int) -> None:
-    """Checks by a forward pass on the CPU that the model trains on images of this size and returns logits.
+    """Checks by a forward pass on the CPU that the model trains on images of every size and returns logits.
 
     Neither the model nor a random state changes. A model on the meta device, which has no memory, is not tried.
 
@@ -164,7 +166,12 @@ def _try_model(config: Config, model: nn.Module, num_classes: int) -> None:
     """
     if any(parameter.is_meta for parameter in model.parameters()):
         return
-    size, chans = config.data.img_size, config.data.in_chans
+    for size in dict.fromkeys([config.data.img_size, *(config.data.augment.sizes or [])]):
+        _try_size(config, model, num_classes, size)
+
+
+def _try_size(config: Config, model: nn.Module, num_classes: int, size: int) -> None:
+    chans = config.data.in_chans
     images = torch.zeros(min(config.data.batch_size // distributed.world_size(), 2), chans, size, size)
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     try:
@@ -220,6 +227,16 @@ def _describe_batch(config: Config) -> str:
     ]
     made = f" ({' x '.join([str(size // devices), *factors])})" if factors else ""
     return f"batch {size * passes:,}{made}, learning rate {config.optim.lr:g}"
+
+
+def _describe_sizes(config: Config) -> list[str]:
+    """Describes the sizes of the training images, where they change."""
+    sizes, epochs = config.data.augment.sizes, config.trainer.max_epochs
+    if not sizes:
+        return []
+    used = [training_size(sizes, epoch, epochs) for epoch in range(epochs)]
+    parts = [f"{size} px for {len(list(same))}" for size, same in groupby(used)]
+    return [f"sizes of training images: {', '.join(parts)} epochs"]
 
 
 def _kernels(model: nn.Module, trainer: pl.Trainer) -> list[tuple[str, str]]:

@@ -30,11 +30,12 @@ def test_sources_of_values():
     expected = {
         "optim.lr": "command line",
         "model.kwargs.cell": "command line",
-        "model.kwargs.layers": "conf/experiment/cifar10_cpu.yaml",
+        "trainer.precision": "conf/experiment/cifar10_cpu.yaml",
         "trainer.max_epochs": "conf/experiment/ablation_hidden.yaml",
         "optim.momentum": "conf/optim/sgd.yaml",
         "data.mean": "conf/data/cifar10.yaml",
-        "model.name": "conf/data/cifar10.yaml",  # interpolates data.default_model
+        "model.name": "conf/experiment/cifar10_cpu.yaml",
+        "model.num_classes": "conf/data/cifar10.yaml",  # interpolates data.num_classes
         "seed": "schema",
     }
     assert {key: sources[key] for key in expected} == expected

@@ -50,7 +50,8 @@ def test_both_loops_take_the_same_steps(monkeypatch):
         return parts
 
     monkeypatch.setattr(throughput, "build_parts", build_parts)
-    config = compose(["experiment=cifar10_cpu", "data.batch_size=2", "optim.min_lr=1e-4", *SMALL, SMALL_MODEL])
+    overrides = ["data.batch_size=2", "optim.opt=nadamw", "optim.min_lr=1e-4", *SMALL, SMALL_MODEL]
+    config = compose(["experiment=cifar10_cpu", *overrides])
     seconds = measure_loops(config, batches=3, rounds=2)
     assert list(seconds) == ["bare loop", "Lightning"]
     assert all(len(values) == 2 and min(values) > 0 for values in seconds.values())

@@ -4,9 +4,11 @@ import re
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
+from PIL import Image
 from pytorch_lightning.callbacks import Callback, EarlyStopping, LearningRateFinder, ModelCheckpoint
 from pytorch_lightning.loggers.logger import Logger
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
@@ -18,7 +20,7 @@ from sequencer.training import Classifier, run
 from sequencer.training.checkpoints import RunCheckpoints
 from sequencer.training.divergence import DivergenceGuard
 from sequencer.training.ema import WeightEma
-from sequencer.training.module import IMAGES
+from sequencer.training.module import IMAGES, reduce, training_size
 from sequencer.training.report import EpochReport
 from sequencer.training.setup import build_parts, quieten
 from tests.helpers import EMA, equal_tensors, read_last, read_rows
@@ -94,6 +96,40 @@ def test_overfit_batches_repeats_the_same_images(module, data, trainer):
     assert len(seen) == 30
     assert all(torch.equal(images, seen[number % 2]) for number, images in enumerate(seen))
     assert float(plain.callback_metrics["train/loss"]) < 2.2  # of 2.30 at the start
+
+
+@pytest.mark.parametrize(
+    ("sizes", "epochs", "used"),
+    [
+        ([16, 24, 32], 1, [32]),
+        ([16, 24, 32], 2, [24, 32]),
+        ([16, 24, 32], 5, [16, 24, 24, 32, 32]),
+        ([16, 32], 6, [16, 16, 16, 32, 32, 32]),
+        ([8], 3, [8, 8, 8]),
+    ],
+)
+def test_sizes_of_training_images(sizes, epochs, used):
+    assert [training_size(sizes, epoch, epochs) for epoch in range(epochs)] == used
+
+
+def test_training_images_are_reduced_as_pil_does():
+    images = torch.rand(3, 1, 12, 12)
+    expected = [np.asarray(Image.fromarray(image[0].numpy()).resize((8, 8), Image.Resampling.BILINEAR))
+                for image in images]  # fmt: skip
+    np.testing.assert_allclose(reduce(images, 8)[:, 0], np.stack(expected), atol=1e-6)
+    assert reduce(images, 12) is images
+
+
+def test_training_images_grow_and_validation_images_do_not(config, data, trainer):
+    module = build(config("data.augment.sizes=[4,6,8]"), data.class_names)
+    seen = Counter()
+    module.model.register_forward_pre_hook(
+        lambda model, args: seen.update([(model.training, plain.current_epoch, args[0].shape[-1])])
+    )
+    plain = trainer(max_epochs=3)
+    plain.fit(module, datamodule=data)
+    assert {key: count for key, count in seen.items() if key[0]} == {(True, e, 4 + 2 * e): 4 for e in range(3)}
+    assert {size for training, _, size in seen if not training} == {8}
 
 
 def test_early_stopping_and_model_checkpoint_monitor_top1(module, data, trainer, tmp_path):
