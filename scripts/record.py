@@ -19,7 +19,7 @@ from argparse import Namespace, RawDescriptionHelpFormatter
 from datetime import date
 from pathlib import Path
 
-from _cli import Parser, run
+from _cli import Parser, make_folder, run
 
 from sequencer.config import RequestError, compose
 from sequencer.config.request import load_summary
@@ -60,6 +60,7 @@ def work(args: Namespace) -> None:
         if given := [override for override in args.overrides if override.startswith(key)]:
             raise RequestError(f"{given[0]}: this script sets {key[:-1]}")
     config = compose(args.overrides)
+    make_folder(args.output.parent)
     commit = _git("rev-parse", "--short", "HEAD").strip()
     if changed := _git("status", "--porcelain", "--", ".", ":!docs/results").splitlines():
         raise RequestError(f"a record is of a commit, and {changed[0][3:]} has changes")

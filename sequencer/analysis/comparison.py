@@ -319,7 +319,7 @@ def write_csv(comparison: Comparison, path: Path, test: bool = False) -> None:
     Raises:
         WriteError: The file cannot be written.
     """
-    wanted = ("val", "parameters", "best_epoch", "time/train_s", *(["test"] if test else []))
+    wanted = ("train/", "val", "parameters", "best_epoch", "time/train_s", *(["test"] if test else []))
     records = [
         {"rank": rank, "run": printable(run.folder), "state": run.state}
         | {key: printable(run.settings.get(key, "")) for key in comparison.keys}

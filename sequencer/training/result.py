@@ -83,6 +83,7 @@ def finish(
         "epochs": len(report.rows),
         "updates": int(report.rows[-1]["step"]),
         "best_epoch": int(best_row["epoch"]) + 1,
+        **{name: best_row[name] for name in ("train/loss", "train/top1")},
         **{f"{slot}/{name}": best_row[f"{slot}/{name}"] for slot in report.slots for name in names},
         **({f"test/{name}": float(values[name]) for name in names} if split == "test" else {}),
         "time/train_s": round(sum(row["time/epoch_s"] for row in report.rows), 1),

@@ -55,6 +55,9 @@ def test_run_folder(finished):
     assert str(folder) not in card.content
     assert json.loads((folder / "summary.json").read_text()) == summary
     assert 0 <= summary["test/top1"] <= 1
+    best = read_rows(folder)[summary["best_epoch"] - 1]
+    for name in ("train/loss", "train/top1", "val/loss"):
+        assert summary[name] == float(best[name])
     assert OmegaConf.load(folder / "config.yaml").data.name == "digits"
     log = (folder / "train.log").read_text()
     assert "epoch 1/2" in log
