@@ -3,8 +3,8 @@
     python scripts/record.py experiment=cifar10_cpu data.root=WHERE
 
 Each seed is trained by train.py in a process of its own. Its row has the accuracy on the test split, the minutes from
-the start of the process to its end, the machine, the commit, and the load of the machine before the start, which
-should be near 0. The checkout must be clean, so that the commit says what was measured. `scripts/results.py` writes
+the start of the process to its end, the machine, the commit, and the load average before the start, in which the seed
+before still counts. The checkout must be clean, so that the commit says what was measured. `scripts/results.py` writes
 the rows into the pages.
 """
 

@@ -76,7 +76,7 @@ def test_sizes_are_those_of_the_run(planned, tmp_path, capsys):
         assert phrase in text
     assert "every other key has its default: plan=full lists them\n" in text
     assert not re.search("^(trainer.devices|model.name|data.hflip|seed) ", text, flags=re.MULTILINE)
-    assert re.search(r"optim.lr +0.003 +conf/experiment/digits.yaml", text)
+    assert re.search(r"optim.weight_decay +0.3 +conf/experiment/digits.yaml", text)
     assert re.search(r"data.batch_size +32 +command line", text)
 
 
