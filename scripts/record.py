@@ -64,6 +64,7 @@ def work(args: Namespace) -> None:
     commit = _git("rev-parse", "--short", "HEAD").strip()
     if changed := _git("status", "--porcelain", "--", ".", ":!docs/results").splitlines():
         raise RequestError(f"a record is of a commit, and {changed[0][3:]} has changes")
+    shown = [override if not override.startswith("data.root=") else "data.root=WHERE" for override in args.overrides]
     for seed in args.seeds.split(","):
         load = os.getloadavg()[0]
         run_dir = Path("outputs", "records", f"{config.name}-{seed}-{time.strftime('%Y-%m-%d_%H-%M-%S')}")
@@ -74,9 +75,6 @@ def work(args: Namespace) -> None:
         minutes = (time.monotonic() - start) / 60
         found = load_summary(run_dir)
         assert found is not None  # the run has finished
-        shown = [
-            override if not override.startswith("data.root=") else "data.root=WHERE" for override in args.overrides
-        ]
         row = (
             date.today(), shlex.join(["python", "train.py", *shown]), seed, found["test/top1"], found["test/loss"],
             found["parameters"], found["epochs"], f"{minutes:.2f}", f"{found['time/train_s'] / 60:.2f}", f"{load:.2f}",

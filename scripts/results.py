@@ -9,8 +9,9 @@ import re
 from collections.abc import Callable, Sequence
 from itertools import groupby
 from pathlib import Path
-from statistics import mean, stdev
 from typing import NamedTuple
+
+from sequencer.analysis.comparison import spread
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -46,12 +47,6 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]], texts: int = 
     """A table whose columns are aligned to the right, but for the first `texts`."""
     rule = ["---" if index < texts else "---:" for index in range(len(header))]
     return "\n".join(f"| {' | '.join(row)} |" for row in [header, rule, *rows])
-
-
-def spread(fractions: Sequence[float]) -> str:
-    """Mean and standard deviation, in percent."""
-    deviation = f" ± {100 * stdev(fractions):.2f}" if len(fractions) > 1 else ""
-    return f"{100 * mean(fractions):.2f}{deviation}"
 
 
 class Record(NamedTuple):

@@ -1,13 +1,12 @@
 """The stated results: how they are measured, and that the pages have the figures of the CSV files."""
 
-import csv
 import shlex
 
 import pytest
 
 from sequencer.config.command import parse_command
 from sequencer.config.composition import to_config
-from tests.helpers import SMALL, SMALL_MODEL
+from tests.helpers import SMALL, SMALL_MODEL, read_csv
 from tests.test_documents import ROOT
 
 
@@ -47,8 +46,7 @@ def test_a_record_has_a_row_for_each_seed(record, tmp_path, capfd):
     output = tmp_path / "records.csv"
     wanted = [*SMALL, SMALL_MODEL, "trainer.max_epochs=1", "data.root=somewhere"]
     assert record.main([*wanted, "--seeds", "3,4", "--output", str(output)]) == 0
-    with open(output, newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_csv(output)
     assert [row["seed"] for row in rows] == ["3", "4"]
     assert shlex.split(rows[0]["command"]) == ["python", "train.py", *wanted[:-1], "data.root=WHERE"]
     assert rows[0]["commit"] == "0123abc"

@@ -300,7 +300,11 @@ def _mean(row: Row, metric: str) -> str:
     values = row.values(metric)
     if any(math.isnan(value) for value in values):
         return "" if any(metric not in run.results for run in row.runs) else "nan"
-    scale, digits = (1, 4) if lower_is_better(metric) else (100, 2)
+    return spread(values, 1, 4) if lower_is_better(metric) else spread(values)
+
+
+def spread(values: Sequence[float], scale: float = 100, digits: int = 2) -> str:
+    """Returns mean and standard deviation as text; of fractions in per cent."""
     deviation = f" ± {scale * stdev(values):.{digits}f}" if len(values) > 1 else ""
     return f"{scale * mean(values):.{digits}f}{deviation}"
 

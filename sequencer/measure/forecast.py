@@ -30,7 +30,7 @@ from sequencer.measure.problems import (
 from sequencer.measure.progress import stages
 from sequencer.measure.size import Size, count_parameters, estimate_size
 from sequencer.training.launch import launch, training_device, uses_gpu
-from sequencer.training.module import training_size
+from sequencer.training.module import size_phases
 from sequencer.training.optim import build_optimizer, build_schedule
 from sequencer.training.result import limited
 from sequencer.training.setup import Parts, build_data, build_parts
@@ -126,11 +126,9 @@ def _count_updates(config: Config, batches: int) -> tuple[int, int]:
 
 def _share_of_pixels(config: Config) -> float:
     """Pixels of all training images over those that they would have at the full size; a step costs as much."""
-    sizes, count = config.data.augment.sizes, config.trainer.max_epochs
-    if not sizes:
-        return 1.0
-    used = [training_size(sizes, epoch, count) for epoch in range(count)]
-    return sum(size**2 for size in used) / count / config.data.img_size**2
+    full, epochs = config.data.img_size, config.trainer.max_epochs
+    phases = size_phases(config.data.augment.sizes or [full], epochs)
+    return sum(size**2 * (end - first) for size, first, end in phases) / (epochs * full**2)
 
 
 def _sample_rates(config: Config, model: nn.Module, updates: int, per_epoch: int) -> list[float]:

@@ -228,12 +228,19 @@ class Classifier(pl.LightningModule):
         self._train_totals = torch.tensor(totals, dtype=torch.float64)
 
 
-def training_size(sizes: Sequence[int], epoch: int, epochs: int) -> int:
-    """Returns the size of the training images of an epoch, counted from 0, see `data.augment.sizes`.
+def size_phases(sizes: Sequence[int], epochs: int) -> list[tuple[int, int, int]]:
+    """Returns each size of the training images with its first epoch, counted from 0, and the first one after it.
 
-    The last of `epochs` has the last size; where they are fewer than the sizes, the first ones are left out.
+    The last epoch has the last size; where there are fewer epochs than sizes, some sizes have none. See
+    `data.augment.sizes`.
     """
-    return sizes[-1 - max(epochs - 1 - epoch, 0) * len(sizes) // epochs]
+    bounds = [part * epochs // len(sizes) for part in range(len(sizes) + 1)]
+    return list(zip(sizes, bounds[:-1], bounds[1:], strict=True))
+
+
+def training_size(sizes: Sequence[int], epoch: int, epochs: int) -> int:
+    """Returns the size of the training images of an epoch, counted from 0."""
+    return [size for size, first, _ in size_phases(sizes, epochs) if first <= epoch][-1]
 
 
 def reduce(images: Float[Tensor, "B C H W"], size: int) -> Float[Tensor, "B C S S"]:

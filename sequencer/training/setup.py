@@ -33,7 +33,7 @@ from sequencer.training.divergence import DivergenceGuard
 from sequencer.training.ema import WeightEma
 from sequencer.training.launch import trainer_settings, training_device
 from sequencer.training.loss import Teacher, build_teacher
-from sequencer.training.module import Classifier, parameters_of, training_size
+from sequencer.training.module import Classifier, parameters_of, size_phases
 from sequencer.training.optim import build_optimizer, describe_groups, describe_phases, try_optimizer
 from sequencer.training.progress import EpochBar
 from sequencer.training.report import EpochReport
@@ -171,6 +171,7 @@ def _try_model(config: Config, model: nn.Module, num_classes: int) -> None:
 
 
 def _try_size(config: Config, model: nn.Module, num_classes: int, size: int) -> None:
+    """Does the same for one size."""
     chans = config.data.in_chans
     images = torch.zeros(min(config.data.batch_size // distributed.world_size(), 2), chans, size, size)
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
@@ -231,12 +232,11 @@ def _describe_batch(config: Config) -> str:
 
 def _describe_sizes(config: Config) -> list[str]:
     """Describes the sizes of the training images, where they change."""
-    sizes, epochs = config.data.augment.sizes, config.trainer.max_epochs
-    if not sizes:
-        return []
-    used = [training_size(sizes, epoch, epochs) for epoch in range(epochs)]
-    parts = [f"{size} px for {len(list(same))}" for size, same in groupby(used)]
-    return [f"sizes of training images: {', '.join(parts)} epochs"]
+    sizes = config.data.augment.sizes
+    phases = size_phases(sizes, config.trainer.max_epochs) if sizes else []
+    counts = [(size, end - first) for size, first, end in phases if first < end]
+    parts = [f"{size} px for {sum(n for _, n in same)}" for size, same in groupby(counts, lambda each: each[0])]
+    return [f"sizes of training images: {', '.join(parts)} epochs"] if parts else []
 
 
 def _kernels(model: nn.Module, trainer: pl.Trainer) -> list[tuple[str, str]]:

@@ -20,7 +20,7 @@ from sequencer.training import Classifier, run
 from sequencer.training.checkpoints import RunCheckpoints
 from sequencer.training.divergence import DivergenceGuard
 from sequencer.training.ema import WeightEma
-from sequencer.training.module import IMAGES, reduce, training_size
+from sequencer.training.module import IMAGES, reduce, size_phases, training_size
 from sequencer.training.report import EpochReport
 from sequencer.training.setup import build_parts, quieten
 from tests.helpers import EMA, equal_tensors, read_last, read_rows
@@ -110,6 +110,7 @@ def test_overfit_batches_repeats_the_same_images(module, data, trainer):
 )
 def test_sizes_of_training_images(sizes, epochs, used):
     assert [training_size(sizes, epoch, epochs) for epoch in range(epochs)] == used
+    assert [size for size, first, end in size_phases(sizes, epochs) for _ in range(first, end)] == used
 
 
 def test_training_images_are_reduced_as_pil_does():
