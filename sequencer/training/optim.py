@@ -10,6 +10,7 @@ from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
 from sequencer.config.schema import Config, OptimConfig
+from sequencer.training import muon
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
@@ -18,6 +19,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
     timm stores the factor of a depth in its group as `lr_scale`, which only timm's schedules apply; here it is
     multiplied into the group's `lr`, which is then the learning rate that the group really has.
     """
+    muon.install()
     extra: dict[str, Any] = {"betas": config.opt_betas, "eps": config.opt_eps}
     optimizer = create_optimizer_v2(
         model,

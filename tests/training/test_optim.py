@@ -1,15 +1,18 @@
 """The optimizer does what its configuration says."""
 
+import copy
 import math
 from itertools import pairwise
 
 import pytest
 import timm
 import torch
+from timm.optim import create_optimizer_v2
 
 import sequencer  # noqa: F401
 from sequencer.config import compose
 from sequencer.config.schema import OptimConfig
+from sequencer.training import muon
 from sequencer.training.optim import build_optimizer, build_schedule, describe_groups, describe_phases, fit_phases
 
 
@@ -121,3 +124,26 @@ def test_group_table_counts_everything(model):
     rows = describe_groups(model, build_optimizer(model, OptimConfig(layer_decay=0.9)))
     assert sum(row["parameters"] for row in rows) == sum(p.numel() for p in model.parameters())
     assert {row["weight_decay"] for row in rows} == {0.0, 0.05}
+
+
+@pytest.mark.parametrize("opt", ["muon", "nmuon"])
+def test_muon_by_shape_makes_timms_update(opt):
+    model = timm.create_model("sequencer2d_t_8", num_classes=10)
+    other = copy.deepcopy(model)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    settings = {"lr": 0.02, "weight_decay": 0.1}
+    ours, timms = build_optimizer(model, OptimConfig(opt=opt, **settings)), create_optimizer_v2(other, opt, **settings)
+    for _ in range(3):
+        for parameter, twin in zip(model.parameters(), other.parameters(), strict=True):
+            parameter.grad = torch.randn_like(parameter)
+            twin.grad = parameter.grad.clone()
+        ours.step()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("timm.optim.muon._single_tensor_muon", muon._update)
+            timms.step()
+    for parameter, twin, start in zip(model.parameters(), other.parameters(), before, strict=True):
+        torch.testing.assert_close(parameter, twin, rtol=0, atol=1e-4)  # three updates move a weight by some 1e-2
+        assert not torch.equal(parameter, start)
+    for parameter, twin in zip(model.parameters(), other.parameters(), strict=True):
+        if "momentum_buffer" in timms.state[twin]:
+            assert torch.equal(ours.state[parameter]["momentum_buffer"], timms.state[twin]["momentum_buffer"])
