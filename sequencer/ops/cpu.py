@@ -19,7 +19,7 @@ from torch import Tensor
 from sequencer.ops import cpu_kernel, products, reference
 from sequencer.ops.cpu_kernel import POINTER, SIZE
 
-CELLS = ("lstm", "gru", "rnn", "rnn_relu", "indylstm")
+CELLS = ("lstm", "peephole_lstm", "indylstm", "lstm1997", "gru", "rnn", "rnn_relu")
 PLAIN = ("rnn", "rnn_relu")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Gate values that a thread computes before the kernel reads them: few enough to be in cache still, and many enough that
@@ -173,6 +173,7 @@ def backward(
     D, J = out.shape[-1] // S, bias.numel() // out.shape[-1]
     tokens, outputs, grad_outputs, weight = (*(_rows(t, dtype) for t in (x, out, grad_out)), weight_ih.to(dtype))
     packed, library = _pack_backward(weight_hh, cell), cpu_kernel.library(cell, dtype)
+    biases = bias.float().contiguous()
     grad_x, grad_ih = torch.empty_like(tokens), torch.zeros_like(weight, dtype=torch.float32)
     grad_hh = torch.zeros_like(weight_hh, dtype=torch.float32)
     grad_bias = torch.zeros_like(bias, dtype=torch.float32)
@@ -190,6 +191,7 @@ def backward(
         call = cpu_kernel.Backward(
             size,
             packed.data_ptr(),
+            biases.data_ptr(),
             *(t[rows].data_ptr() if t.numel() else None for t in (gates, cells, outputs, grad_outputs)),
             *(
                 None if t is None else t.data_ptr()

@@ -41,7 +41,7 @@ class Forward(ctypes.Structure):
 class Backward(ctypes.Structure):
     _fields_ = (
         ("map", Map),
-        *((name, POINTER) for name in ("weight", "gates", "cells", "out", "grad_out")),
+        *((name, POINTER) for name in ("weight", "bias", "gates", "cells", "out", "grad_out")),
         *((name, POINTER) for name in ("grad_gates", "grad_recurrent", "previous", "grad_bias", "grad_diagonal")),
     )
 

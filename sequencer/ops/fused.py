@@ -6,7 +6,8 @@ share one input projection and one kernel launch. The kernels are in `sequencer.
 `sequencer.ops.triton_kernels`, modules with the same functions.
 
 Shape letters: `B` batch, `H W` token rows and columns, `C` channels, `S` number of directions, `D` hidden size, `G`
-gates of the cell, `J` biases of a unit: one a gate, and for a GRU a fourth one, that of the recurrent term of n.
+gates of the cell, `J` biases of a unit: one a gate, then that of the recurrent term of n of a GRU, or the three weights
+of peepholes.
 """
 
 import math
@@ -28,7 +29,8 @@ class Kept(NamedTuple):
     """Values that the backward pass reads, a token and direction, in multiples of `D`.
 
     Attributes:
-        gates: The activated gates: i, f, g, o of an LSTM; r, z, n of a GRU; none of a plain RNN.
+        gates: The activated gates: i, f, g, o of an LSTM, without f in that of 1997; r, z, n of a GRU; none of a plain
+            RNN.
         cells: The cell state of an LSTM, the recurrent term of n of a GRU (`W_hn h + b_hn`), none of a plain RNN.
     """
 
@@ -38,10 +40,12 @@ class Kept(NamedTuple):
 
 KEPT = {
     "lstm": Kept(4, 1),
+    "peephole_lstm": Kept(4, 1),
+    "indylstm": Kept(4, 1),
+    "lstm1997": Kept(3, 1),
     "gru": Kept(3, 1),
     "rnn": Kept(0, 0),  # its derivatives follow from the outputs
     "rnn_relu": Kept(0, 0),
-    "indylstm": Kept(4, 1),
 }
 _BACKENDS: dict[str, ModuleType] = {"fused": cpu, "triton": triton_kernels}
 
@@ -58,7 +62,8 @@ class Packed(NamedTuple):
 def pack(weights: Sequence[Weights], cell: str) -> Packed:
     """Stacks the parameters of all directions of a layer, given as one `Weights` a direction; differentiable.
 
-    The rows of the bias are `b_ih + b_hh`, those of a GRU `b_ir + b_hr, b_iz + b_hz, b_in, b_hn`.
+    The rows of the bias are `b_ih + b_hh`, those of a GRU `b_ir + b_hr, b_iz + b_hz, b_in, b_hn`; those of an LSTM with
+    peepholes are followed by the peepholes' weights.
 
     Raises:
         ValueError: Their shapes are not those of one layer; the kernels do not check them again.
@@ -78,16 +83,15 @@ def pack(weights: Sequence[Weights], cell: str) -> Packed:
 
 
 def biases(cell: str) -> int:
-    """Returns the number of biases of a unit."""
-    return 4 if cell == "gru" else CELLS[cell].gates
+    """Returns the number of biases of a unit, the weights of peepholes included."""
+    return 4 if cell == "gru" else CELLS[cell].gates + 3 * CELLS[cell].peephole
 
 
 def _pack_bias(w: Weights, cell: str, D: int) -> Tensor:
-    if w.bias_hh is None:
-        return w.bias_ih
-    if cell != "gru":
-        return w.bias_ih + w.bias_hh
-    return torch.cat([w.bias_ih[: 2 * D] + w.bias_hh[: 2 * D], w.bias_ih[2 * D :], w.bias_hh[2 * D :]])
+    if cell == "gru" and w.bias_hh is not None:
+        return torch.cat([w.bias_ih[: 2 * D] + w.bias_hh[: 2 * D], w.bias_ih[2 * D :], w.bias_hh[2 * D :]])
+    bias = w.bias_ih if w.bias_hh is None else w.bias_ih + w.bias_hh
+    return bias if w.weight_ch is None else torch.cat([bias, w.weight_ch])
 
 
 def pack_once(weights: Sequence[Weights], cell: str, backend: str, dtype: torch.dtype) -> Packed:
@@ -227,13 +231,13 @@ def _scan_by_reference(
     outputs = []
     for direction, w_ih, w_hh, b in zip(directions, weight_ih.chunk(len(directions)), weight_hh, bias, strict=True):
         tokens = x.transpose(1, 2) if direction < 2 else x
-        b_ih, b_hh = b, None
+        b_ih, b_hh, w_ch = b[: len(w_ih)], None, b[len(w_ih) :] if CELLS[cell].peephole else None
         if cell == "gru":
             *b_rz, b_in, b_hn = b.chunk(4)
             b_ih, b_hh = torch.cat([*b_rz, b_in]), F.pad(b_hn, (2 * len(b_hn), 0))
         elif CELLS[cell].bias_hh:
-            b_hh = torch.zeros_like(b)
-        y = scan(tokens.flatten(0, 1), Weights(w_ih, w_hh, b_ih, b_hh), cell, reverse=direction % 2 == 1)
+            b_hh = torch.zeros_like(b_ih)
+        y = scan(tokens.flatten(0, 1), Weights(w_ih, w_hh, b_ih, b_hh, w_ch), cell, reverse=direction % 2 == 1)
         y = y.unflatten(0, tokens.shape[:2])
         outputs.append(y.transpose(1, 2) if direction < 2 else y)
     return torch.cat(outputs, dim=-1)

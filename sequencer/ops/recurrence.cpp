@@ -5,13 +5,14 @@
 // cache. The product with the recurrent weights and the activations are fused in registers. The token map is indexed in
 // place, so that no direction needs a transposed or flipped copy.
 //
-// Compiled once for each cell and type of the arrays: -DCELL=LSTM, GRU, RNN, RNN_RELU or INDYLSTM, and -DSCALAR=float or
+// Compiled once for each cell and type of the arrays: -DCELL=LSTM, GRU and so on, and -DSCALAR=float or
 // bfloat16. The latter needs instructions for its products: AVX512-BF16, and AMX where there is one. State, biases, sums
 // and arithmetic are float32.
 //
 // Layouts, for S directions of D units and a cell of G gates and J biases:
 //   gates [tokens, S, G, D], in the order i, f, g, o of an LSTM or r, z, n of a GRU      cells, out [tokens, S, D]
-//   bias [S, J, D], one a gate; those of a GRU are r, z, n of the input, n of the recurrent term
+//   bias [S, J, D], one a gate; those of a GRU are r, z, n of the input, n of the recurrent term; of an LSTM with
+//   peepholes, their weights of i, f, o follow
 // Directions: 0 scans the columns from top to bottom, 1 from bottom to top, 2 scans the rows from left to right, 3 from
 // right to left.
 #include <algorithm>
@@ -19,10 +20,14 @@
 
 #include "vectors.h"
 
-enum Cell { LSTM, GRU, RNN, RNN_RELU, INDYLSTM };
+enum Cell { LSTM, PEEPHOLE_LSTM, INDYLSTM, LSTM1997, GRU, RNN, RNN_RELU };
 typedef SCALAR T;
-constexpr bool PLAIN = CELL == RNN || CELL == RNN_RELU, LSTM_LIKE = CELL == LSTM || CELL == INDYLSTM;
-constexpr int G = PLAIN ? 1 : CELL == GRU ? 3 : 4, J = PLAIN ? 1 : 4, DEPTH = Operand<T>::DEPTH;
+constexpr bool PLAIN = CELL == RNN || CELL == RNN_RELU, LSTM_LIKE = CELL <= LSTM1997;
+constexpr bool FORGETS = LSTM_LIKE && CELL != LSTM1997, PEEPHOLES = CELL == PEEPHOLE_LSTM;
+constexpr int G = PLAIN ? 1 : CELL == GRU || CELL == LSTM1997 ? 3 : 4, J = PEEPHOLES ? 7 : CELL == GRU ? 4 : G;
+constexpr int DEPTH = Operand<T>::DEPTH;
+// The LSTM of 1997 squashes its cell input g to [-2, 2] by 2 tanh(x / 2), and its state by tanh(x / 2).
+constexpr float SLOPE = CELL == LSTM1997 ? 0.5f : 1.0f;
 constexpr bool TILES = HAVE_TILES && CELL != INDYLSTM;  // recurrent products by the tile registers of AMX
 constexpr int MAX_TILE = TILES ? 32 : 24, UNIT = TILES ? 32 : LANES;
 
@@ -57,6 +62,7 @@ struct Forward {
 struct Backward {
     Map map;
     const void* weight;  // layout [S, P / (V * LANES), G P / DEPTH, V, LANES, DEPTH], V = vectors(D); or diagonals
+    const float* bias;
     const T *gates, *cells, *out, *grad_out;
     T *grad_gates, *grad_recurrent;     // of the projected inputs; of the recurrent term of n of a GRU, [tokens, S, D]
     T* previous;                        // out: the outputs of each token's previous step, [tokens, S, D]
@@ -127,12 +133,15 @@ INLINE void forward_block(
         T* gate = gates + (token[r] * S + s) * G * D;
         vec y, kept = {};
         if constexpr (LSTM_LIKE) {
-            const vec i = sigmoid<T>(acc[0][r]), forget = sigmoid<T>(acc[1][r]);
-            const vec g = hyperbolic_tangent<T>(acc[2][r]), o = sigmoid<T>(acc[3][r]);
-            kept = forget * load(state + r * P + unit) + i * g;
-            y = o * hyperbolic_tangent<T>(kept);
+            const vec before = load(state + r * P + unit);
+            if constexpr (PEEPHOLES)
+                for (int q = 0; q < 2; ++q) acc[q][r] += load(bias + (4 + q) * D, n) * before;
+            const vec i = acc[0][r] = sigmoid<T>(acc[0][r]);
+            const vec g = acc[G - 2][r] = hyperbolic_tangent<T>(SLOPE * acc[G - 2][r]) / SLOPE;
+            kept = (FORGETS ? (acc[1][r] = sigmoid<T>(acc[1][r])) * before : before) + i * g;
+            if constexpr (PEEPHOLES) acc[3][r] += load(bias + 6 * D, n) * kept;
+            y = (acc[G - 1][r] = sigmoid<T>(acc[G - 1][r])) * hyperbolic_tangent<T>(SLOPE * kept);
             store(state + r * P + unit, kept);
-            acc[0][r] = i, acc[1][r] = forget, acc[2][r] = g, acc[3][r] = o;
         } else if constexpr (CELL == GRU) {
             kept = acc[2][r];
             const vec reset = sigmoid<T>(acc[0][r]), z = sigmoid<T>(acc[1][r]);
@@ -215,15 +224,25 @@ INLINE void backward_block(const Backward& b, const Carry& carry, ptrdiff_t unit
             if constexpr (LSTM_LIKE) {
                 if constexpr (CELL == INDYLSTM)
                     for (int q = 0; q < G; ++q) d += w[q] * load(carry.grad + ((row + r) * G + q) * P + u);
-                const vec i = load(gate, n), f = load(gate + D, n), g = load(gate + 2 * D, n);
-                const vec o = load(gate + 3 * D, n), tanh_c = hyperbolic_tangent<T>(load(b.cells + at * D + u, n));
+                const vec i = load(gate, n), g = load(gate + (G - 2) * D, n), o = load(gate + (G - 1) * D, n);
+                const vec c = load(b.cells + at * D + u, n), tanh_c = hyperbolic_tangent<T>(SLOPE * c);
                 const vec c_before = carry.before ? load(b.cells + before * D + u, n) : vec{};
-                const vec dc = load(state) + d * o * (1.0f - tanh_c * tanh_c);
-                store(state, dc * f);
+                const float* bias = b.bias + s * J * D + u;
+                grad[G - 1] = d * tanh_c * o * (1.0f - o);
+                vec dc = load(state) + d * o * (1.0f - tanh_c * tanh_c) * SLOPE;
+                if constexpr (PEEPHOLES) dc += grad[3] * load(bias + 6 * D, n);
                 grad[0] = dc * g * i * (1.0f - i);
-                grad[1] = dc * c_before * f * (1.0f - f);
-                grad[2] = dc * i * (1.0f - g * g);
-                grad[3] = d * tanh_c * o * (1.0f - o);
+                grad[G - 2] = dc * i * (1.0f - g * g * (SLOPE * SLOPE));
+                if constexpr (FORGETS) {
+                    const vec f = load(gate + D, n);
+                    grad[1] = dc * c_before * f * (1.0f - f);
+                    dc *= f;
+                }
+                if constexpr (PEEPHOLES) {
+                    for (int q = 0; q < 2; ++q) dc += grad[q] * load(bias + (4 + q) * D, n), grad[4 + q] = grad[q] * c_before;
+                    grad[6] = grad[3] * c;
+                }
+                store(state, dc);
             } else if constexpr (CELL == GRU) {
                 const vec reset = load(gate, n), z = load(gate + D, n), g = load(gate + 2 * D, n);
                 d += load(state);

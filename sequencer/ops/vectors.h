@@ -24,7 +24,7 @@ INLINE vec splat(float x) { return vec{} + x; }
 INLINE vec load(const float* p, ptrdiff_t n = LANES) {
     vec v = {};
     if (n >= LANES) std::memcpy(&v, p, sizeof v);
-    else std::memcpy(&v, p, n * sizeof(float));
+    else if (n > 0) std::memcpy(&v, p, n * sizeof(float));
     return v;
 }
 

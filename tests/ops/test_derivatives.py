@@ -14,7 +14,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
 
 
-@pytest.fixture(params=["lstm", "indylstm", "gru"])
+@pytest.fixture(params=["lstm", "peephole_lstm", "indylstm", "lstm1997", "gru"])
 def layer(request) -> nn.Module:
     torch.manual_seed(0)
     return RNN2d(3, 4, request.param).eval()

@@ -43,30 +43,22 @@ def poisoned():
 def problem(cell, B, H, W, D, directions=ALL, dtype=torch.float32, device="cpu", C=11):
     """Draws the inputs of a layer, `[x, *parameters of each direction]`, and the gradient of its outputs."""
     torch.manual_seed(0)
-    rows = CELLS[cell].gates * D
-    shape = (rows,) if cell == "indylstm" else (rows, D)
+    shapes = CELLS[cell].shapes(C, D)
+    scale = {"weight_ih": 0.3, "weight_hh": D**-0.5, "weight_ch": 0.5}
     x = torch.randn(B, H, W, C)
-    weights = [
-        Weights(
-            torch.randn(rows, C) * 0.3,
-            torch.randn(shape) / D**0.5,
-            *(torch.randn(rows) * 0.2 for _ in range(biases(cell))),
-        )
-        for _ in directions
-    ]
+    flat = [x, *(torch.randn(shapes[name]) * scale.get(name, 0.2) for _ in directions for name in parameters(cell))]
     upstream = torch.randn(B, H, W, len(directions) * D)
-    flat = [x, *(t for w in weights for t in w if t is not None)]
     return [t.to(device, dtype).requires_grad_() for t in flat], upstream.to(device, dtype)
 
 
-def biases(cell):
-    """Both biases of a GRU enter its outputs in different ways; of other cells one is enough."""
-    return 2 if cell == "gru" else 1
+def parameters(cell):
+    """The parameters that a direction has; both biases of a GRU enter its outputs in different ways, others add up."""
+    return [name for name in CELLS[cell].shapes(1, 1) if name != "bias_hh" or cell == "gru"]
 
 
 def weights_of(flat, cell):
-    step = 2 + biases(cell)
-    return [Weights(*flat[i : i + step]) for i in range(1, len(flat), step)]
+    names = parameters(cell)
+    return [Weights(**dict(zip(names, flat[i : i + len(names)], strict=True))) for i in range(1, len(flat), len(names))]
 
 
 def reference(cell, flat, upstream, directions, dtype=torch.float64):
@@ -107,6 +99,7 @@ def check(backend, cell, flat, upstream, directions=ALL):
         assert error < limit, f"error {error:.1e} of a tensor of shape {tuple(tensor.shape)}; limit {limit:.1e}"
 
 
+OTHERS = [cell for cell in cpu.CELLS if cell not in ("lstm", "indylstm")]
 MAPS = [(3, 5, 7), (5, 1, 33), (1, 9, 1), (1, 1, 1), (2, 16, 16)]
 
 
@@ -121,8 +114,8 @@ MAPS = [(3, 5, 7), (5, 1, 33), (1, 9, 1), (1, 1, 1), (2, 16, 16)]
             for D in (1, 8, 24, 48, 96, 100)
             if D > 1 or size != MAPS[-1]
         ),
-        *((cell, MAPS[0], D) for cell in ("gru", "rnn", "rnn_relu") for D in (3, 8, 24, 48, 100)),
-        *((cell, size, 24) for cell in ("gru", "rnn", "rnn_relu") for size in MAPS[1:]),
+        *((cell, MAPS[0], D) for cell in OTHERS for D in (3, 8, 24, 48, 100)),
+        *((cell, size, 24) for cell in OTHERS for size in MAPS[1:]),
     ],
 )
 @pytest.mark.parametrize("backend", [BACKENDS[0]])
@@ -175,7 +168,8 @@ def test_any_set_of_directions(backend, cell, directions):
 
 
 @pytest.mark.parametrize("instructions", ["AMX", "AVX512-BF16", "none"])
-@pytest.mark.parametrize("size", [(*MAPS[0], 24), (*MAPS[0], 1), (*MAPS[1], 100), (1, 1, 1, 7), (*MAPS[-1], 48)])
+# not D=1: the relative error of a single number, which is a sum with cancellation, has no bound
+@pytest.mark.parametrize("size", [(*MAPS[0], 24), (*MAPS[0], 2), (*MAPS[1], 100), (1, 1, 1, 7), (*MAPS[-1], 48)])
 @pytest.mark.parametrize("cell", cpu.CELLS)
 @pytest.mark.parametrize("backend", [BACKENDS[0]])
 def test_bfloat16_on_a_cpu(backend, cell, size, instructions, monkeypatch):
