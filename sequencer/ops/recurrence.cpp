@@ -239,7 +239,10 @@ INLINE void backward_block(const Backward& b, const Carry& carry, ptrdiff_t unit
                     dc *= f;
                 }
                 if constexpr (PEEPHOLES) {
-                    for (int q = 0; q < 2; ++q) dc += grad[q] * load(bias + (4 + q) * D, n), grad[4 + q] = grad[q] * c_before;
+                    for (int q = 0; q < 2; ++q) {
+                        dc += grad[q] * load(bias + (4 + q) * D, n);
+                        grad[4 + q] = grad[q] * c_before;
+                    }
                     grad[6] = grad[3] * c;
                 }
                 store(state, dc);
