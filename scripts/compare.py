@@ -10,6 +10,10 @@ share a row of the table, with the mean and the standard deviation. Runs on one 
 they optimise (trainer.best_metric), which is one of the validation split; results on the test split, which should
 decide nothing, are shown with --test alone. Runs that have not finished stand last, with the best epoch so far.
 
+With --speed each row also has its operations an image, its images a second in training (forward and backward) and in
+inference, and the milliseconds of one image, measured in turns on the device with the batch size and the precision of
+the run. Let nothing else run meanwhile.
+
 With --paired, or where a MODEL is no run, all models are evaluated on the same images of the validation split, or with
 --test of the test split. MODEL is also a model folder, a checkpoint, an export (.onnx, .pt2) or a timm name. Each has
 its accuracy with a 95% confidence interval; each pair the number of images that only one of the two classifies
@@ -48,6 +52,7 @@ def parse(argv: list[str] | None) -> Namespace:
     add("models", metavar="MODEL", nargs="+", help="run folder, folder of run folders, or any other model")
     add("--test", action="store_true", help="show the results on the test split, or evaluate on it")
     add("--output", metavar="FILE", type=Path, help="also write a CSV file with one row for each run or, paired, pair")
+    add("--speed", action="store_true", help="also measure the speed of each row of the table")
     add("--html", metavar="FILE", type=Path, help="also write a page that shows runs side by side; implies --paired")
     add("--paired", action="store_true", help="also evaluate runs on the same images and compare them in pairs")
     add("--data", metavar="NAME", choices=data_sets, help=f"data set: {', '.join(data_sets)}; default: the models'")
@@ -66,6 +71,8 @@ def work(args: Namespace) -> None:
     if others and args.html:
         raise RequestError(f"--html shows runs, and {printable(others[0])} is none")
     paired = bool(others or args.paired or args.html)
+    if args.speed and paired:
+        raise RequestError("--speed is of the table of runs: leave out --paired, --html and models that are no runs")
     if not paired and (given := [name for name in OF_EVALUATION if getattr(args, name)]):
         raise RequestError(f"--{given[0].replace('_', '-')} is of the comparison on the same images: add --paired")
 
@@ -89,10 +96,35 @@ def show_table(args: Namespace) -> "Comparison":
     from sequencer.analysis import compare, find_runs, print_comparison, write_csv
 
     table = compare(find_runs(map(Path, args.models)))
+    if args.speed:
+        measure(table, args)
     if args.output and not (args.paired or args.html):
         write_csv(table, args.output, args.test)
     print_comparison(table, args.test, folders=True)
     return table
+
+
+def measure(table: "Comparison", args: Namespace) -> None:
+    """Adds the speed of each finished row to the results of its runs.
+
+    Raises:
+        RequestError: A model cannot be loaded.
+    """
+    from sequencer.config.request import load_run
+    from sequencer.measure.speed import Subject, measure_speeds
+    from sequencer.training.setup import dtype_of
+
+    device = pick_device(args.device)
+    rows, subjects = [row for row in table.rows if row.is_finished], []
+    for row in rows:
+        loaded = load(str(row.runs[0].folder), args)
+        config = load_run(row.runs[0].folder)
+        dtype = dtype_of(str(config.trainer.precision))
+        size = loaded.pretrained_cfg["input_size"]
+        subjects.append(Subject(loaded.model.to(device), size, config.data.batch_size, dtype))
+    for row, speed in zip(rows, measure_speeds(subjects, device), strict=True):
+        for each in row.runs:
+            each.results.update({f"speed/{name}": value for name, value in speed._asdict().items()})
 
 
 def compare_pairs(args: Namespace, sources: list[str], table: "Comparison | None") -> None:

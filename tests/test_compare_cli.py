@@ -9,10 +9,13 @@ import pytest
 import torch
 from PIL import Image
 from scipy.stats import binomtest
+from torch.utils.flop_counter import FlopCounterMode
 
+from sequencer.config import compose
 from sequencer.data import eval_transform, open_split
 from sequencer.models import load_model
-from tests.helpers import DIGITS, exit_code, read_csv, save_run
+from sequencer.training import run
+from tests.helpers import DIGITS, SMALL, SMALL_MODEL, exit_code, read_csv, save_run
 
 NAMES = list("0123456789")
 
@@ -163,3 +166,19 @@ def test_wrong_requests(arguments, message, script, tmp_path, capsys, monkeypatc
     assert exit_code(script, arguments) == 2
     assert capsys.readouterr().err.startswith(message)
     assert not Path("page.html").exists()
+
+
+def test_speeds(script, capsys, tmp_path):
+    run(compose([*SMALL, SMALL_MODEL, "trainer.max_epochs=1", f"run_dir={tmp_path / 'trained'}"]))
+    capsys.readouterr()
+    assert exit_code(script, ["trained", "--speed", "--output", "speeds.csv"]) == 0
+    (row,) = read_csv(Path("speeds.csv"))
+    model = load_model("trained").model
+    with FlopCounterMode(display=False) as counter:
+        model(torch.zeros(1, 1, 8, 8))
+    assert float(row["speed/operations"]) == counter.get_total_flops()
+    assert 1000 / float(row["speed/latency"]) < float(row["speed/inference"])
+    assert 0 < float(row["speed/training"]) < float(row["speed/inference"])
+    assert f"{float(row['speed/inference']):,.0f}" in capsys.readouterr().out
+    assert exit_code(script, ["run0", "run1", "--speed", "--paired"]) == 2
+    assert "--speed is of the table of runs" in capsys.readouterr().err

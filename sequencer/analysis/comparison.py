@@ -290,9 +290,16 @@ def _columns(comparison: Comparison, test: bool) -> dict[str, list[str]]:
         "parameters": [_number(row, "parameters") for row in rows],
         "training, s": [_number(row, "time/train_s") for row in rows],
     }
+    speeds = {
+        "MFLOP": [_number(row, "speed/operations", 1e-6) for row in rows],
+        "training, images/s": [_number(row, "speed/training") for row in rows],
+        "inference, images/s": [_number(row, "speed/inference") for row in rows],
+        "one image, ms": [_number(row, "speed/latency", digits=2) for row in rows],
+    }
     if any(len(row.runs) > 1 for row in rows):
         columns["runs"] = [str(len(row.runs)) for row in rows]
-    return columns | {name: cells for name, cells in optional.items() if len({*cells} - {""}) > 1}
+    columns |= {name: cells for name, cells in optional.items() if len({*cells} - {""}) > 1}
+    return columns | {name: cells for name, cells in speeds.items() if any(cells)}
 
 
 def _mean(row: Row, metric: str) -> str:
@@ -309,8 +316,9 @@ def spread(values: Sequence[float], scale: float = 100, digits: int = 2) -> str:
     return f"{scale * mean(values):.{digits}f}{deviation}"
 
 
-def _number(row: Row, result: str) -> str:
-    return f"{mean(row.values(result)):,.0f}" if row.is_finished else ""
+def _number(row: Row, result: str, scale: float = 1, digits: int = 0) -> str:
+    value = scale * mean(row.values(result))
+    return "" if math.isnan(value) or not row.is_finished else f"{value:,.{digits}f}"
 
 
 def write_csv(comparison: Comparison, path: Path, test: bool = False) -> None:
@@ -323,7 +331,7 @@ def write_csv(comparison: Comparison, path: Path, test: bool = False) -> None:
     Raises:
         WriteError: The file cannot be written.
     """
-    wanted = ("train/", "val", "parameters", "best_epoch", "time/train_s", *(["test"] if test else []))
+    wanted = ("train/", "val", "parameters", "speed/", "best_epoch", "time/train_s", *(["test"] if test else []))
     records = [
         {"rank": rank, "run": printable(run.folder), "state": run.state}
         | {key: printable(run.settings.get(key, "")) for key in comparison.keys}

@@ -241,13 +241,18 @@ def _describe_sizes(config: Config) -> list[str]:
 
 def _kernels(model: nn.Module, trainer: pl.Trainer) -> list[tuple[str, str]]:
     """Names the kernels of each kind of recurrence in a model, as in `fused lstm`, each with the reason."""
-    dtype = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(str(trainer.precision), torch.float32)
+    dtype = dtype_of(str(trainer.precision))
     choices = (
         (rnn.cell, explain(rnn.cell, rnn.hidden_size, dtype, trainer.strategy.root_device))
         for rnn in model.modules()
         if isinstance(rnn, RNN)
     )
     return list(dict.fromkeys((f"{choice.backend} {cell}", choice.reason) for cell, choice in choices))
+
+
+def dtype_of(precision: str) -> torch.dtype:
+    """Returns the dtype of autocast for a `trainer.precision`, and float32 where there is none."""
+    return {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(precision, torch.float32)
 
 
 def _build_trainer(config: Config, callbacks: list[Callback]) -> pl.Trainer:
