@@ -18,7 +18,8 @@ from triton.runtime.jit import JITFunction
 
 from sequencer.config.errors import RequestError
 from sequencer.measure.machine_code import MachineCode, read_machine_code
-from sequencer.ops import triton_kernels
+from sequencer.ops import CELLS, triton_kernels
+from sequencer.ops.fused import biases
 from sequencer.ops.triton_plans import SHARED_PER_PROGRAM, Device, Launch
 
 DEVICES = {  # by compute capability; the number of multiprocessors is that of one GPU of this architecture
@@ -41,6 +42,8 @@ CEILINGS = {
     "sums": (18, 860),
     "forward_streamed": (62, 2200),
     "backward_streamed": (100, 1400),
+    "forward_gru_streamed": (100, 3000),
+    "backward_gru_streamed": (100, 3000),
 }
 
 
@@ -67,6 +70,12 @@ ALL_LAYERS = [
     Layer(48, torch.float16),
     *(Layer(D) for D in (8, 24, 64, 100, 256)),
     *(Layer(D, torch.float32) for D in (48, 96)),
+    *(
+        Layer(D, dtype, cell)
+        for cell in ("gru", "rnn", "rnn_relu")
+        for dtype in (torch.bfloat16, torch.float32)
+        for D in (8, 48, 96, 256)
+    ),
     *(Layer(D, dtype, "indylstm") for dtype in (torch.bfloat16, torch.float32) for D in (8, 24, 48, 96, 256)),
 ]
 
@@ -209,12 +218,12 @@ def _run(layer: Layer, inference: bool) -> None:
         return torch.empty(shape, dtype=layer.dtype, device="meta")
 
     cell, directions, D = layer.cell, [0, 1, 2, 3], layer.D
-    x, weight_ih, bias = empty(layer.B, layer.H, layer.H, layer.C), empty(16 * D, layer.C), empty(4, 4 * D)
-    weight_hh = empty(4, 4 * D) if cell == "indylstm" else empty(4, 4 * D, D)
+    rows = CELLS[cell].gates * D
+    x, weight_ih, bias = empty(layer.B, layer.H, layer.H, layer.C), empty(4 * rows, layer.C), empty(4, biases(cell) * D)
+    weight_hh = empty(4, rows) if cell == "indylstm" else empty(4, rows, D)
     packed = triton_kernels.pack(weight_hh, cell)
     if inference:
         triton_kernels.forward(x, weight_ih, packed, bias, cell, directions, False)
-    out, gates, cells = triton_kernels.forward(x, weight_ih, packed, bias, cell, directions, True)
-    assert gates is not None
-    assert cells is not None
+    out, *kept = triton_kernels.forward(x, weight_ih, packed, bias, cell, directions, True)
+    gates, cells = (empty(0) if tensor is None else tensor for tensor in kept)
     triton_kernels.backward(torch.empty_like(out), x, weight_ih, weight_hh, bias, cell, directions, out, gates, cells)

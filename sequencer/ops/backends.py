@@ -65,7 +65,7 @@ def _fused_refusal(inputs: Inputs) -> str | None:
 def _triton_refusal(inputs: Inputs) -> str | None:
     """Returns why Triton's kernels do not support the inputs; their slow interpreter has to be requested by name."""
     if inputs.cell not in triton_kernels.CELLS:
-        return f"it serves {' and '.join(triton_kernels.CELLS)}"
+        return f"it serves {', '.join(triton_kernels.CELLS[:-1])} and {triton_kernels.CELLS[-1]}"
     interpreted = inputs.device == "cpu" and inputs.requested and triton_kernels.interpreted()
     if inputs.device != "cuda" and not interpreted:
         return "it needs a GPU"

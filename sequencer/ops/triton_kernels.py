@@ -1,4 +1,4 @@
-"""LSTM and IndyLSTM on a GPU: matrix products by torch, the scans over time by Triton kernels.
+"""LSTM, IndyLSTM, GRU and plain RNNs on a GPU: matrix products by torch, the scans over time by Triton kernels.
 
 All directions of a layer share one launch. A program processes all steps of a tile of sequences of one direction. It
 indexes the token map in place, so that no direction needs a transposed or flipped copy. State and accumulators are
@@ -9,8 +9,8 @@ and the input projection adds the biases. `triton_plans` chooses the kernels by 
 The gradients of weights and biases are deterministic: each program writes a partial sum, and the partial sums are added
 in a fixed order, without atomics.
 
-Shape letters: `B` batch, `H W` token rows and columns, `C` channels, `S` number of directions, `D` hidden size.
-Direction codes are those of `sequencer.ops.fused`.
+Shape letters: `B` batch, `H W` token rows and columns, `C` channels, `S` number of directions, `D` hidden size, `G`
+gates of the cell, `J` biases of a unit. Direction codes are those of `sequencer.ops.fused`.
 """
 
 import functools
@@ -22,6 +22,8 @@ import torch
 from torch import Tensor
 from torch.torch_version import TorchVersion
 
+from sequencer.ops import reference
+
 try:
     import triton
 except ImportError:  # builds of torch for systems other than Linux do not include it
@@ -29,7 +31,7 @@ except ImportError:  # builds of torch for systems other than Linux do not inclu
 else:
     from sequencer.ops.triton_plans import Device, Launch, Plan, choose_plan
 
-CELLS = ("lstm", "indylstm")
+CELLS = ("lstm", "indylstm", "gru", "rnn", "rnn_relu")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 HIDDEN_SIZES = (8, 256)
 
@@ -62,7 +64,7 @@ def saved_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def pack(weight_hh: Tensor, cell: str) -> Tensor:
-    """Returns recurrent weights `[S, 4D, D]` or diagonals `[S, 4D]` in the layout that the kernels read: contiguous."""
+    """Returns recurrent weights `[S, GD, D]` or diagonals `[S, 4D]` in the layout that the kernels read: contiguous."""
     return weight_hh.contiguous()
 
 
@@ -94,28 +96,24 @@ def forward(
 
     Args:
         x: Token map `[B, H, W, C]`.
-        weight_ih: Input weights `[S 4D, C]`.
+        weight_ih: Input weights `[S GD, C]`.
         packed: Recurrent weights as returned by `pack`.
-        bias: Biases `[S, 4D]`.
+        bias: Biases `[S, JD]`.
         cell: One of `CELLS`.
         directions: `S` direction codes.
         save: If True, gates and cells are returned for the backward pass.
 
     Returns:
-        Outputs `[B, H, W, S D]`, then gates `[B H W, S 4D]` and cells `[B H W, S D]`, or None for both; all in the
-        dtype of `x`.
+        Outputs `[B, H, W, S D]`, then gates `[B H W, S GD]` and cells `[B H W, S D]` as `sequencer.ops.fused.KEPT`
+        describes them, or None for both; all in the dtype of `x`.
     """
-    B, H, W, C = x.shape
-    S, D = len(directions), bias.numel() // len(directions) // 4
-    gates = torch.addmm(bias.reshape(-1), x.reshape(-1, C), weight_ih.t())
-    out = x.new_empty(B, H, W, S * D)
-    cells = x.new_empty(B * H * W, S * D) if save else None
-    launch = plan_of(device_of(x), cell, D, x.dtype).forward
-    tensors = (gates, packed, out, out if cells is None else cells, *_state(launch, x, S * D))
-    with torch.cuda.device_of(x):
-        launch.kernel[_grid(B, H, W, S, launch)](
-            *tensors, _encode(directions), B, H, W, S=S, D=D, KEEP=save, **launch.constants, num_warps=launch.tile.warps
-        )
+    C, S, G = x.shape[-1], len(directions), reference.CELLS[cell].gates
+    D, save = weight_ih.shape[0] // S // G, save and G > 1
+    gates = torch.addmm(bias[:, : G * D].reshape(-1), x.reshape(-1, C), weight_ih.t())
+    out = x.new_empty(*x.shape[:3], S * D)
+    cells = x.new_empty(gates.shape[0], S * D) if save else None
+    tensors = {"gates": gates, "weight": packed, "bias": bias, "out": out, "cells": out if cells is None else cells}
+    _scan(plan_of(device_of(x), cell, D, x.dtype).forward, x, directions, D, tensors, KEEP=save)
     return out, gates if save else None, cells
 
 
@@ -134,35 +132,28 @@ def backward(
     """Computes the gradients of x, weight_ih, weight_hh and bias, whose shapes are those of `forward` and `pack`."""
     B, H, W, C = x.shape
     S, D = len(directions), out.shape[-1] // len(directions)
-    grad_gates = torch.empty_like(gates)
-    device, code = device_of(x), _encode(directions)
+    grad_gates = out.new_empty(B * H * W, weight_ih.shape[0])
+    grad_recurrent = torch.empty_like(grad_gates) if cell == "gru" else grad_gates
+    device = device_of(x)
     plan = plan_of(device, cell, D, x.dtype)
-    tensors = (gates, cells, weight_hh.contiguous(), grad_out.contiguous(), grad_gates)
-    blocks, parts = plan.sums.blocks, plan.parts(device, S, B * H * W)
+    tensors = {"gates": gates, "cells": cells, "weight": weight_hh.contiguous(), "out": out}
+    tensors |= {"grad_out": grad_out.contiguous(), "grad_gates": grad_gates, "grad_recurrent": grad_recurrent}
+    _scan(plan.backward, x, directions, D, tensors)
+    launch, parts = plan.sums, plan.parts(device, S, B * H * W)
     weight_sums = torch.empty(parts, *weight_hh.shape, dtype=torch.float32, device=x.device)
-    bias_sums = torch.empty(parts, S, 4 * D, dtype=torch.float32, device=x.device)
+    bias_sums = torch.empty(parts, *weight_hh.shape[:2], dtype=torch.float32, device=x.device)
     with torch.cuda.device_of(x):
-        launch = plan.backward
-        launch.kernel[_grid(B, H, W, S, launch)](
-            *tensors,
-            *_state(launch, x, S * D),
-            code,
-            B,
-            H,
-            W,
-            S=S,
-            D=D,
-            **launch.constants,
-            num_warps=launch.tile.warps,
-        )
-        launch = plan.sums
-        launch.kernel[(blocks, parts, S)](
-            grad_gates, out, weight_sums, bias_sums, code, B * H * W, H, W,
+        launch.kernel[(launch.blocks, parts, S)](
+            grad_recurrent, out, weight_sums, bias_sums, _encode(directions), B * H * W, H, W,
             S=S, D=D, **launch.constants, num_warps=launch.tile.warps,
         )  # fmt: skip
     grad_x = torch.mm(grad_gates, weight_ih).view(x.shape)
     grad_ih = torch.mm(grad_gates.t(), x.reshape(-1, C))
-    return grad_x, grad_ih, weight_sums.sum(0).to(weight_hh.dtype), bias_sums.sum(0).to(weight_ih.dtype)
+    grad_bias = bias_sums.sum(0)
+    if cell == "gru":
+        of_n = grad_gates.view(-1, S, 3 * D)[..., 2 * D :].sum(0, dtype=torch.float32)
+        grad_bias = torch.cat([grad_bias[:, : 2 * D], of_n, grad_bias[:, 2 * D :]], dim=1)
+    return grad_x, grad_ih, weight_sums.sum(0).to(weight_hh.dtype), grad_bias.to(bias.dtype)
 
 
 def _encode(directions: Sequence[int]) -> int:
@@ -170,12 +161,21 @@ def _encode(directions: Sequence[int]) -> int:
     return sum(direction << (2 * s) for s, direction in enumerate(directions))
 
 
-def _grid(B: int, H: int, W: int, S: int, launch: "Launch") -> tuple[int, int]:
-    return triton.cdiv(B * max(H, W), launch.tile.size), S
+def _scan(
+    launch: "Launch", x: Tensor, directions: Sequence[int], D: int, tensors: dict[str, Tensor], **constants: bool
+) -> None:
+    """Launches a scan over time, with those of `tensors` that its kernel takes.
 
-
-def _state(launch: "Launch", x: Tensor, width: int) -> tuple[Tensor, ...]:
-    """Allocates the state of every sequence that the streamed kernels carry from step to step; nothing for others."""
-    if "state" not in launch.kernel.arg_names:
-        return ()
-    return (torch.zeros(x.shape[0] * max(x.shape[1:3]), width, dtype=torch.float32, device=x.device),)
+    The streamed kernels also take the state of every sequence that they carry from step to step, which starts as zero.
+    """
+    B, H, W, _ = x.shape
+    S, names = len(directions), launch.kernel.arg_names
+    if "state" in names:
+        state = torch.zeros(B * max(H, W), S * D, dtype=torch.float32, device=x.device)
+        tensors = tensors | {"state": state}
+    with torch.cuda.device_of(x):
+        launch.kernel[(triton.cdiv(B * max(H, W), launch.tile.size), S)](
+            **{name: tensor for name, tensor in tensors.items() if name in names},
+            directions=_encode(directions), B=B, H=H, W=W,
+            S=S, D=D, **launch.constants, **constants, num_warps=launch.tile.warps,
+        )  # fmt: skip

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import triton
 
-from sequencer.ops import triton_panels, triton_resident, triton_streamed, triton_sums
+from sequencer.ops import reference, triton_gru, triton_panels, triton_resident, triton_streamed, triton_sums
 
 SHARED_PER_PROGRAM = 1024  # bytes of shared memory that the system takes
 SMALLEST_DOT = 16  # rows and columns of an operand of `tl.dot`
@@ -139,7 +139,7 @@ def choose_plan(device: Device, cell: str, D: int, itemsize: int, precision: str
     P, diagonal = max(SMALLEST_DOT, triton.next_power_of_2(D)), cell == "indylstm"
     generation, narrow = _generation(device), itemsize == 2
     approximate = {"APPROXIMATE": narrow}
-    if narrow and not diagonal and _fits(device, tiles := PANELS[generation].get(D, ())):
+    if narrow and cell == "lstm" and _fits(device, tiles := PANELS[generation].get(D, ())):
         forward, backward, tile = tiles
         panel = {"Q": D // 3}
         return Plan(
@@ -148,11 +148,12 @@ def choose_plan(device: Device, cell: str, D: int, itemsize: int, precision: str
             _sums(triton_panels.sums_panels, tile, panel, 3),
         )
     block = min(P, BLOCK[itemsize])
-    blocks = 4 * triton.cdiv(D, block) ** (1 if diagonal else 2)
-    constants = {"DIAGONAL": diagonal, "PRECISION": precision, "BLOCK": block}
+    G = reference.CELLS[cell].gates
+    blocks = G * triton.cdiv(D, block) ** (1 if diagonal else 2)
+    constants = {"G": G, "DIAGONAL": diagonal, "PRECISION": precision, "BLOCK": block}
     tile = OTHER_SUMS.get(generation, SUMS[2]) if narrow else SUMS[4]
     sums = _sums(triton_sums.sums, tile, constants, blocks)
-    tiles = DIAGONAL[P] if diagonal else RESIDENT[generation].get(P, ()) if narrow else ()
+    tiles = DIAGONAL[P] if diagonal else RESIDENT[generation].get(P, ()) if narrow and cell == "lstm" else ()
     if diagonal and not _fits(device, tiles):  # without loads ahead, which take the shared memory
         tiles = tuple(tile._replace(stages=1, shared=0, programs=1) for tile in DIAGONAL[P])
     if _fits(device, tiles):
@@ -166,9 +167,13 @@ def choose_plan(device: Device, cell: str, D: int, itemsize: int, precision: str
     tile = STREAMED[itemsize]
     block = 16 if generation == 86 and not narrow else block  # 32 spill registers
     constants = {"PRECISION": precision, "TILE": tile.size}
+    kernels: tuple[Any, Any] = (triton_streamed.forward_streamed, triton_streamed.backward_streamed)
+    if cell != "lstm":
+        kernels = (triton_gru.forward_gru_streamed, triton_gru.backward_gru_streamed)
+        constants |= {"CELL": cell}
     return Plan(
-        Launch(triton_streamed.forward_streamed, tile, constants | {"BLOCK": block}),
-        Launch(triton_streamed.backward_streamed, tile, constants | {"BLOCK": min(P, BLOCK[4])}),  # 64 spill registers
+        Launch(kernels[0], tile, constants | {"BLOCK": block}),
+        Launch(kernels[1], tile, constants | {"BLOCK": min(P, BLOCK[4])}),  # 64 spill registers
         sums,
     )
 

@@ -12,12 +12,13 @@ from sequencer.ops.triton_cells import previous_token
 @no_type_check
 def sums(
     grad_gates, out, weight_sums, bias_sums, directions, tokens, H, W,
-    S: tl.constexpr, D: tl.constexpr, DIAGONAL: tl.constexpr, PRECISION: tl.constexpr,
+    S: tl.constexpr, D: tl.constexpr, G: tl.constexpr, DIAGONAL: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Computes one partial sum of the gradients of `weight_hh` and the bias.
 
-    A program handles one gate and a block of BLOCK x BLOCK units, one part of the tokens, and one direction.
+    `grad_gates` holds the gradients of the recurrent terms of G gates. A program handles one gate and a block of
+    BLOCK x BLOCK units, one part of the tokens, and one direction.
     """
     z, part, s = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     blocks: tl.constexpr = (D + BLOCK - 1) // BLOCK
@@ -31,7 +32,7 @@ def sums(
         token = first + tl.arange(0, ROWS)
         before, inner = previous_token(directions, s, token, tokens, H, W)
         d = tl.load(
-            grad_gates + ((token.to(tl.int64) * S + s) * 4 + q)[:, None] * D + u[None, :],
+            grad_gates + ((token.to(tl.int64) * S + s) * G + q)[:, None] * D + u[None, :],
             mask=(token < tokens)[:, None] & (u < D)[None, :],
             other=0.0,
         )
@@ -45,7 +46,7 @@ def sums(
             total += tl.sum(d.to(tl.float32) * h.to(tl.float32), axis=0)
         else:
             total = tl.dot(tl.trans(d), h, total, input_precision=PRECISION)
-    row = ((part * S + s) * 4 + q).to(tl.int64) * D + u
+    row = ((part * S + s) * G + q).to(tl.int64) * D + u
     if DIAGONAL:
         tl.store(weight_sums + row, total, mask=u < D)
     else:

@@ -45,7 +45,7 @@ def test_choice_of_backend():
     assert explain("lstm", dtype=torch.float64).backend == "torch"
     assert explain("lstm", device="meta").backend == "torch"
     assert explain("lstm", backend="reference").backend == "reference"
-    assert "serves lstm and indylstm" in explain("gru").reason
+    assert "serves lstm, indylstm, gru, rnn and rnn_relu" in explain("lstm1997").reason
     with pytest.raises(ValueError, match="unknown cell 'lstmm'; there are lstm, gru"):
         explain("lstmm")
     with pytest.raises(ValueError, match="unknown backend 'cudnn'; there are auto, triton"):
