@@ -42,8 +42,8 @@ CEILINGS = {
     "sums": (18, 860),
     "forward_streamed": (62, 2200),
     "backward_streamed": (100, 1400),
-    "forward_gru_streamed": (100, 3000),
-    "backward_gru_streamed": (100, 3000),
+    "forward_gru_streamed": (90, 1100),
+    "backward_gru_streamed": (100, 1000),
 }
 
 
@@ -72,11 +72,10 @@ ALL_LAYERS = [
     *(Layer(D, torch.float32) for D in (48, 96)),
     *(
         Layer(D, dtype, cell)
-        for cell in ("gru", "rnn", "rnn_relu")
+        for cell in triton_kernels.CELLS[1:]
         for dtype in (torch.bfloat16, torch.float32)
-        for D in (8, 48, 96, 256)
+        for D in (8, 24, 48, 96, 256)
     ),
-    *(Layer(D, dtype, "indylstm") for dtype in (torch.bfloat16, torch.float32) for D in (8, 24, 48, 96, 256)),
 ]
 
 

@@ -127,6 +127,6 @@ def backward_gru_streamed(
             else:
                 h = tl.load(out + row + u[None, :], mask=mask, other=0.0).to(tl.float32)
                 d = dh * (1.0 - h * h) if CELL == "rnn" else tl.where(h > 0.0, dh, 0.0)
-                tl.store(grad_gates + row + u[None, :], d.to(kept), mask=mask)
+                tl.store(grad_recurrent + row + u[None, :], d.to(kept), mask=mask)
         tl.debug_barrier()  # in the next step, other threads of the program read these gradients
         token -= stride

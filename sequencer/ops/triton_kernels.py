@@ -2,9 +2,9 @@
 
 All directions of a layer share one launch. A program processes all steps of a tile of sequences of one direction. It
 indexes the token map in place, so that no direction needs a transposed or flipped copy. State and accumulators are
-float32; the operands of products have the dtype of the inputs. Arrays have the layout described in `recurrence.cpp`,
-and the input projection adds the biases. `triton_plans` chooses the kernels by the properties of the device. With
-`TRITON_INTERPRET=1` all kernels run on a CPU, for tests, in float32 and float16.
+float32; the operands of products have the dtype of the inputs, those of a plain RNN float32. Arrays have the layout
+described in `recurrence.cpp`, and the input projection adds the biases. `triton_plans` chooses the kernels by the
+properties of the device. With `TRITON_INTERPRET=1` all kernels run on a CPU, for tests, in float32 and float16.
 
 The gradients of weights and biases are deterministic: each program writes a partial sum, and the partial sums are added
 in a fixed order, without atomics.
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.torch_version import TorchVersion
 
-from sequencer.ops import reference
+from sequencer.ops import cpu, reference
 
 try:
     import triton
@@ -58,6 +58,11 @@ def unavailable() -> str | None:
     return None
 
 
+def compute_dtype(dtype: torch.dtype, cell: str) -> torch.dtype:
+    """Returns the dtype in which inputs of `dtype` are computed: that of a plain RNN is float32, as on a CPU."""
+    return torch.float32 if cell in cpu.PLAIN else dtype
+
+
 def saved_dtype(dtype: torch.dtype) -> torch.dtype:
     """Returns the dtype in which gates and cells are kept for the backward pass, for inputs of `dtype`."""
     return dtype
@@ -65,7 +70,7 @@ def saved_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def pack(weight_hh: Tensor, cell: str) -> Tensor:
     """Returns recurrent weights `[S, GD, D]` or diagonals `[S, 4D]` in the layout that the kernels read: contiguous."""
-    return weight_hh.contiguous()
+    return weight_hh.to(compute_dtype(weight_hh.dtype, cell)).contiguous()
 
 
 def device_of(x: Tensor) -> "Device":
@@ -78,7 +83,7 @@ def device_of(x: Tensor) -> "Device":
 def plan_of(device: "Device", cell: str, D: int, dtype: torch.dtype) -> "Plan":
     """Returns the kernels of a layer; products in float32 follow `torch.set_float32_matmul_precision`."""
     precision = "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
-    return choose_plan(device, cell, D, dtype.itemsize, precision)
+    return choose_plan(device, cell, D, compute_dtype(dtype, cell).itemsize, precision)
 
 
 @functools.cache
@@ -104,17 +109,18 @@ def forward(
         save: If True, gates and cells are returned for the backward pass.
 
     Returns:
-        Outputs `[B, H, W, S D]`, then gates `[B H W, S GD]` and cells `[B H W, S D]` as `sequencer.ops.fused.KEPT`
-        describes them, or None for both; all in the dtype of `x`.
+        Outputs `[B, H, W, S D]`, then what `sequencer.ops.fused.KEPT` describes, or None for both; all in the dtype of
+        `x`.
     """
-    C, S, G = x.shape[-1], len(directions), reference.CELLS[cell].gates
-    D, save = weight_ih.shape[0] // S // G, save and G > 1
-    gates = torch.addmm(bias[:, : G * D].reshape(-1), x.reshape(-1, C), weight_ih.t())
-    out = x.new_empty(*x.shape[:3], S * D)
-    cells = x.new_empty(gates.shape[0], S * D) if save else None
+    C, S, G, dtype = x.shape[-1], len(directions), reference.CELLS[cell].gates, compute_dtype(x.dtype, cell)
+    D, save = weight_ih.shape[0] // S // G, save and cell not in cpu.PLAIN
+    weight_ih, bias = weight_ih.to(dtype), bias.to(dtype).contiguous()
+    gates = torch.addmm(bias[:, : G * D].reshape(-1), x.reshape(-1, C).to(dtype), weight_ih.t())
+    out = gates.new_empty(*x.shape[:3], S * D)
+    cells = gates.new_empty(gates.shape[0], S * D) if save else None
     tensors = {"gates": gates, "weight": packed, "bias": bias, "out": out, "cells": out if cells is None else cells}
-    _scan(plan_of(device_of(x), cell, D, x.dtype).forward, x, directions, D, tensors, KEEP=save)
-    return out, gates if save else None, cells
+    _scan(plan_of(device_of(x), cell, D, dtype).forward, x, directions, D, tensors, KEEP=save)
+    return out.to(x.dtype), gates if save else None, cells
 
 
 def backward(
@@ -131,7 +137,10 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Computes the gradients of x, weight_ih, weight_hh and bias, whose shapes are those of `forward` and `pack`."""
     B, H, W, C = x.shape
-    S, D = len(directions), out.shape[-1] // len(directions)
+    S, D, dtype = len(directions), out.shape[-1] // len(directions), x.dtype
+    grad_out, x, weight_ih, weight_hh, out = (
+        t.to(compute_dtype(dtype, cell)) for t in (grad_out, x, weight_ih, weight_hh, out)
+    )
     grad_gates = out.new_empty(B * H * W, weight_ih.shape[0])
     grad_recurrent = torch.empty_like(grad_gates) if cell == "gru" else grad_gates
     device = device_of(x)
@@ -153,7 +162,7 @@ def backward(
     if cell == "gru":
         of_n = grad_gates.view(-1, S, 3 * D)[..., 2 * D :].sum(0, dtype=torch.float32)
         grad_bias = torch.cat([grad_bias[:, : 2 * D], of_n, grad_bias[:, 2 * D :]], dim=1)
-    return grad_x, grad_ih, weight_sums.sum(0).to(weight_hh.dtype), grad_bias.to(bias.dtype)
+    return grad_x.to(dtype), grad_ih.to(dtype), weight_sums.sum(0).to(dtype), grad_bias.to(dtype)
 
 
 def _encode(directions: Sequence[int]) -> int:

@@ -11,6 +11,7 @@ panel.
 import functools
 from typing import Any, NamedTuple
 
+import torch
 import triton
 
 from sequencer.ops import reference, triton_gru, triton_panels, triton_resident, triton_streamed, triton_sums
@@ -119,6 +120,9 @@ DIAGONAL: dict[int, tuple[Tile, ...]] = {
 }
 # by bytes of an element
 STREAMED = {2: Tile(16, 4, 1, 34_816, 2), 4: Tile(16, 4, 1, 4_096, 2)}
+GRU = Tile(16, 4, 1, 4_096, 2)  # also of plain RNNs
+# left to itself, the assembler spills a few registers in some sizes to make room for another program; ROCm has no limit
+ALL_REGISTERS = {} if torch.version.hip else {"maxnreg": 255}
 # by bytes of an element; for two bytes and generations whose code is another, by generation
 SUMS = {2: Tile(128, 8, 2, 34_816, 1), 4: Tile(32, 8, 2, 16_384, 1)}
 OTHER_SUMS = {90: Tile(128, 8, 2, 51_200, 2), 100: Tile(128, 8, 2, 67_600, 2)}
@@ -153,7 +157,14 @@ def choose_plan(device: Device, cell: str, D: int, itemsize: int, precision: str
     constants = {"G": G, "DIAGONAL": diagonal, "PRECISION": precision, "BLOCK": block}
     tile = OTHER_SUMS.get(generation, SUMS[2]) if narrow else SUMS[4]
     sums = _sums(triton_sums.sums, tile, constants, blocks)
-    tiles = DIAGONAL[P] if diagonal else RESIDENT[generation].get(P, ()) if narrow and cell == "lstm" else ()
+    if G < 4:  # a GRU or a plain RNN
+        constants = {"CELL": cell, "PRECISION": precision, "BLOCK": min(P, BLOCK[4]), "TILE": GRU.size} | ALL_REGISTERS
+        return Plan(
+            Launch(triton_gru.forward_gru_streamed, GRU, constants),
+            Launch(triton_gru.backward_gru_streamed, GRU, constants),
+            sums,
+        )
+    tiles = DIAGONAL[P] if diagonal else RESIDENT[generation].get(P, ()) if narrow else ()
     if diagonal and not _fits(device, tiles):  # without loads ahead, which take the shared memory
         tiles = tuple(tile._replace(stages=1, shared=0, programs=1) for tile in DIAGONAL[P])
     if _fits(device, tiles):
@@ -167,13 +178,9 @@ def choose_plan(device: Device, cell: str, D: int, itemsize: int, precision: str
     tile = STREAMED[itemsize]
     block = 16 if generation == 86 and not narrow else block  # 32 spill registers
     constants = {"PRECISION": precision, "TILE": tile.size}
-    kernels: tuple[Any, Any] = (triton_streamed.forward_streamed, triton_streamed.backward_streamed)
-    if cell != "lstm":
-        kernels = (triton_gru.forward_gru_streamed, triton_gru.backward_gru_streamed)
-        constants |= {"CELL": cell}
     return Plan(
-        Launch(kernels[0], tile, constants | {"BLOCK": block}),
-        Launch(kernels[1], tile, constants | {"BLOCK": min(P, BLOCK[4])}),  # 64 spill registers
+        Launch(triton_streamed.forward_streamed, tile, constants | {"BLOCK": block}),
+        Launch(triton_streamed.backward_streamed, tile, constants | {"BLOCK": min(P, BLOCK[4])}),  # 64 spill registers
         sums,
     )
 

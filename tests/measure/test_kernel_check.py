@@ -21,8 +21,9 @@ LAYER, DEVICE = kernel_check.MODEL_LAYERS[0], kernel_check.DEVICES[90]
 
 COMPILE = """
 import json, sys
-from sequencer.measure.kernel_check import ALL_LAYERS, MODEL_LAYERS, check_kernels
-layers, inference = (MODEL_LAYERS, False) if sys.argv[2] == "model" else (ALL_LAYERS, True)
+from sequencer.measure.kernel_check import ALL_LAYERS, MODEL_LAYERS, Layer, check_kernels
+model = [*MODEL_LAYERS, *(Layer(48, cell=cell) for cell in ("gru", "rnn"))]
+layers, inference = (model, False) if sys.argv[2] == "model" else (ALL_LAYERS, True)
 found = {layer.title: check_kernels(int(sys.argv[1]), layer, inference) for layer in layers}
 print(json.dumps({title: [(kernel.name, kernel.faults) for kernel in kernels] for title, kernels in found.items()}))
 """
@@ -50,6 +51,8 @@ def test_kernels_as_they_are_launched(capability, layers):
     expected = ["forward_panels, inference", *panels] if layers == "all" else panels
     assert [name for name, _ in found["lstm, D 48, bfloat16"]] == expected
     assert [name for name, _ in found["lstm, D 96, bfloat16"]] == expected
+    gru = ["forward_gru_streamed, inference", "forward_gru_streamed", "backward_gru_streamed", "sums"]
+    assert [name for name, _ in found["gru, D 48, bfloat16"]] == (gru if layers == "all" else gru[1:])
 
 
 CODE = MachineCode(

@@ -11,6 +11,7 @@ DEVICES = kernel_check.DEVICES
 PANELS = ("forward_panels", "backward_panels", "sums_panels")
 RESIDENT = ("forward_resident", "backward_resident", "sums")
 STREAMED = ("forward_streamed", "backward_streamed", "sums")
+GRU = ("forward_gru_streamed", "backward_gru_streamed", "sums")
 
 
 def plan(device, cell, D, dtype=torch.bfloat16):
@@ -35,6 +36,8 @@ def test_kernels_of_every_architecture(capability):
         assert kernels(device, "indylstm", 256, dtype) == RESIDENT
     assert kernels(device, "lstm", 48, torch.float32) == STREAMED
     assert kernels(device, "indylstm", 48, torch.float32) == RESIDENT
+    for cell in ("gru", "rnn", "rnn_relu"):
+        assert kernels(device, cell, 48) == kernels(device, cell, 256, torch.float32) == GRU
 
 
 @pytest.mark.parametrize("capability", DEVICES)
@@ -64,6 +67,7 @@ def test_a_generation_that_no_table_was_compiled_for(capability):
     device = DEVICES[90]._replace(capability=capability)
     assert kernels(device, "lstm", 48) == kernels(device, "lstm", 24) == STREAMED
     assert kernels(device, "indylstm", 48) == RESIDENT
+    assert kernels(device, "gru", 48) == GRU
 
 
 @pytest.mark.parametrize(("capability", "like"), [(87, 80), (103, 100), (121, 120)])
