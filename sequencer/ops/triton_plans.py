@@ -154,14 +154,16 @@ def choose_plan(device: Device, cell: str, D: int, itemsize: int, precision: str
     block = min(P, BLOCK[itemsize])
     G = reference.CELLS[cell].gates
     blocks = G * triton.cdiv(D, block) ** (1 if diagonal else 2)
-    constants = {"G": G, "DIAGONAL": diagonal, "PRECISION": precision, "BLOCK": block}
+    constants = {"G": G, "DIAGONAL": diagonal, "PRECISION": precision, "BLOCK": block} | ALL_REGISTERS
     tile = OTHER_SUMS.get(generation, SUMS[2]) if narrow else SUMS[4]
     sums = _sums(triton_sums.sums, tile, constants, blocks)
     if G < 4:  # a GRU or a plain RNN
-        constants = {"CELL": cell, "PRECISION": precision, "BLOCK": min(P, BLOCK[4]), "TILE": GRU.size} | ALL_REGISTERS
+        constants = {"CELL": cell, "PRECISION": precision, "TILE": GRU.size} | ALL_REGISTERS
+        block = min(P, BLOCK[4])
+        before_90 = 16 if generation in (80, 86) and not narrow else block  # 32 spill registers
         return Plan(
-            Launch(triton_gru.forward_gru_streamed, GRU, constants),
-            Launch(triton_gru.backward_gru_streamed, GRU, constants),
+            Launch(triton_gru.forward_gru_streamed, GRU, constants | {"BLOCK": before_90}),
+            Launch(triton_gru.backward_gru_streamed, GRU, constants | {"BLOCK": block}),
             sums,
         )
     tiles = DIAGONAL[P] if diagonal else RESIDENT[generation].get(P, ()) if narrow else ()
