@@ -25,7 +25,8 @@ SLOW = {"fused": False, "triton": triton_kernels.interpreted()}  # the interpret
 ALL = [0, 1, 2, 3]
 CASES = [
     *(pytest.param("fused", cell, marks=BACKENDS[0].marks) for cell in cpu.CELLS),
-    *(pytest.param("triton", cell, marks=BACKENDS[1].marks) for cell in triton_kernels.CELLS),
+    *(pytest.param("triton", cell, marks=BACKENDS[1].marks) for cell in triton_kernels.CELLS[:-1]),
+    pytest.param("triton", "rnn_relu", marks=[*BACKENDS[1].marks, pytest.mark.slow]),  # as rnn but for the activation
 ]
 
 # relative RMS error of outputs and of every gradient
@@ -124,25 +125,33 @@ def test_cpu_kernel_in_float32(backend, cell, size, D):
     check(backend, cell, flat, upstream)
 
 
+SMALL = [
+    (torch.float16, (3, 2, 3), 48),  # in panels
+    (torch.float16, (1, 1, 3), 96),
+    (torch.float16, (5, 1, 4), 8),  # resident
+    (torch.float16, (1, 1, 1), 24),
+    (torch.float16, (1, 1, 2), 100),
+    (torch.float32, (3, 2, 2), 8),  # streamed
+    (torch.float32, (1, 1, 1), 24),
+    (torch.float32, (1, 1, 2), 40),
+]
+LARGER = [((3, 2, 5), 48), ((2, 3, 2), 96), ((5, 1, 9), 8), ((1, 2, 2), 100), ((1, 1, 2), 136)]
+
+
 @pytest.mark.parametrize(
-    ("dtype", "size", "D"),
+    ("cell", "dtype", "size", "D"),
     [
-        (torch.float16, (3, 2, 3), 48),  # in panels
-        (torch.float16, (1, 1, 3), 96),
-        (torch.float16, (5, 1, 4), 8),  # resident
-        (torch.float16, (1, 1, 1), 24),
-        (torch.float16, (1, 1, 2), 100),
-        (torch.float32, (3, 2, 2), 8),  # streamed
-        (torch.float32, (1, 1, 1), 24),
-        (torch.float32, (1, 1, 2), 40),
+        *((cell, *case) for cell in ("lstm", "indylstm") for case in SMALL),
+        *((cell, torch.float16, (5, 2, 4), 24) for cell in ("gru", "rnn", "rnn_relu")),
+        *((cell, torch.float32, (1, 1, 2), 40) for cell in ("gru", "rnn", "rnn_relu")),
         *(
-            pytest.param(dtype, size, D, marks=pytest.mark.slow)
+            pytest.param(cell, dtype, size, D, marks=pytest.mark.slow)
+            for cell in triton_kernels.CELLS
             for dtype in (torch.float32, torch.float16)
-            for size, D in [((3, 2, 5), 48), ((2, 3, 2), 96), ((5, 1, 9), 8), ((1, 2, 2), 100), ((1, 1, 2), 136)]
+            for size, D in LARGER
         ),
     ],
 )
-@pytest.mark.parametrize("cell", triton_kernels.CELLS)
 @pytest.mark.parametrize("backend", [BACKENDS[1]])
 def test_triton_kernels(backend, cell, dtype, size, D):
     """The dtype and the hidden size decide between kernels in panels, resident and streamed ones."""
@@ -190,9 +199,10 @@ def test_float16_on_a_cpu(backend):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: the interpreter multiplies bfloat16 wrongly")
 @pytest.mark.parametrize("D", [48, 96, 160])
-def test_bfloat16_on_a_gpu(D):
-    flat, upstream = problem("lstm", 4, 16, 16, D, dtype=torch.bfloat16, device="cuda")
-    check("triton", "lstm", flat, upstream)
+@pytest.mark.parametrize("cell", triton_kernels.CELLS)
+def test_bfloat16_on_a_gpu(cell, D):
+    flat, upstream = problem(cell, 4, 16, 16, D, dtype=torch.bfloat16, device="cuda")
+    check("triton", cell, flat, upstream)
 
 
 @pytest.mark.parametrize("capability", ["DEFAULT", "AVX2", "AVX512"])
