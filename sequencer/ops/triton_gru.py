@@ -1,7 +1,7 @@
 """Triton kernels of the GRU and of plain RNNs, which read the recurrent weights from global memory at each step.
 
 They serve every hidden size and dtype in the way of `triton_streamed`. A plain RNN is computed as a GRU without its
-gates r and z: its only gate has the place of n, and its output that of the state.
+gates r and z. In the code, g is the gate n of a GRU, and q its recurrent term, or the preactivation of a plain RNN.
 """
 
 from typing import no_type_check
@@ -75,9 +75,9 @@ def backward_gru_streamed(
     S: tl.constexpr, D: tl.constexpr, CELL: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Computes the gradients of the gates' input projections, and of their recurrent terms.
+    """Computes the gradients of the input projection and of the recurrent terms.
 
-    The two differ in n of a GRU, whose recurrent term is scaled by r. Those of a plain RNN are one tensor.
+    In a GRU they differ in n, whose recurrent term is scaled by r. In a plain RNN they are one tensor.
     """
     s = tl.program_id(1)
     G: tl.constexpr = 3 if CELL == "gru" else 1
@@ -98,11 +98,9 @@ def backward_gru_streamed(
             dh = tl.load(grad_out + row + u[None, :], mask=mask, other=0.0).to(tl.float32)
             for depth in tl.range(0, G * D, BLOCK, num_stages=1):
                 k = depth + tl.arange(0, BLOCK)
-                row_k = k < G * D
-                d = tl.load(grad_recurrent + G * after + k[None, :], mask=inner & row_k[None, :], other=0.0)
-                w = tl.load(
-                    weight + s * G * D * D + k[:, None] * D + u[None, :], mask=row_k[:, None] & unit[None, :], other=0.0
-                )
+                d = tl.load(grad_recurrent + G * after + k[None, :], mask=inner & (k < G * D)[None, :], other=0.0)
+                square = weight + s * G * D * D + k[:, None] * D + u[None, :]
+                w = tl.load(square, mask=(k < G * D)[:, None] & unit[None, :], other=0.0)
                 dh = tl.dot(d, w, dh, input_precision=PRECISION)
             if CELL == "gru":
                 at = gates + 3 * row + u[None, :]

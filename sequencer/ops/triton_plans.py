@@ -53,7 +53,7 @@ class Tile(NamedTuple):
 
 
 class Launch(NamedTuple):
-    """A kernel, its tile, and its compile-time constants other than `S`, `D` and `KEEP`.
+    """A kernel, its tile, and its compile-time constants and options other than `S`, `D` and `KEEP`.
 
     `blocks` is the number of blocks into which `sums` divides the weights of a direction, and 1 for other kernels.
     """
@@ -159,11 +159,10 @@ def choose_plan(device: Device, cell: str, D: int, itemsize: int, precision: str
     sums = _sums(triton_sums.sums, tile, constants, blocks)
     if G < 4:  # a GRU or a plain RNN
         constants = {"CELL": cell, "PRECISION": precision, "TILE": GRU.size} | ALL_REGISTERS
-        block = min(P, BLOCK[4])
-        before_90 = 16 if generation in (80, 86) and not narrow else block  # 32 spill registers
+        block = 16 if generation in (80, 86) and not narrow else min(P, BLOCK[4])  # 32 spill registers
         return Plan(
-            Launch(triton_gru.forward_gru_streamed, GRU, constants | {"BLOCK": before_90}),
-            Launch(triton_gru.backward_gru_streamed, GRU, constants | {"BLOCK": block}),
+            Launch(triton_gru.forward_gru_streamed, GRU, constants | {"BLOCK": block}),
+            Launch(triton_gru.backward_gru_streamed, GRU, constants | {"BLOCK": min(P, BLOCK[4])}),
             sums,
         )
     tiles = DIAGONAL[P] if diagonal else RESIDENT[generation].get(P, ()) if narrow else ()
