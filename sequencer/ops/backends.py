@@ -66,6 +66,8 @@ def _triton_refusal(inputs: Inputs) -> str | None:
     """Returns why Triton's kernels do not support the inputs; their slow interpreter has to be requested by name."""
     if inputs.cell not in triton_kernels.CELLS:
         return f"it serves {', '.join(triton_kernels.CELLS[:-1])} and {triton_kernels.CELLS[-1]}"
+    if inputs.cell not in triton_kernels.FASTEST and not inputs.requested:
+        return f"its kernels of {inputs.cell} are not known to be faster than torch's"
     interpreted = inputs.device == "cpu" and inputs.requested and triton_kernels.interpreted()
     if inputs.device != "cuda" and not interpreted:
         return "it needs a GPU"

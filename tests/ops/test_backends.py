@@ -46,6 +46,8 @@ def test_choice_of_backend():
     assert explain("lstm", device="meta").backend == "torch"
     assert explain("lstm", backend="reference").backend == "reference"
     assert "serves lstm, indylstm, gru, rnn and rnn_relu" in explain("lstm1997").reason
+    assert explain("gru", device="cuda").backend == "torch"
+    assert "triton: its kernels of gru are not known to be faster" in explain("gru", device="cuda").reason
     with pytest.raises(ValueError, match="unknown cell 'lstmm'; there are lstm, gru"):
         explain("lstmm")
     with pytest.raises(ValueError, match="unknown backend 'cudnn'; there are auto, triton"):
