@@ -27,7 +27,7 @@ GROUPS = ConfigFiles(conf_dir()).groups
 def test_every_choice_composes(group, choice):
     config = compose([f"{group}={choice}"])
     assert group == "experiment" or config.model.name == config.data.default_model
-    again = choice.startswith("ablation_")  # the same command finds its trials again
+    again = choice.startswith(("ablation_", "overfitting"))  # the same command finds its trials again
     assert config.run_dir.startswith(f"outputs/{config.name}" + ("" if again else f"/{time.strftime('%Y')}"))
 
 

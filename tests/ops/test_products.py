@@ -286,3 +286,20 @@ assert products.candidates(torch.float32) == ["torch"]
 
 def test_traced_graphs_and_torch_without_the_operator():
     subprocess.run([sys.executable, "-c", TRACED_AND_ABSENT], check=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_large_inputs_of_the_mlp_are_computed_in_parts(monkeypatch, dtype):
+    monkeypatch.setattr("sequencer.layers.blocks.HIDDEN_BYTES", 4 * 24 * 5)  # 5 rows in float32, 10 in bfloat16
+    layer = Mlp(8, 24).to(dtype).eval()
+    x = torch.randn(3, 7, 4, 8, dtype=dtype)
+    sizes = []
+    layer.fc1.register_forward_pre_hook(lambda _, inputs: sizes.append(inputs[0].shape[:-1].numel()))
+    whole = layer(x)
+    assert sizes == [84]
+    with torch.no_grad():
+        parts = layer(x)
+        assert layer(x[:1, :1]).shape == (1, 1, 4, 8)
+    rows = 5 if dtype == torch.float32 else 10
+    assert sizes[1:] == [rows] * (84 // rows) + [84 % rows, 4]
+    torch.testing.assert_close(parts, whole.detach())
