@@ -1,6 +1,7 @@
 """The size and speed of trained models, measured in turns, so that other load on the machine affects all alike."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from statistics import median
 from typing import NamedTuple
 
@@ -8,6 +9,7 @@ import torch
 from torch import nn
 
 from sequencer.machine import timed
+from sequencer.measure.contest import Case
 from sequencer.report.results import count_operations
 
 ROUNDS = 9
@@ -52,21 +54,10 @@ def measure_speeds(subjects: Sequence[Subject], device: torch.device) -> list[Sp
 
 def _passes(subject: Subject, device: torch.device) -> list[Callable[[], object]]:
     """Returns a pass of training, of inference, and of inference with one image."""
-    model, size, dtype = subject.model, subject.input_size, subject.dtype
-    images = torch.randn(subject.batch_size, *size, device=device)
-
-    def outputs(batch: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            return model(batch)
-
-    def train() -> None:
-        model.train()
-        outputs(images).float().square().mean().backward()
-        model.zero_grad()
-
-    @torch.inference_mode()
-    def infer(batch: torch.Tensor) -> None:
-        model.eval()
-        outputs(batch)
-
-    return [train, lambda: infer(images), lambda: infer(images[:1])]
+    model, dtype = subject.model, subject.dtype
+    images = torch.randn(subject.batch_size, *subject.input_size, device=device)
+    with torch.inference_mode():
+        classes = model.eval()(images[:1]).shape[1]
+    upstream = torch.randn(len(images), classes, device=device)
+    batch, single = Case(images, upstream, dtype), Case(images[:1], upstream[:1], dtype)
+    return [partial(batch.train, model), partial(batch.infer, model), partial(single.infer, model)]

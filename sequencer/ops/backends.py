@@ -54,7 +54,7 @@ class Choice(NamedTuple):
 
 def _fused_refusal(inputs: Inputs) -> str | None:
     if inputs.cell not in cpu.CELLS:
-        return f"it serves {', '.join(cpu.CELLS[:-1])} and {cpu.CELLS[-1]}"
+        return _serves(cpu.CELLS)
     if inputs.device != "cpu":
         return "it runs on a CPU"
     if inputs.dtype not in cpu.DTYPES:
@@ -63,9 +63,12 @@ def _fused_refusal(inputs: Inputs) -> str | None:
 
 
 def _triton_refusal(inputs: Inputs) -> str | None:
-    """Returns why Triton's kernels do not support the inputs; their slow interpreter has to be requested by name."""
+    """Returns why Triton's kernels do not support the inputs.
+
+    Their slow interpreter, and kernels that are not known to be the fastest, have to be requested by name.
+    """
     if inputs.cell not in triton_kernels.CELLS:
-        return f"it serves {', '.join(triton_kernels.CELLS[:-1])} and {triton_kernels.CELLS[-1]}"
+        return _serves(triton_kernels.CELLS)
     if inputs.cell not in triton_kernels.FASTEST and not inputs.requested:
         return f"its kernels of {inputs.cell} are not known to be faster than torch's"
     interpreted = inputs.device == "cpu" and inputs.requested and triton_kernels.interpreted()
@@ -75,6 +78,10 @@ def _triton_refusal(inputs: Inputs) -> str | None:
     if not low <= inputs.hidden_size <= high:
         return f"its hidden sizes are {low} to {high}"
     return f"it has no {inputs.dtype}" if inputs.dtype not in triton_kernels.DTYPES else triton_kernels.unavailable()
+
+
+def _serves(cells: tuple[str, ...]) -> str:
+    return f"it serves {', '.join(cells[:-1])} and {cells[-1]}"
 
 
 def _torch_refusal(inputs: Inputs) -> str | None:
