@@ -50,6 +50,7 @@ class WandbGuard(Logger):
         self._folder: str | None = None
         self._deadline: float | None = None
         self._closed = False
+        self._ended = False  # by the thread: everything is sent, or the log says what is not
         self._thread = Thread(target=self._serve, name="wandb", daemon=True)
 
     @property
@@ -103,7 +104,7 @@ class WandbGuard(Logger):
                 log.info("waiting for W&B, at most %.0f s", rest)
                 self._thread.join(rest)
         self._closed = True
-        if self._thread.is_alive():
+        if not self._ended:
             log.warning("W&B has not finished in time%s", self._sync if self._folder else "")
 
     @property
@@ -120,10 +121,12 @@ class WandbGuard(Logger):
             except Exception as error:  # of any kind: training goes on
                 problem = error
             else:
+                self._ended = True
                 return
-            if self._closed:
-                return
+            if self._closed or (self._deadline is not None and time.monotonic() > self._deadline):
+                return  # no time is left for another run; `close` says so
         log.warning("W&B is given up (%s); metrics.csv has every row", problem)
+        self._ended = True
 
     def _send_all(self, mode: str, problem: Exception | None) -> None:
         """Starts a worker and sends it every message from the first to the exit code.
