@@ -65,7 +65,11 @@ def test_the_estimated_size_is_that_of_a_real_step(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["sequencer2d_s", "convnext_tiny", pytest.param("swin_tiny_patch4_window7_224", marks=pytest.mark.slow)]
+    "name",
+    [
+        "sequencer2d_s",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("convnext_tiny", "swin_tiny_patch4_window7_224")),
+    ],
 )
 def test_size_of_models(name):
     """The activations of 224 px grow with the image, and checkpointing drops most of them."""

@@ -22,7 +22,7 @@ LAYER, DEVICE = kernel_check.MODEL_LAYERS[0], kernel_check.DEVICES[90]
 COMPILE = """
 import json, sys
 from sequencer.measure.kernel_check import ALL_LAYERS, MODEL_LAYERS, Layer, check_kernels
-model = [*MODEL_LAYERS, *(Layer(48, cell=cell) for cell in ("gru", "rnn"))]
+model = [*MODEL_LAYERS, Layer(48, cell="gru")]
 layers, inference = (model, False) if sys.argv[2] == "model" else (ALL_LAYERS, True)
 found = {layer.title: check_kernels(int(sys.argv[1]), layer, inference) for layer in layers}
 print(json.dumps({title: [(kernel.name, kernel.faults) for kernel in kernels] for title, kernels in found.items()}))
