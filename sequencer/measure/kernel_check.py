@@ -68,7 +68,7 @@ MODEL_LAYERS = [Layer(48), Layer(96, H=16, C=384)]  # of sequencer2d_s
 ALL_LAYERS = [
     *MODEL_LAYERS,
     Layer(48, torch.float16),
-    *(Layer(D) for D in (8, 24, 64, 100, 256)),
+    *(Layer(D) for D in (8, 24, 64, 100, 136, 256)),
     *(Layer(D, torch.float32) for D in (48, 96)),
     *(
         Layer(D, dtype, cell)

@@ -179,9 +179,11 @@ def choose_plan(device: Device, cell: str, D: int, itemsize: int, precision: str
     tile = STREAMED[itemsize]
     block = 16 if generation == 86 and not narrow else block  # 32 spill registers
     constants = {"PRECISION": precision, "TILE": tile.size}
+    limit = ALL_REGISTERS if D % block else {}  # where all blocks are whole, the limit is what makes it spill
+    backward = constants | {"BLOCK": min(P, BLOCK[4])} | ALL_REGISTERS  # a block of 64 spills
     return Plan(
-        Launch(triton_streamed.forward_streamed, tile, constants | {"BLOCK": block}),
-        Launch(triton_streamed.backward_streamed, tile, constants | {"BLOCK": min(P, BLOCK[4])}),  # 64 spill registers
+        Launch(triton_streamed.forward_streamed, tile, constants | {"BLOCK": block} | limit),
+        Launch(triton_streamed.backward_streamed, tile, backward),
         sums,
     )
 
