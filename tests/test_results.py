@@ -34,7 +34,9 @@ def test_every_table_is_in_a_page(results):
 
 
 def test_the_command_of_every_record_composes(results):
-    commands = {row["command"] for row in results.read("records.csv")}
+    from _results.common import read
+
+    commands = {row["command"] for row in read("records.csv")}
     assert commands
     for command in commands:
         python, script, *overrides = shlex.split(command)

@@ -180,10 +180,10 @@ def choose_plan(device: Device, cell: str, D: int, itemsize: int, precision: str
     block = 16 if generation == 86 and not narrow else block  # 32 spill registers
     constants = {"PRECISION": precision, "TILE": tile.size}
     limit = ALL_REGISTERS if D % block else {}  # where all blocks are whole, the limit is what makes it spill
-    backward = constants | {"BLOCK": min(P, BLOCK[4])} | ALL_REGISTERS  # a block of 64 spills
+    narrower = {"BLOCK": min(P, BLOCK[4])} | ALL_REGISTERS  # a block of 64 spills
     return Plan(
         Launch(triton_streamed.forward_streamed, tile, constants | {"BLOCK": block} | limit),
-        Launch(triton_streamed.backward_streamed, tile, backward),
+        Launch(triton_streamed.backward_streamed, tile, constants | narrower),
         sums,
     )
 

@@ -1,0 +1,47 @@
+"""What the tables of results share: reading the CSV files, Markdown, and intervals over seeds."""
+
+import csv
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean, stdev
+
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+Row = dict[str, str]
+
+
+def read(name: str) -> list[Row]:
+    """Reads a file of docs/results."""
+    with open(DOCS / "results" / name, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]], texts: int = 1) -> str:
+    """A table whose columns are aligned to the right, but for the first `texts`."""
+    rule = ["---" if index < texts else "---:" for index in range(len(header))]
+    return "\n".join(f"| {' | '.join(row)} |" for row in [header, rule, *rows])
+
+
+def interval(values: Sequence[float], scale: float = 1, digits: int = 2, sign: str = "") -> str:
+    """The mean with its 95% interval by Student's t, multiplied by a scale.
+
+    Args:
+        values: One for each seed, at least two.
+        scale: E.g. 100 for per cent.
+        digits: After the decimal point.
+        sign: `+` to show that of positive numbers, as for differences.
+    """
+    from scipy.stats import t as student
+
+    half = float(student.ppf(0.975, len(values) - 1)) * stdev(values) / math.sqrt(len(values))
+    middle, low, high = (
+        f"{scale * value:{sign}.{digits}f}" for value in (mean(values), mean(values) - half, mean(values) + half)
+    )
+    return f"{middle} ({low} to {high})"
+
+
+def paired(first: dict[int, float], second: dict[int, float], scale: float = 100, digits: int = 2) -> str:
+    """The mean difference with its 95% interval, paired by seed; of fractions in points."""
+    pairs = [first[seed] - second[seed] for seed in sorted(first.keys() & second.keys())]
+    return interval(pairs, scale, digits, sign="+")
