@@ -2,9 +2,10 @@
 
     python scripts/inside.py outputs/ablation_cell
 
-Each run's memory, knock-out, symmetry and robustness are written to RUN/analysis; what is there already is kept, so the
-same command goes on where it was interrupted. docs/results/inside.csv has a row for each quantity of each run, and
-`scripts/results.py` makes the tables and pictures of docs/inside.md of it.
+Each run's memory, knock-out, symmetry and robustness are written to RUN/inside_N, N being the number of images; what is
+there already is kept, so the same command goes on where it was interrupted. The images are kept beside the runs.
+docs/results/inside.csv has a row for each quantity of each run, and `scripts/results.py` makes the tables and pictures of
+docs/inside.md of it.
 """
 
 import csv
@@ -45,7 +46,7 @@ def parse(argv: list[str] | None) -> Namespace:
         metavar="N",
         type=integer(16),
         default=1000,
-        help="test images, half of which are corrupted; default: %(default)s",
+        help="test images; half of them are corrupted, and at most 128 taken for memory; default: %(default)s",
     )
     add("--output", type=Path, default=OUTPUT, metavar="FILE", help="CSV file; default: docs/results/inside.csv")
     add("--debug", action="store_true", help="show the traceback of an error")
@@ -56,37 +57,44 @@ def work(args: Namespace) -> None:
     """Analyses the runs one after another, and writes the CSV file at the end.
 
     Raises:
-        RequestError: There are no finished runs, or they are not of CIFAR-10.
+        RequestError: There are no finished runs, they are not of CIFAR-10, or two have the same cell and seed.
         RuntimeError: An analysis failed.
     """
-    runs = [folder for folder in find_runs(args.runs) if load_summary(folder)]
+    found = find_runs(args.runs)
+    runs: dict[tuple[str, int], Path] = {}  # by cell and seed
+    for folder in found:
+        if not load_summary(folder):
+            continue
+        config = load_run(folder)
+        if config.data.name != "cifar10":
+            raise RequestError(f"{printable(folder)} is of {config.data.name}: the pages are of CIFAR-10")
+        key = config.model.kwargs.get("cell", "lstm"), config.seed
+        if key in runs:
+            raise RequestError(f"{printable(folder)} and {printable(runs[key])} have the same cell and seed")
+        runs[key] = folder
     if not runs:
         raise RequestError("none of the runs has finished")
-    for folder in runs:
-        if (name := load_run(folder).data.name) != "cifar10":
-            raise RequestError(f"{printable(folder)} is of {name}: the pages are of CIFAR-10")
+    if unfinished := len(found) - len(runs):
+        say(f"left out, not finished: {unfinished} of {len(found)} runs")
     make_folder(args.output.parent)
     rows = []
-    for number, folder in enumerate(runs, start=1):
-        config, analysis = load_run(folder), folder / "analysis"
+    for number, ((cell, seed), folder) in enumerate(runs.items(), start=1):
+        analysis = folder / f"inside_{args.limit}"
         say(f"{number} of {len(runs)}: {printable(folder)}")
         for name, (files, read) in ANALYSES.items():
             if not all((analysis / file).exists() for file in files):
-                _analyze(name, folder, args.limit)
-            found = read(*(_read(analysis / file) for file in files))
-            rows += [
-                (config.model.kwargs.get("cell", "lstm"), config.seed, name, quantity, f"{value:.6g}")
-                for quantity, value in found.items()
-            ]
+                _analyze(name, folder, args.limit, analysis)
+            values = read(*(_read(analysis / file) for file in files))
+            rows += [(cell, seed, name, quantity, f"{value:.6g}") for quantity, value in values.items()]
     write_csv(args.output, ("cell", "seed", "analysis", "quantity", "value"), rows)
     say(f"written: {args.output}")
 
 
-def _analyze(name: str, folder: Path, limit: int) -> None:
+def _analyze(name: str, folder: Path, limit: int, output: Path) -> None:
     if name == "memory":
         options = ["--images", str(_images(folder, limit)), "--untrained"]
     elif name == "robustness":
-        half = limit // 2  # each of them is classified 91 times
+        half = limit // 2  # each of them is classified 71 times
         options = ["--limit", str(half), "--stored", str(_corrupted(folder, half))]
     else:
         options = ["--limit", str(limit)]
@@ -99,7 +107,7 @@ def _analyze(name: str, folder: Path, limit: int) -> None:
         "--batch-size",
         "64",
         "--output",
-        str(folder / "analysis"),
+        str(output),
     ]
     if code := subprocess.run(command, stdout=subprocess.DEVNULL).returncode:
         raise RuntimeError(f"analyze.py {name} {folder} ended with exit code {code}")
@@ -109,11 +117,12 @@ def _images(folder: Path, limit: int) -> Path:
     """Writes the first test images as files beside the runs, for the analysis of memory; returns their folder."""
     from torchvision.datasets import CIFAR10
 
-    images = folder.parent / "test_images"
-    if not images.exists():
+    number = min(limit, 128)
+    images = folder.parent / f"test_images_{number}"
+    if len([*images.glob("*.png")]) < number:
         split = CIFAR10(load_run(folder).data.root, train=False)
-        images.mkdir()
-        for index in range(min(limit, 128)):
+        images.mkdir(exist_ok=True)
+        for index in range(number):
             split[index][0].save(images / f"{index:04}.png")
     return images
 

@@ -82,7 +82,7 @@ def test_wrong_requests(inside, capsys, tmp_path):
     run(compose([*SMALL, SMALL_MODEL, "trainer.max_epochs=1", f"run_dir={tmp_path / 'digits'}"]))
     assert inside.main([str(tmp_path / "digits")]) == 2
     assert "is of digits" in capsys.readouterr().err
-    assert not (tmp_path / "digits" / "analysis").exists()
+    assert not (tmp_path / "digits" / "inside_1000").exists()
 
 
 @pytest.mark.slow

@@ -49,9 +49,15 @@ class Trials(NamedTuple):
 
     @classmethod
     def of(cls, settings: Mapping[str, str]) -> "Trials":
-        """Returns those with the given settings, and otherwise the settings of `BASE`."""
+        """Returns those with the given settings, and otherwise the settings of `BASE`.
+
+        Raises:
+            LookupError: There are none.
+        """
         wanted = BASE | dict(settings)
         rows = [row for row in _rows() if all((row.get(key) or BASE[key]) == wanted[key] for key in wanted)]
+        if not rows:
+            raise LookupError(f"ablations.csv has no finished trial with {wanted}")
         return cls(int(rows[0]["parameters"]), {int(row["seed"]): float(row["test/top1"]) for row in rows})
 
 

@@ -36,7 +36,7 @@ def interval(values: Sequence[float], scale: float = 1, digits: int = 2, sign: s
 
     half = float(student.ppf(0.975, len(values) - 1)) * stdev(values) / math.sqrt(len(values))
     middle, low, high = (
-        f"{scale * value:{sign}.{digits}f}" for value in (mean(values), mean(values) - half, mean(values) + half)
+        f"{scale * value:{sign}z.{digits}f}" for value in (mean(values), mean(values) - half, mean(values) + half)
     )
     return f"{middle} ({low} to {high})"
 
