@@ -4,8 +4,8 @@
 
 Each run's memory, knock-out, symmetry and robustness are written to RUN/inside_N, N being the number of images; what is
 there already is kept, so the same command goes on where it was interrupted. The images are kept beside the runs.
-docs/results/inside.csv has a row for each quantity of each run, and `scripts/results.py` makes the tables and pictures of
-docs/inside.md of it.
+docs/results/inside.csv has a row for each quantity of each run, of which `scripts/results.py` makes the tables and the
+picture of docs/inside.md.
 """
 
 import csv
