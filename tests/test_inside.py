@@ -1,6 +1,7 @@
 """What `scripts/inside.py` collects from the analyses, and how intervals over seeds are stated."""
 
 import math
+import shutil
 from statistics import mean
 
 import pytest
@@ -83,6 +84,12 @@ def test_wrong_requests(inside, capsys, tmp_path):
     assert inside.main([str(tmp_path / "digits")]) == 2
     assert "is of digits" in capsys.readouterr().err
     assert not (tmp_path / "digits" / "inside_1000").exists()
+    for name in ("one", "two"):
+        twin = shutil.copytree(tmp_path / "digits", tmp_path / "twins" / name)
+        config = twin / "config.yaml"
+        config.write_text(config.read_text().replace("name: digits", "name: cifar10"))
+    assert inside.main([str(tmp_path / "twins")]) == 2
+    assert "have the same cell and seed" in capsys.readouterr().err
 
 
 @pytest.mark.slow
