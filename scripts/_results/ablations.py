@@ -33,8 +33,6 @@ CELLS = [
     Model("LSTM of 1997", {"model.kwargs.cell": "lstm1997"}),
     Model("IndyLSTM", {"model.kwargs.cell": "indylstm"}),
 ]
-
-
 ABLATIONS = {  # the first model of each is the one that the others are compared with
     "cell": CELLS,
     "directions": [LSTM._replace(label="both"), Model("one", {"model.kwargs.bidirectional": "False"}, "79.7")],

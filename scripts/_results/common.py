@@ -23,12 +23,11 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]], texts: int = 
     return "\n".join(f"| {' | '.join(row)} |" for row in [header, rule, *rows])
 
 
-def interval(values: Sequence[float], scale: float = 1, digits: int = 2, sign: str = "") -> str:
-    """The mean with its 95% interval by Student's t, multiplied by a scale.
+def interval(values: Sequence[float], digits: int = 2, sign: str = "") -> str:
+    """The mean with its 95% interval by Student's t.
 
     Args:
         values: One for each seed, at least two.
-        scale: E.g. 100 for per cent.
         digits: After the decimal point.
         sign: `+` to show that of positive numbers, as for differences.
     """
@@ -36,12 +35,11 @@ def interval(values: Sequence[float], scale: float = 1, digits: int = 2, sign: s
 
     half = float(student.ppf(0.975, len(values) - 1)) * stdev(values) / math.sqrt(len(values))
     middle, low, high = (
-        f"{scale * value:{sign}z.{digits}f}" for value in (mean(values), mean(values) - half, mean(values) + half)
+        f"{value:{sign}z.{digits}f}" for value in (mean(values), mean(values) - half, mean(values) + half)
     )
     return f"{middle} ({low} to {high})"
 
 
-def paired(first: dict[int, float], second: dict[int, float], scale: float = 100, digits: int = 2) -> str:
-    """The mean difference with its 95% interval, paired by seed; of fractions in points."""
-    pairs = [first[seed] - second[seed] for seed in sorted(first.keys() & second.keys())]
-    return interval(pairs, scale, digits, sign="+")
+def paired(first: dict[int, float], second: dict[int, float]) -> str:
+    """The mean difference of two fractions with its 95% interval, in points, paired by seed."""
+    return interval([100 * (first[seed] - second[seed]) for seed in first.keys() & second.keys()], sign="+")

@@ -44,7 +44,7 @@ def table(analysis: str, columns: Mapping[str, Callable[[Found], float | None]],
 
 def _cell(values: list[float], digits: int, sign: str) -> str:
     if len(set(values)) > 1:
-        return interval(values, 1, digits, sign)
+        return interval(values, digits, sign)
     return f"{values[0]:{sign}.{digits}f}" if values else ""  # fresh weights do not depend on the seed
 
 

@@ -341,6 +341,11 @@ def test_second_derivatives_by_one_tensor(part):
     [
         *(pytest.param(*case.values, True, marks=case.marks) for case in CASES),
         *(pytest.param(backend.values[0], "lstm", False, marks=backend.marks) for backend in BACKENDS),
+        *(
+            pytest.param(*case.values, False, marks=[*case.marks, pytest.mark.slow])
+            for case in CASES
+            if case.values[1] != "lstm"
+        ),
     ],
 )
 def test_operator_passes_opcheck(backend, cell, keep):
