@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import compare
 from _cli import Parser, run
+from _results.common import RESULTS
 
 from sequencer.config import RequestError, compose
 from sequencer.config.request import request
@@ -20,7 +21,7 @@ from sequencer.config.request import request
 if TYPE_CHECKING:
     from torch import nn
 
-OUTPUT = Path(__file__).parents[1] / "docs" / "results" / "baselines.csv"
+OUTPUT = RESULTS / "baselines.csv"
 RUNS = Path("outputs", "baselines")
 RECIPE = "experiment=cifar10_cpu"
 PEERS = {  # by model: what differs from the recipe; the sizes give the operations of sequencer2d_p4_32 within 3%

@@ -8,7 +8,6 @@ docs/results/inside.csv has a row for each quantity of each run, of which `scrip
 picture of docs/inside.md.
 """
 
-import csv
 import math
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from pathlib import Path
 from statistics import fmean
 
 from _cli import Parser, integer, make_folder, run
+from _results.common import RESULTS, Row, read
 
 from sequencer.analysis.comparison import find_runs
 from sequencer.config import RequestError
@@ -28,8 +28,8 @@ from sequencer.files import write_csv
 from sequencer.printing import printable
 
 SCRIPT = Path(__file__).with_name("analyze.py")
-OUTPUT = Path(__file__).parents[1] / "docs" / "results" / "inside.csv"
-Rows = list[dict[str, str]]
+OUTPUT = RESULTS / "inside.csv"
+Rows = list[Row]
 Quantities = dict[str, float]
 
 
@@ -81,10 +81,10 @@ def work(args: Namespace) -> None:
     for number, ((cell, seed), folder) in enumerate(runs.items(), start=1):
         analysis = folder / f"inside_{args.limit}"
         say(f"{number} of {len(runs)}: {printable(folder)}")
-        for name, (files, read) in ANALYSES.items():
+        for name, (files, collect) in ANALYSES.items():
             if not all((analysis / file).exists() for file in files):
                 _analyze(name, folder, args.limit, analysis)
-            values = read(*(_read(analysis / file) for file in files))
+            values = collect(*(read(analysis / file) for file in files))
             rows += [(cell, seed, name, quantity, f"{value:.6g}") for quantity, value in values.items()]
     write_csv(args.output, ("cell", "seed", "analysis", "quantity", "value"), rows)
     say(f"written: {args.output}")
@@ -146,11 +146,6 @@ def _corrupted(folder: Path, limit: int) -> Path:
             np.save(arrays / f"{name}.npy", np.stack(images))
         np.save(arrays / "labels.npy", np.tile(split.targets[:limit], len(SEVERITIES)))  # last: the others are whole
     return arrays
-
-
-def _read(path: Path) -> Rows:
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def _means(pairs: Iterable[tuple[str, float]]) -> Quantities:

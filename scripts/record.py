@@ -20,13 +20,13 @@ from datetime import date
 from pathlib import Path
 
 from _cli import Parser, make_folder, run
+from _results.common import RESULTS, ROOT
 
 from sequencer.config import RequestError, compose
 from sequencer.config.request import load_summary
 from sequencer.console import say
 
-ROOT = Path(__file__).parents[1]
-RECORDS = ROOT / "docs" / "results" / "records.csv"
+RECORDS = RESULTS / "records.csv"
 COLUMNS = (
     "date", "command", "seed", "top1", "loss", "parameters", "epochs", "minutes", "training_minutes", "load",
     "machine", "torch", "commit",

@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable
 from functools import partial
 
-from _results.ablations import ABLATIONS, ablation_table, draw_ablations
+from _results.ablations import ABLATIONS, ablation_table, draw_ablations, hidden_table
 from _results.common import DOCS, ROOT
 from _results.inside import draw_inside, knock_out_table, memory_table, robustness_table, symmetry_table
 from _results.records import latest_table, records_table
@@ -22,6 +22,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "records": records_table,
     "latest": latest_table,
     **{name: partial(ablation_table, name) for name in ABLATIONS},
+    "hidden": hidden_table,
     "memory": memory_table,
     "knock_out": knock_out_table,
     "symmetry": symmetry_table,

@@ -34,9 +34,9 @@ def test_every_table_is_in_a_page(results):
 
 
 def test_the_command_of_every_record_composes(results):
-    from _results.common import read
+    from _results.common import RESULTS, read
 
-    commands = {row["command"] for row in read("records.csv")}
+    commands = {row["command"] for row in read(RESULTS / "records.csv")}
     assert commands
     for command in commands:
         python, script, *overrides = shlex.split(command)

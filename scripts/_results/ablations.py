@@ -1,11 +1,13 @@
 """The tables and pictures of the ablations, of docs/results/ablations.csv, which `scripts/compare.py` writes."""
 
 import functools
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
-from _results.common import Row, markdown, paired, read
+from _results.common import RESULTS, Row, markdown, paired, read
 from sequencer.analysis.comparison import spread
 
 
@@ -33,9 +35,29 @@ CELLS = [
     Model("LSTM of 1997", {"model.kwargs.cell": "lstm1997"}),
     Model("IndyLSTM", {"model.kwargs.cell": "indylstm"}),
 ]
+
+
+def _hidden(size: int, cell: str = "lstm") -> dict[str, str]:
+    return {"model.kwargs.hidden_sizes": f"[{size}]", "model.kwargs.cell": cell}
+
+
+SIZES = (8, 16, 32, 64)
+WIDE = _hidden(64)
 ABLATIONS = {  # the first model of each is the one that the others are compared with
     "cell": CELLS,
     "directions": [LSTM._replace(label="both"), Model("one", {"model.kwargs.bidirectional": "False"}, "79.7")],
+    "union": [
+        LSTM._replace(label="concatenated"),
+        Model("added", {"model.kwargs.union": "add"}, "82.2"),
+        Model("vertical only", {"model.kwargs.union": "vertical"}, "75.6"),
+        Model("horizontal only", {"model.kwargs.union": "horizontal"}, "75.0"),
+    ],
+    "backbone": [
+        Model("Sequencer2D, hidden size 32", {}, "82.3"),
+        Model("Sequencer2D, 64", WIDE, "82.6"),
+        Model("VSequencer, 64", WIDE | {"model.name": "v_sequencer_s"}, "78.0"),
+        Model("VSequencer with a position embedding, 64", WIDE | {"model.name": "v_sequencer_s_pe"}, "78.1"),
+    ],
 }
 
 
@@ -61,7 +83,7 @@ class Trials(NamedTuple):
 
 @functools.cache
 def _rows() -> list[Row]:
-    return [row for row in read("ablations.csv") if row["state"] == "finished"]
+    return [row for row in read(RESULTS / "ablations.csv") if row["state"] == "finished"]
 
 
 def ablation_table(name: str) -> str:
@@ -77,11 +99,42 @@ def ablation_table(name: str) -> str:
     return markdown(header, lines)
 
 
+def hidden_table() -> str:
+    """LSTM beside IndyLSTM at equal hidden sizes and, where the LSTMs enclose it, at equal parameters."""
+    lstms, lines = [Trials.of(_hidden(size)) for size in SIZES], []
+    for size, lstm in zip(SIZES, lstms, strict=True):
+        indylstm = Trials.of(_hidden(size, "indylstm"))
+        as_large = _interpolated(lstms, indylstm.parameters)
+        own = [text for each in (lstm, indylstm) for text in (f"{each.parameters:,}", spread([*each.top1.values()]))]
+        beside = [paired(indylstm.top1, other) if other else "" for other in (lstm.top1, as_large)]
+        lines.append((str(size), *own, *beside))
+    header = ("hidden size", "LSTM: parameters", "top-1, %", "IndyLSTM: parameters", "top-1, %")
+    return markdown((*header, "minus LSTM", "minus LSTM of as many parameters"), lines, texts=0)
+
+
+def _interpolated(models: Sequence[Trials], parameters: int) -> dict[int, float]:
+    """Returns top-1 by seed of a model between two of these, linear in the logarithm of the parameters."""
+    for low, high in pairwise(models):
+        if low.parameters <= parameters <= high.parameters:
+            weight = math.log(parameters / low.parameters) / math.log(high.parameters / low.parameters)
+            seeds = low.top1.keys() & high.top1.keys()
+            return {seed: (1 - weight) * low.top1[seed] + weight * high.top1[seed] for seed in seeds}
+    return {}
+
+
 def draw_ablations(folder: Path) -> None:
     """Draws every seed of each ablation, and the means over the number of parameters."""
+    for name, models in ABLATIONS.items():
+        _draw(name, [(model.label, model.label, model.settings) for model in models], folder)
+    cells = {"LSTM": "lstm", "IndyLSTM": "indylstm"}
+    sizes = [(f"{label}, {size}", label, _hidden(size, cell)) for label, cell in cells.items() for size in SIZES]
+    _draw("hidden", sizes, folder)
+
+
+def _draw(name: str, drawn: Sequence[tuple[str, str, Mapping[str, str]]], folder: Path) -> None:
+    """Draws models, each given by its label, the curve that it belongs to, and its settings."""
     from sequencer.analysis.plots import plot_sweep
 
-    for name, models in ABLATIONS.items():
-        trials = [(model.label, Trials.of(model.settings)) for model in models]
-        rows = [(label, label, found.parameters, [*found.top1.values()]) for label, found in trials]
-        plot_sweep(rows, "test/top1", f"ablation_{name}", folder / f"ablation_{name}.png")
+    trials = [(label, curve, Trials.of(settings)) for label, curve, settings in drawn]
+    rows = [(label, curve, found.parameters, [*found.top1.values()]) for label, curve, found in trials]
+    plot_sweep(rows, "test/top1", f"ablation_{name}", folder / f"ablation_{name}.png")

@@ -8,12 +8,13 @@ from statistics import mean, stdev
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
+RESULTS = DOCS / "results"
 Row = dict[str, str]
 
 
-def read(name: str) -> list[Row]:
-    """Reads a file of docs/results."""
-    with open(DOCS / "results" / name, newline="") as file:
+def read(path: Path) -> list[Row]:
+    """Reads a CSV file."""
+    with open(path, newline="") as file:
         return list(csv.DictReader(file))
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import fmean
 
 from _results.ablations import CELLS
-from _results.common import interval, markdown, read
+from _results.common import RESULTS, interval, markdown, read
 
 STEPS = 8  # of a scan: tokens along a side of the image
 GROUPS = {  # corruptions of CIFAR-10-C without frost
@@ -24,7 +24,7 @@ NAMES = {model.settings.get("model.kwargs.cell", "lstm"): model.label for model 
 def runs(analysis: str) -> dict[str, list[dict[str, float]]]:
     """Returns the quantities of an analysis for every run of each cell, in the order of the seeds."""
     found: dict[tuple[str, str], dict[str, float]] = defaultdict(dict)
-    for row in read("inside.csv"):
+    for row in read(RESULTS / "inside.csv"):
         if row["analysis"] == analysis:
             found[row["cell"], row["seed"]][row["quantity"]] = float(row["value"])
     return {cell: [values for (name, _), values in sorted(found.items()) if name == cell] for cell in NAMES}

@@ -3,7 +3,7 @@
 from itertools import groupby
 from typing import NamedTuple
 
-from _results.common import Row, markdown, read
+from _results.common import RESULTS, Row, markdown, read
 from sequencer.analysis.comparison import spread
 
 HEADER = ("seeds", "top-1, %", "mean ± deviation", "minutes", "machine", "commit")
@@ -35,7 +35,7 @@ class Record(NamedTuple):
 def records() -> list[Record]:
     """All records, the newest first."""
     about = ("date", "command", "machine", "torch", "commit")
-    groups = groupby(read("records.csv"), key=lambda row: [row[name] for name in about])
+    groups = groupby(read(RESULTS / "records.csv"), key=lambda row: [row[name] for name in about])
     return [Record(list(rows)) for _, rows in groups][::-1]
 
 
