@@ -6,6 +6,7 @@ docs/images/ablation_*.png and inside_memory.png. The CSV files are made by
     python scripts/record.py experiment=cifar10_cpu data.root=WHERE                          # records.csv
     python scripts/compare.py outputs/ablation_* --test --output docs/results/ablations.csv
     python scripts/inside.py outputs/ablation_cell                                           # inside.csv
+    python scripts/compare.py outputs/photographs_* outputs/tenth_* --test --output docs/results/transfer.csv
 """
 
 import re
@@ -16,8 +17,9 @@ from _results.ablations import ABLATIONS, ablation_table, draw_ablations, hidden
 from _results.common import DOCS, ROOT
 from _results.inside import draw_inside, knock_out_table, memory_table, robustness_table, symmetry_table
 from _results.records import latest_table, records_table
+from _results.transfer import transfer_table
 
-PAGES = [ROOT / "README.md", DOCS / "records.md", DOCS / "ablations.md", DOCS / "inside.md"]
+PAGES = [ROOT / "README.md", DOCS / "records.md", DOCS / "ablations.md", DOCS / "inside.md", DOCS / "finetune.md"]
 TABLES: dict[str, Callable[[], str]] = {
     "records": records_table,
     "latest": latest_table,
@@ -27,6 +29,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "knock_out": knock_out_table,
     "symmetry": symmetry_table,
     "robustness": robustness_table,
+    "transfer": transfer_table,
 }
 
 
