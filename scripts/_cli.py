@@ -13,7 +13,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
@@ -242,6 +242,35 @@ def make_folder(output: Path) -> None:
         raise RequestError(
             f"{output} cannot be written: {error.strerror}; name another folder with --output"
         ) from error
+
+
+def prepare_file(option: str, path: Path) -> None:
+    """Creates the folder of a file and checks that the file can be written, before the work starts.
+
+    Raises:
+        RequestError: It is a folder, or its folder cannot be created or written.
+    """
+    if path.is_dir():
+        raise RequestError(f"{option} {path} is a folder; name a file")
+    make_folder(path.parent)
+
+
+def check_trainings(overrides: Sequence[str], keys: Sequence[str], seeds: str) -> None:
+    """Checks what a script is given that trains several seeds of a recipe.
+
+    Args:
+        overrides: Those of `train.py`.
+        keys: That the script sets itself.
+        seeds: Numbers with commas between them.
+
+    Raises:
+        RequestError: The seeds are no numbers, or an override sets one of the keys.
+    """
+    if not re.fullmatch(r"\d+(,\d+)*", seeds):
+        raise RequestError(f"--seeds {seeds}: give numbers such as 0,1,2")
+    for key in keys:
+        if given := [override for override in overrides if override.lstrip("+").startswith(f"{key}=")]:
+            raise RequestError(f"{given[0]}: this script sets {key}")
 
 
 @contextmanager

@@ -27,7 +27,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from _cli import Parser, add_model_options, load, make_folder, named_model, pick_device, run
+from _cli import Parser, add_model_options, load, named_model, pick_device, prepare_file, run
 
 from sequencer.config.errors import RequestError
 from sequencer.config.named_runs import OF_A_MODEL
@@ -64,9 +64,6 @@ def parse(argv: list[str] | None) -> Namespace:
 
 
 def work(args: Namespace) -> None:
-    for option, path in (("--output", args.output), ("--html", args.html)):
-        if path and path.is_dir():
-            raise RequestError(f"{option} {path} is a folder; name a file")
     others = [model for model in args.models if not holds_runs(model)]
     if others and args.html:
         raise RequestError(f"--html shows runs, and {printable(others[0])} is none")
@@ -76,9 +73,9 @@ def work(args: Namespace) -> None:
     if not paired and (given := [name for name in OF_EVALUATION if getattr(args, name)]):
         raise RequestError(f"--{given[0].replace('_', '-')} is of the comparison on the same images: add --paired")
 
-    for path in (args.output, args.html):
+    for option, path in (("--output", args.output), ("--html", args.html)):
         if path:
-            make_folder(path.parent)
+            prepare_file(option, path)
     if others:
         sources, table = find_sources(args), None
     else:

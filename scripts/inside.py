@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from statistics import fmean
 
-from _cli import Parser, integer, make_folder, run
+from _cli import Parser, integer, prepare_file, run
 from _results.common import RESULTS, Row, read
 
 from sequencer.analysis.comparison import find_runs
@@ -76,7 +76,7 @@ def work(args: Namespace) -> None:
         raise RequestError("none of the runs has finished")
     if unfinished := len(found) - len(runs):
         say(f"left out, not finished: {unfinished} of {len(found)} runs")
-    make_folder(args.output.parent)
+    prepare_file("--output", args.output)
     rows = []
     for number, ((cell, seed), folder) in enumerate(runs.items(), start=1):
         analysis = folder / f"inside_{args.limit}"

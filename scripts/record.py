@@ -19,7 +19,7 @@ from argparse import Namespace, RawDescriptionHelpFormatter
 from datetime import date
 from pathlib import Path
 
-from _cli import Parser, make_folder, run
+from _cli import Parser, check_trainings, prepare_file, run
 from _results.common import RESULTS, ROOT
 
 from sequencer.config import RequestError, compose
@@ -54,13 +54,9 @@ def work(args: Namespace) -> None:
         RequestError: The overrides are wrong, a seed is no number, or the checkout has changes.
         RuntimeError: A training failed.
     """
-    if not re.fullmatch(r"\d+(,\d+)*", args.seeds):
-        raise RequestError(f"--seeds {args.seeds}: give numbers such as 0,1,2")
-    for key in ("seed=", "run_dir="):
-        if given := [override for override in args.overrides if override.startswith(key)]:
-            raise RequestError(f"{given[0]}: this script sets {key[:-1]}")
+    check_trainings(args.overrides, ("seed", "run_dir"), args.seeds)
     config = compose(args.overrides)
-    make_folder(args.output.parent)
+    prepare_file("--output", args.output)
     commit = _git("rev-parse", "--short", "HEAD").strip()
     if changed := _git("status", "--porcelain", "--", ".", ":!docs/results").splitlines():
         raise RequestError(f"a record is of a commit, and {changed[0][3:]} has changes")

@@ -24,7 +24,7 @@ def test_peers_take_as_many_operations_as_the_sequencer(baselines, monkeypatch):
         model = timm.create_model(config.model.name, num_classes=10, **config.model.kwargs)
         operations[name] = count_operations(model.eval(), (3, config.data.img_size, config.data.img_size))
     own = operations["sequencer2d_p4_32"]
-    assert operations == pytest.approx(dict.fromkeys(operations, own), rel=0.035)
+    assert operations == pytest.approx(dict.fromkeys(operations, own), rel=0.04)
 
 
 def test_an_override_counts_more_than_the_recipe_of_a_peer(baselines):
@@ -36,7 +36,8 @@ def test_an_override_counts_more_than_the_recipe_of_a_peer(baselines):
     ("arguments", "message"),
     [
         (["--models", "mixer"], "--models mixer: choose from sequencer2d_p4_32"),
-        (["--seeds", "a"], "seed"),
+        (["--seeds", "a"], "give numbers"),
+        (["seed=1"], "sets seed"),
         (["optim.lrr=1", "data.root=here"], "optim.lr"),
     ],
 )
