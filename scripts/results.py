@@ -5,6 +5,7 @@ docs/images/ablation_*.png and inside_memory.png. The CSV files are made by
 
     python scripts/record.py experiment=cifar10_cpu data.root=WHERE                          # records.csv
     python scripts/compare.py outputs/ablation_* --test --output docs/results/ablations.csv
+    python scripts/compare.py outputs/overfitting --test --output docs/results/overfitting.csv
     python scripts/inside.py outputs/ablation_cell                                           # inside.csv
     python scripts/compare.py outputs/photographs_* outputs/tenth_* --test --output docs/results/transfer.csv
 """
@@ -16,6 +17,7 @@ from functools import partial
 from _results.ablations import ABLATIONS, ablation_table, draw_ablations, hidden_table
 from _results.common import DOCS, ROOT
 from _results.inside import draw_inside, knock_out_table, memory_table, robustness_table, symmetry_table
+from _results.overfitting import overfitting_table
 from _results.records import latest_table, records_table
 from _results.transfer import transfer_table
 
@@ -25,6 +27,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "latest": latest_table,
     **{name: partial(ablation_table, name) for name in ABLATIONS},
     "hidden": hidden_table,
+    "overfitting": overfitting_table,
     "memory": memory_table,
     "knock_out": knock_out_table,
     "symmetry": symmetry_table,
