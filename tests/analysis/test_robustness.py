@@ -206,7 +206,9 @@ def test_alexnet_has_an_mce_of_100():
     assert mean_corruption_error(corruption_errors(top1)) == pytest.approx(100)
 
 
-@pytest.mark.parametrize("name", ["impulse_noise", "glass_blur", "frost", "gaussian_noise"])
+@pytest.mark.parametrize(
+    "name", ["impulse_noise", pytest.param("glass_blur", marks=pytest.mark.slow), "frost", "gaussian_noise"]
+)
 def test_corruptions_of_imagenet_c(name):
     """The first two draw from generators of their own, frost reads photographs."""
     pytest.importorskip("imagecorruptions")

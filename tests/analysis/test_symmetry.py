@@ -172,7 +172,7 @@ def test_salience_of_a_linear_model_is_what_covering_takes_from_the_logit():
     assert last.tolist() == values.flatten(1).argmin(1).tolist()
 
 
-@pytest.mark.parametrize("name", [None, "resnet10t"])
+@pytest.mark.parametrize("name", [None, pytest.param("resnet10t", marks=pytest.mark.slow)])
 def test_results_do_not_depend_on_the_batch_size(name):
     """Covers any model of timm too; its parameters keep no gradient."""
     torch.manual_seed(0)
