@@ -13,7 +13,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
@@ -244,33 +244,48 @@ def make_folder(output: Path) -> None:
         ) from error
 
 
-def prepare_file(option: str, path: Path) -> None:
-    """Creates the folder of a file and checks that the file can be written, before the work starts.
-
-    Raises:
-        RequestError: It is a folder, or its folder cannot be created or written.
-    """
-    if path.is_dir():
-        raise RequestError(f"{option} {path} is a folder; name a file")
-    make_folder(path.parent)
-
-
-def check_trainings(overrides: Sequence[str], keys: Sequence[str], seeds: str) -> None:
-    """Checks what a script is given that trains several seeds of a recipe.
+def prepare_files(files: Mapping[str, Path | None]) -> None:
+    """Checks that files can be written, before the work starts, and creates their folders.
 
     Args:
-        overrides: Those of `train.py`.
-        keys: That the script sets itself.
-        seeds: Numbers with commas between them.
+        files: By the option that names them; None for one that is not given.
+
+    Raises:
+        RequestError: One is a folder, or its folder cannot be created or written.
+    """
+    given = {option: path for option, path in files.items() if path}
+    for option, path in given.items():
+        if path.is_dir():
+            raise RequestError(f"{option} {path} is a folder; name a file")
+    for path in given.values():
+        make_folder(path.parent)
+
+
+def add_training_options(parser: argparse.ArgumentParser, output: Path) -> None:
+    """Adds the arguments of a script that trains several seeds and writes a CSV file of docs/results."""
+    add = parser.add_argument
+    add("overrides", nargs="*", metavar="KEY=VALUE", help="overrides of train.py for every training")
+    add("--seeds", default="0,1,2", metavar="N,N", help="default: %(default)s")
+    add("--output", type=Path, default=output, metavar="FILE", help=f"CSV file; default: docs/results/{output.name}")
+    add("--debug", action="store_true", help="show the traceback of an error")
+
+
+def check_training_options(args: argparse.Namespace, keys: Sequence[str]) -> list[str]:
+    """Returns the seeds.
+
+    Args:
+        args: With the arguments of `add_training_options`.
+        keys: Those of the configuration that the script sets itself.
 
     Raises:
         RequestError: The seeds are no numbers, or an override sets one of the keys.
     """
-    if not re.fullmatch(r"\d+(,\d+)*", seeds):
-        raise RequestError(f"--seeds {seeds}: give numbers such as 0,1,2")
+    if not re.fullmatch(r"\d+(,\d+)*", args.seeds):
+        raise RequestError(f"--seeds {args.seeds}: give numbers such as 0,1,2")
     for key in keys:
-        if given := [override for override in overrides if override.lstrip("+").startswith(f"{key}=")]:
+        if given := [override for override in args.overrides if override.lstrip("+").startswith(f"{key}=")]:
             raise RequestError(f"{given[0]}: this script sets {key}")
+    return str(args.seeds).split(",")
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import compare
-from _cli import Parser, check_trainings, prepare_file, run
+from _cli import Parser, add_training_options, check_training_options, prepare_files, run
 from _results.common import RESULTS
 
 from sequencer.config import RequestError, compose
@@ -21,7 +21,6 @@ from sequencer.config.request import request
 if TYPE_CHECKING:
     from torch import nn
 
-OUTPUT = RESULTS / "baselines.csv"
 RUNS = Path("outputs", "baselines")
 RECIPE = "experiment=cifar10_cpu"
 PEERS = {  # by model: what differs from the recipe; the sizes give the operations of sequencer2d_p4_32 within 4%
@@ -42,12 +41,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def parse(argv: list[str] | None) -> Namespace:
     parser = Parser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("overrides", nargs="*", metavar="KEY=VALUE", help="overrides of train.py for all models")
-    add("--models", default=",".join(PEERS), metavar="NAME,NAME", help="default: %(default)s")
-    add("--seeds", default="0,1,2", metavar="N,N", help="default: %(default)s")
-    add("--output", type=Path, default=OUTPUT, metavar="FILE", help="CSV file; default: docs/results/baselines.csv")
-    add("--debug", action="store_true", help="show the traceback of an error")
+    parser.add_argument("--models", default=",".join(PEERS), metavar="NAME,NAME", help="default: %(default)s")
+    add_training_options(parser, RESULTS / "baselines.csv")
     return parser.parse_args(argv)
 
 
@@ -57,12 +52,12 @@ def work(args: Namespace) -> None:
     Raises:
         RequestError: An unknown model, wrong overrides, or a folder that holds another run.
     """
-    check_trainings(args.overrides, ("model.name", "seed", "run_dir"), args.seeds)
+    seeds = check_training_options(args, ("model.name", "seed", "run_dir"))
     names = args.models.split(",")
     if unknown := [name for name in names if name not in PEERS]:
         raise RequestError(f"--models {unknown[0]}: choose from {', '.join(PEERS)}")
-    wanted = [request(configure(name, seed, args.overrides)) for seed in args.seeds.split(",") for name in names]
-    prepare_file("--output", args.output)
+    wanted = [request(configure(name, seed, args.overrides)) for seed in seeds for name in names]
+    prepare_files({"--output": args.output})
 
     from sequencer.training import run as train  # imports torch
 

@@ -27,7 +27,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from _cli import Parser, add_model_options, load, named_model, pick_device, prepare_file, run
+from _cli import Parser, add_model_options, load, named_model, pick_device, prepare_files, run
 
 from sequencer.config.errors import RequestError
 from sequencer.config.named_runs import OF_A_MODEL
@@ -73,9 +73,7 @@ def work(args: Namespace) -> None:
     if not paired and (given := [name for name in OF_EVALUATION if getattr(args, name)]):
         raise RequestError(f"--{given[0].replace('_', '-')} is of the comparison on the same images: add --paired")
 
-    for option, path in (("--output", args.output), ("--html", args.html)):
-        if path:
-            prepare_file(option, path)
+    prepare_files({"--output": args.output, "--html": args.html})
     if others:
         sources, table = find_sources(args), None
     else:

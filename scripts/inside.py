@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from statistics import fmean
 
-from _cli import Parser, integer, prepare_file, run
+from _cli import Parser, integer, prepare_files, run
 from _results.common import RESULTS, Row, read
 
 from sequencer.analysis.comparison import find_runs
@@ -76,7 +76,7 @@ def work(args: Namespace) -> None:
         raise RequestError("none of the runs has finished")
     if unfinished := len(found) - len(runs):
         say(f"left out, not finished: {unfinished} of {len(found)} runs")
-    prepare_file("--output", args.output)
+    prepare_files({"--output": args.output})
     rows = []
     for number, ((cell, seed), folder) in enumerate(runs.items(), start=1):
         analysis = folder / f"inside_{args.limit}"
@@ -98,17 +98,8 @@ def _analyze(name: str, folder: Path, limit: int, output: Path) -> None:
         options = ["--limit", str(half), "--stored", str(_corrupted(folder, half))]
     else:
         options = ["--limit", str(limit)]
-    command = [
-        sys.executable,
-        str(SCRIPT),
-        name,
-        str(folder),
-        *options,
-        "--batch-size",
-        "64",
-        "--output",
-        str(output),
-    ]
+    options += ["--batch-size", "64", "--output", str(output)]
+    command = [sys.executable, str(SCRIPT), name, str(folder), *options]
     if code := subprocess.run(command, stdout=subprocess.DEVNULL).returncode:
         raise RuntimeError(f"analyze.py {name} {folder} ended with exit code {code}")
 

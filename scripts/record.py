@@ -19,14 +19,13 @@ from argparse import Namespace, RawDescriptionHelpFormatter
 from datetime import date
 from pathlib import Path
 
-from _cli import Parser, check_trainings, prepare_file, run
+from _cli import Parser, add_training_options, check_training_options, prepare_files, run
 from _results.common import RESULTS, ROOT
 
 from sequencer.config import RequestError, compose
 from sequencer.config.request import load_summary
 from sequencer.console import say
 
-RECORDS = RESULTS / "records.csv"
 COLUMNS = (
     "date", "command", "seed", "top1", "loss", "parameters", "epochs", "minutes", "training_minutes", "load",
     "machine", "torch", "commit",
@@ -39,11 +38,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def parse(argv: list[str] | None) -> Namespace:
     parser = Parser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("overrides", nargs="*", metavar="KEY=VALUE", help="overrides of train.py, without seed and run_dir")
-    add("--seeds", default="0,1,2", metavar="N,N", help="default: %(default)s")
-    add("--output", type=Path, default=RECORDS, metavar="FILE", help="CSV file; default: docs/results/records.csv")
-    add("--debug", action="store_true", help="show the traceback of an error")
+    add_training_options(parser, RESULTS / "records.csv")
     return parser.parse_args(argv)
 
 
@@ -54,14 +49,14 @@ def work(args: Namespace) -> None:
         RequestError: The overrides are wrong, a seed is no number, or the checkout has changes.
         RuntimeError: A training failed.
     """
-    check_trainings(args.overrides, ("seed", "run_dir"), args.seeds)
+    seeds = check_training_options(args, ("seed", "run_dir"))
     config = compose(args.overrides)
-    prepare_file("--output", args.output)
+    prepare_files({"--output": args.output})
     commit = _git("rev-parse", "--short", "HEAD").strip()
     if changed := _git("status", "--porcelain", "--", ".", ":!docs/results").splitlines():
         raise RequestError(f"a record is of a commit, and {changed[0][3:]} has changes")
     shown = [override if not override.startswith("data.root=") else "data.root=WHERE" for override in args.overrides]
-    for seed in args.seeds.split(","):
+    for seed in seeds:
         load = os.getloadavg()[0]
         run_dir = Path("outputs", "records", f"{config.name}-{seed}-{time.strftime('%Y-%m-%d_%H-%M-%S')}")
         start = time.monotonic()

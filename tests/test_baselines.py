@@ -38,6 +38,7 @@ def test_an_override_counts_more_than_the_recipe_of_a_peer(baselines):
         (["--models", "mixer"], "--models mixer: choose from sequencer2d_p4_32"),
         (["--seeds", "a"], "give numbers"),
         (["seed=1"], "sets seed"),
+        (["data.root=here", "--output", "."], "--output . is a folder"),
         (["optim.lrr=1", "data.root=here"], "optim.lr"),
     ],
 )

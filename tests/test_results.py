@@ -64,6 +64,7 @@ def test_a_record_has_a_row_for_each_seed(record, tmp_path, capfd, seeds):
         (["--seeds", "a"], "give numbers"),
         (["seed=1"], "sets seed"),
         (["run_dir=here"], "sets run_dir"),
+        (["--output", "."], "--output . is a folder"),
         (["optim.lrr=1"], "optim.lr"),
     ],
 )

@@ -1,13 +1,12 @@
 """The tables and pictures of the ablations, of docs/results/ablations.csv, which `scripts/compare.py` writes."""
 
-import functools
 import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
-from _results.common import RESULTS, Row, markdown, paired, read
+from _results.common import finished_runs, markdown, paired
 from sequencer.analysis.comparison import spread
 
 
@@ -75,15 +74,11 @@ class Trials(NamedTuple):
             LookupError: There are none.
         """
         wanted = BASE | dict(settings)
-        rows = [row for row in _rows() if all((row.get(key) or BASE[key]) == wanted[key] for key in wanted)]
+        runs = finished_runs("ablations.csv")
+        rows = [row for row in runs if all((row.get(key) or BASE[key]) == wanted[key] for key in wanted)]
         if not rows:
             raise LookupError(f"ablations.csv has no finished trial with {wanted}")
         return cls(int(rows[0]["parameters"]), {int(row["seed"]): float(row["test/top1"]) for row in rows})
-
-
-@functools.cache
-def _rows() -> list[Row]:
-    return [row for row in read(RESULTS / "ablations.csv") if row["state"] == "finished"]
 
 
 def ablation_table(name: str) -> str:

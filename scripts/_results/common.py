@@ -1,6 +1,7 @@
 """What the tables of results share: reading the CSV files, Markdown, and intervals over seeds."""
 
 import csv
+import functools
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +17,12 @@ def read(path: Path) -> list[Row]:
     """Reads a CSV file."""
     with open(path, newline="") as file:
         return list(csv.DictReader(file))
+
+
+@functools.cache
+def finished_runs(name: str) -> list[Row]:
+    """Reads the finished runs of a file of docs/results that `scripts/compare.py` has written."""
+    return [row for row in read(RESULTS / name) if row["state"] == "finished"]
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]], texts: int = 1) -> str:

@@ -3,7 +3,7 @@
 from collections import defaultdict
 from statistics import fmean
 
-from _results.common import RESULTS, Row, markdown, paired, read
+from _results.common import Row, finished_runs, markdown, paired
 from sequencer.analysis.comparison import spread
 
 MODELS = {  # by cell and hidden size; the first is the one that the others are compared with
@@ -17,15 +17,16 @@ MODELS = {  # by cell and hidden size; the first is the one that the others are 
 def overfitting_table() -> str:
     """Loss and top-1 on the images of training, top-1 on those of the test, and the gap between both."""
     found: dict[tuple[str, str], dict[int, Row]] = defaultdict(dict)
-    for row in read(RESULTS / "overfitting.csv"):
+    for row in finished_runs("overfitting.csv"):
         found[row["model.kwargs.cell"], row["model.kwargs.hidden_sizes"]][int(row["seed"])] = row
-    base, lines = _gaps(found[next(iter(MODELS))]), []
+    first = next(iter(MODELS))
+    base, lines = _gaps(found[first]), []
     for model, label in MODELS.items():
         runs, gaps = found[model], _gaps(found[model])
         train_loss = f"{fmean(float(row['train/loss']) for row in runs.values()):.0e}"
         test_loss = spread([float(row["test/loss"]) for row in runs.values()], scale=1)
         top1 = [spread([float(row[metric]) for row in runs.values()]) for metric in ("train/top1", "test/top1")]
-        beside = "" if gaps == base else paired(gaps, base)
+        beside = "" if model == first else paired(gaps, base)
         parameters = f"{int(runs[min(runs)]['parameters']):,}"
         lines.append(
             (label, parameters, str(len(runs)), train_loss, test_loss, *top1, spread([*gaps.values()]), beside)

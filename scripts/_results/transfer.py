@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 
-from _results.common import RESULTS, interval, markdown, paired, read
+from _results.common import finished_runs, interval, markdown, paired
 
 SETS = {  # by data.name: what the set is called, and the metric of images that decided nothing
     "imagefolder": ("244 photographs of ants and bees", "val/top1"),
@@ -13,7 +13,7 @@ SETS = {  # by data.name: what the set is called, and the metric of images that 
 def transfer_table() -> str:
     """Top-1 of each start, and what the weights gain, paired by seed."""
     found: dict[tuple[str, bool], dict[int, float]] = defaultdict(dict)
-    for row in read(RESULTS / "transfer.csv"):
+    for row in finished_runs("transfer.csv"):
         metric = SETS[row["data.name"]][1]
         found[row["data.name"], row["init_from"] != "None"][int(row["seed"])] = float(row[metric])
     lines = []
