@@ -2,9 +2,9 @@
 
     python scripts/baselines.py data.root=WHERE
 
-All have the recipe of experiment=cifar10_cpu. The runs are outputs/baselines/MODEL-SEED; a finished one is kept and an
-interrupted one resumed, so the same command goes on where it was stopped. docs/results/baselines.csv has a row for
-each run, with its speed. Let nothing else run meanwhile.
+All have the recipe of experiment=cifar10_cpu, each with a learning rate of its own. The runs are
+outputs/baselines/MODEL-SEED; a finished one is kept and an interrupted one resumed, so the same command goes on where
+it was stopped. docs/results/baselines.csv has a row for each run, with its speed. Let nothing else run meanwhile.
 """
 
 from argparse import Namespace, RawDescriptionHelpFormatter
@@ -23,15 +23,21 @@ if TYPE_CHECKING:
 
 RUNS = Path("outputs", "baselines")
 RECIPE = "experiment=cifar10_cpu"
+IMAGES_OF_64 = ["data.img_size=64", "data.augment.sizes=[32,48,64]"]  # four stages reduce an image to a 32nd
 PEERS = {  # by model: what differs from the recipe; the sizes give the operations of sequencer2d_p4_32 within 4%
     "sequencer2d_p4_32": [],
-    "resnet18": ["model.kwargs={layers: [3, 2, 2, 2], channels: [96, 128, 192, 256]}"],
-    "convnext_atto": ["model.kwargs={patch_size: 1, depths: [2, 2, 2, 2], dims: [25, 50, 100, 200]}"],
+    "resnet18": ["optim.lr=2e-2", *IMAGES_OF_64, "model.kwargs.channels=[48,64,96,128]"],
+    "convnext_atto": [
+        "optim.lr=2e-2",
+        *IMAGES_OF_64,
+        "model.kwargs={depths: [2, 2, 2, 2], dims: [52, 104, 208, 416], ls_init_value: 1.0}",
+    ],
     "deit_tiny_patch16_224": [
-        "model.kwargs={patch_size: 4, embed_dim: 128, depth: 4, num_heads: 4, dynamic_img_size: true}"
+        "optim.lr=5e-3",
+        "model.kwargs={patch_size: 4, embed_dim: 128, depth: 4, num_heads: 4, dynamic_img_size: true}",
     ],
     # takes images of one size only: six epochs of 32 px are 1.1 times the operations of nine that begin at 16
-    "mixer_p4_32": ["data.augment.sizes=null", "trainer.max_epochs=6"],
+    "mixer_p4_32": ["optim.lr=4e-2", "data.augment.sizes=null", "trainer.max_epochs=6"],
 }
 
 
