@@ -8,6 +8,7 @@ docs/images/ablation_*.png and inside_memory.png. The CSV files are made by
     python scripts/compare.py outputs/overfitting --test --output docs/results/overfitting.csv
     python scripts/inside.py outputs/ablation_cell                                           # inside.csv
     python scripts/compare.py outputs/photographs_* outputs/tenth_* --test --output docs/results/transfer.csv
+    python scripts/baselines.py data.root=WHERE                                              # baselines.csv
 """
 
 import re
@@ -15,6 +16,7 @@ from collections.abc import Callable
 from functools import partial
 
 from _results.ablations import ABLATIONS, ablation_table, draw_ablations, hidden_table
+from _results.baselines import baselines_table
 from _results.common import DOCS, ROOT
 from _results.inside import draw_inside, knock_out_table, memory_table, robustness_table, symmetry_table
 from _results.overfitting import overfitting_table
@@ -33,6 +35,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "symmetry": symmetry_table,
     "robustness": robustness_table,
     "transfer": transfer_table,
+    "baselines": baselines_table,
 }
 
 
