@@ -37,4 +37,3 @@ def baselines_table() -> str:
         )
     header = ("model", "test top-1, %", "parameters, M", "MFLOP", "minutes of training")
     return markdown((*header, "training, images/s", "inference, images/s", "one image, ms"), lines)
-
