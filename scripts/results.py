@@ -8,7 +8,7 @@ docs/images/ablation_*.png and inside_memory.png. The CSV files are made by
     python scripts/compare.py outputs/overfitting --test --output docs/results/overfitting.csv
     python scripts/inside.py outputs/ablation_cell                                           # inside.csv
     python scripts/compare.py outputs/photographs_* outputs/tenth_* --test --output docs/results/transfer.csv
-    python scripts/baselines.py data.root=WHERE                                              # baselines.csv
+    python scripts/baselines.py data.root=WHERE --seeds 0,1                                  # baselines.csv
 """
 
 import re
